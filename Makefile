@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+# Everything happens in .venv, which the first target that needs it makes. `make` lists the targets.
+
+PYTHON ?= python3
+VENV   ?= .venv
+
+bin    := $(VENV)/bin
+python := $(bin)/python
+csrc   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-all lint format bench peers clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# The pinned packages, once for every change of the pins.
+$(VENV)/packages: requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	  f"ffm_ext needs Python 3.10 or newer; $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(python) -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $@
+
+# Makes `import ffm_ext` and `ffm-ext` work from anywhere, once for every change of the metadata.
+$(VENV)/editable: $(VENV)/packages pyproject.toml
+	$(python) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+build: $(VENV)/packages ## compile what has changed (ninja decides)
+	$(python) setup.py --quiet build_ext --inplace
+	@$(MAKE) --no-print-directory $(VENV)/editable
+
+demo: build ## train and time an FFM on data that comes with the package: minutes, no data to fetch
+	$(python) -m ffm_ext demo
+
+test: build ## the quick tests
+	$(python) -m pytest -m "not slow"
+
+test-all: build ## every test
+	$(python) -m pytest
+
+lint: build ## ruff, mypy, clang-format, and the rules of csrc/
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/clang-format --dry-run -Werror $(csrc)
+	$(python) tools/check_csrc.py
+
+format: $(VENV)/packages ## let ruff and clang-format lay out the code
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	$(bin)/clang-format -i $(csrc)
+
+bench: build ## measure against the peers that are installed; results in benchmarks/results/
+	$(python) -m benchmarks
+
+peers: $(VENV)/packages ## install the peers that `make bench` measures against
+	PYTHON=$(abspath $(python)) benchmarks/install_peers.sh
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info ffm_ext/_C.*.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: MIT
+// The Python module ffm_ext._C: what handles no tensors. Loading it also registers the operators.
+
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information of ffm_ext; loading this module registers torch.ops.ffm_ext.";
+  m.def("build_info", [] {
+    py::dict info;
+    info["version"] = FFM_EXT_VERSION;
+    info["torch_built_against"] = FFM_EXT_TORCH_VERSION;
+    info["compiler"] = __VERSION__;
+    info["isa"] = ffm::cpu_isa();
+    info["cuda_archs"] = py::list();
+    return info;
+  });
+}

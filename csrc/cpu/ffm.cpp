@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: MIT
+// The operators on the CPU: arguments -> checks -> params.h -> kernels, over torch's threads.
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <cstring>
+#include <tuple>
+
+#include "../checks.h"
+#include "group_rows.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace ffm {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// A thread is worth its start for this many table elements.
+constexpr int64_t kGrainElements = 1 << 15;
+// Staged rows of a block of samples: few enough to stay in the caches.
+constexpr int64_t kStagedBytes = 2 << 20;
+
+// "indices[3, 17]" or "indices[42]".
+std::string place(const char* name, const Problem& p, int64_t e) {
+  std::ostringstream text;
+  text << name << '[';
+  if (!p.offsets) text << e / p.num_fields << ", " << e % p.num_fields;
+  if (p.offsets) text << e;
+  text << ']';
+  return text.str();
+}
+
+bool all_in_range(const Ids& ids, int64_t n, int64_t limit) {
+  auto scan = [&](const auto* data) {
+    bool bad = false;
+    for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint64_t>(static_cast<int64_t>(data[i])) >= static_cast<uint64_t>(limit);
+    return !bad;
+  };
+  return ids.is_int64 ? scan(static_cast<const int64_t*>(ids.data)) : scan(static_cast<const int32_t*>(ids.data));
+}
+
+void check_ids(const char* op, const char* name, const Problem& p, const Ids& ids, int64_t limit, const char* owner) {
+  if (all_in_range(ids, p.num_entries, limit)) return;
+  for (int64_t e = 0; e < p.num_entries; ++e) {
+    if (ids[e] < 0 || ids[e] >= limit) {
+      fail<std::out_of_range>(op, place(name, p, e), " = ", ids[e], " is out of range for ", owner);
+    }
+  }
+}
+
+template <typename A>
+void check_finite(const char* op, const Problem& p, const A* values) {
+  // 0 * x is 0 for every finite x.
+  A zero = 0;
+  for (int64_t e = 0; e < p.num_entries; ++e) zero += A(0) * values[e];
+  if (zero == 0) return;
+  for (int64_t e = 0; e < p.num_entries; ++e) {
+    if (!std::isfinite(values[e])) fail(op, place("values", p, e), " = ", values[e], " is not finite");
+  }
+}
+
+// What the kernels rely on: that nothing is read out of bounds.
+void check_contents(const char* op, const Problem& p) {
+  if (p.offsets) {
+    const int64_t B = p.batch_size;
+    if (p.offsets[0] != 0) fail(op, "offsets[0] = ", p.offsets[0], " must be 0");
+    for (int64_t b = 0; b < B; ++b) {
+      if (p.offsets[b + 1] < p.offsets[b]) {
+        fail(op, "offsets[", b + 1, "] = ", p.offsets[b + 1], " is less than offsets[", b, "] = ", p.offsets[b]);
+      }
+    }
+    if (p.offsets[B] != p.num_entries) {
+      fail(op, "offsets[", B, "] = ", p.offsets[B], " must be the number of entries, ", p.num_entries);
+    }
+  }
+  check_ids(op, "indices", p, p.indices, p.num_features,
+            ("a table of " + std::to_string(p.num_features) + " features").c_str());
+  if (p.fields) {
+    check_ids(op, "fields", p, p.fields, p.num_fields, (std::to_string(p.num_fields) + " fields").c_str());
+  }
+  if (p.values && p.dtype == ScalarKind::kFloat32) check_finite(op, p, static_cast<const float*>(p.values));
+  if (p.values && p.dtype == ScalarKind::kFloat64) check_finite(op, p, static_cast<const double*>(p.values));
+}
+
+// The samples of a part of a range of samples, such that parts hold about the same number of entries.
+int64_t part_begin(const Problem& p, int64_t begin, int64_t end, int64_t part, int64_t parts) {
+  const int64_t first = p.entries_begin(begin), last = p.entries_begin(end);
+  const int64_t target = first + (last - first) * part / parts;
+  if (part == parts) return end;
+  if (!p.offsets) return std::min(end, begin + (target - first) / p.num_fields);
+  int64_t low = begin, high = end;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    (p.offsets[middle] < target ? low = middle + 1 : high = middle);
+  }
+  return low;
+}
+
+int64_t sample_parts(const Problem& p, int64_t begin, int64_t end) {
+  const int64_t entries = p.entries_begin(end) - p.entries_begin(begin);
+  return std::min(std::max<int64_t>(1, end - begin), num_parts(entries * p.row_size(), kGrainElements));
+}
+
+void run_backward(const Problem& p, Gradient grad) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t parts = sample_parts(p, 0, p.batch_size);
+  const Scratch scratch(parts, kernels.scratch_bytes(p));
+  auto run = [&](int64_t begin, int64_t end, int64_t parts_) {
+    parallel_parts(parts_, [&](int64_t part) {
+      kernels.backward(p, grad, part_begin(p, begin, end, part, parts_), part_begin(p, begin, end, part + 1, parts_),
+                       scratch.of(part));
+    });
+  };
+  if (parts == 1 || grad.grad_rows == nullptr) return run(0, p.batch_size, parts);
+
+  // Several threads: a block of samples at a time, rows that other entries share are staged, and then added by the one
+  // thread that owns the row, in the order of the entries.
+  const int64_t row_bytes = p.row_size() * (p.dtype == ScalarKind::kFloat64 ? 8 : 4);
+  const int64_t block_entries = std::max<int64_t>(1, kStagedBytes / row_bytes);
+  int64_t staged_entries = 0;
+  std::vector<int64_t> blocks = {0};
+  for (int64_t b = 0, start = 0; b < p.batch_size; ++b) {
+    const int64_t entries = p.entries_begin(b + 1) - start;
+    if (entries >= block_entries || b + 1 == p.batch_size) {
+      blocks.push_back(b + 1);
+      staged_entries = std::max(staged_entries, entries);
+      start = p.entries_begin(b + 1);
+    }
+  }
+  const AlignedBuffer staged(static_cast<size_t>(staged_entries) * row_bytes);
+  grad.staged = staged.data();
+  for (size_t i = 0; i + 1 < blocks.size(); ++i) {
+    const int64_t first = p.entries_begin(blocks[i]), last = p.entries_begin(blocks[i + 1]);
+    grad.staged_begin = first;
+    run(blocks[i], blocks[i + 1], std::min(parts, std::max<int64_t>(1, blocks[i + 1] - blocks[i])));
+    parallel_parts(parts, [&](int64_t part) { kernels.add_staged(p, grad, first, last, part, parts); });
+  }
+}
+
+Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTensor& fields,
+                   const OptionalTensor& values, const OptionalTensor& offsets, const std::string& output,
+                   bool within_field) {
+  const char* op = "ffm_forward";
+  const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
+  const Problem& p = batch.problem;
+  check_contents(op, p);
+  Tensor out = torch::stable::new_empty(weight, batch.output_shape());
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t parts = sample_parts(p, 0, p.batch_size);
+  const Scratch scratch(parts, kernels.scratch_bytes(p));
+  void* const data = out.mutable_data_ptr();
+  parallel_parts(parts, [&](int64_t part) {
+    kernels.forward(p, data, part_begin(p, 0, p.batch_size, part, parts),
+                    part_begin(p, 0, p.batch_size, part + 1, parts), scratch.of(part));
+  });
+  return out;
+}
+
+// The gradient of values where it is asked for, else an empty tensor.
+Tensor new_grad_values(const char* op, const Batch& batch, bool values_grad, Gradient& grad) {
+  if (!values_grad) return torch::stable::new_empty(batch.weight, std::vector<int64_t>{0});
+  if (!batch.values) fail(op, "values_grad is set, but values is None");
+  Tensor grad_values = torch::stable::empty_like(*batch.values);
+  grad.grad_values = grad_values.mutable_data_ptr();
+  return grad_values;
+}
+
+std::tuple<Tensor, Tensor> ffm_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
+                                        const OptionalTensor& fields, const OptionalTensor& values,
+                                        const OptionalTensor& offsets, const std::string& output, bool within_field,
+                                        bool values_grad) {
+  const char* op = "ffm_backward";
+  const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
+  const Problem& p = batch.problem;
+  check_contents(op, p);
+  const Tensor grad_out = batch.checked_grad_output(op, grad_output);
+  Tensor grad_weight = torch::stable::new_zeros(weight, std::vector<int64_t>{p.num_features, p.num_fields, p.embed_dim});
+  Gradient grad;
+  grad.grad_output = grad_out.const_data_ptr();
+  grad.grad_rows = grad_weight.mutable_data_ptr();
+  grad.slots = p.indices;
+  Tensor grad_values = new_grad_values(op, batch, values_grad, grad);
+  run_backward(p, grad);
+  return {grad_weight, grad_values};
+}
+
+std::tuple<Tensor, Tensor, Tensor> ffm_backward_sparse(const Tensor& grad_output, const Tensor& weight,
+                                                       const Tensor& indices, const OptionalTensor& fields,
+                                                       const OptionalTensor& values, const OptionalTensor& offsets,
+                                                       const std::string& output, bool within_field,
+                                                       bool values_grad) {
+  const char* op = "ffm_backward_sparse";
+  const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
+  const Problem& p = batch.problem;
+  check_contents(op, p);
+  const Tensor grad_out = batch.checked_grad_output(op, grad_output);
+  const RowGroups groups = group_rows(p.indices, p.num_entries, p.num_features);
+  const int64_t R = static_cast<int64_t>(groups.rows.size());
+  Tensor rows = torch::stable::new_empty(weight, std::vector<int64_t>{R}, ScalarType::Long);
+  if (R > 0) std::memcpy(rows.mutable_data_ptr(), groups.rows.data(), R * sizeof(int64_t));
+  Tensor grad_rows = torch::stable::new_empty(weight, std::vector<int64_t>{R, p.num_fields, p.embed_dim});
+  Gradient grad;
+  grad.grad_output = grad_out.const_data_ptr();
+  grad.grad_rows = grad_rows.mutable_data_ptr();
+  grad.slots = {groups.slots.data(), true};
+  grad.is_first = reinterpret_cast<const bool*>(groups.is_first.data());
+  Tensor grad_values = new_grad_values(op, batch, values_grad, grad);
+  run_backward(p, grad);
+  return {rows, grad_rows, grad_values};
+}
+
+Tensor ffm_backward_values(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
+                           const OptionalTensor& fields, const Tensor& values, const OptionalTensor& offsets,
+                           const std::string& output, bool within_field) {
+  const char* op = "ffm_backward_values";
+  const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
+  const Problem& p = batch.problem;
+  check_contents(op, p);
+  const Tensor grad_out = batch.checked_grad_output(op, grad_output);
+  Gradient grad;
+  grad.grad_output = grad_out.const_data_ptr();
+  Tensor grad_values = new_grad_values(op, batch, true, grad);
+  run_backward(p, grad);
+  return grad_values;
+}
+
+Tensor gather_sum(const Tensor& weight, const Tensor& indices) {
+  const char* op = "gather_sum";
+  const Batch batch(op, weight, indices, std::nullopt, std::nullopt, std::nullopt, "sum", false);
+  const Problem& p = batch.problem;
+  check_contents(op, p);
+  Tensor out = torch::stable::new_empty(weight, std::vector<int64_t>{p.batch_size});
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t parts = sample_parts(p, 0, p.batch_size);
+  void* const data = out.mutable_data_ptr();
+  parallel_parts(parts, [&](int64_t part) {
+    kernels.gather_sum(p, data, part_begin(p, 0, p.batch_size, part, parts),
+                       part_begin(p, 0, p.batch_size, part + 1, parts));
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace ffm
+
+STABLE_TORCH_LIBRARY_IMPL(ffm_ext, CPU, m) {
+  m.impl("ffm_forward", TORCH_BOX(&ffm::ffm_forward));
+  m.impl("ffm_backward", TORCH_BOX(&ffm::ffm_backward));
+  m.impl("ffm_backward_sparse", TORCH_BOX(&ffm::ffm_backward_sparse));
+  m.impl("ffm_backward_values", TORCH_BOX(&ffm::ffm_backward_values));
+  m.impl("gather_sum", TORCH_BOX(&ffm::gather_sum));
+}

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: MIT
+// Which build of the kernels runs: the best one that this CPU has, or the one that FFM_EXT_ISA names.
+#pragma once
+
+#include "ffm_kernels.h"
+
+namespace ffm {
+
+// Throws std::runtime_error where FFM_EXT_ISA names an ISA that is unknown or that this CPU lacks. Decided once.
+const CpuKernels& cpu_kernels();
+
+// "baseline", "avx2" or "avx512".
+const char* cpu_isa();
+
+}  // namespace ffm

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: MIT
+// Ranges over torch's own thread pool, with scratch memory for each thread.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace ffm {
+
+// Memory aligned to a cache line, left as it comes; throws std::bad_alloc.
+class AlignedBuffer {
+ public:
+  explicit AlignedBuffer(size_t bytes) : data_(bytes ? ::operator new(bytes, kAlignment) : nullptr) {}
+  ~AlignedBuffer() { ::operator delete(data_, kAlignment); }
+  AlignedBuffer(const AlignedBuffer&) = delete;
+  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  void* data_;
+};
+
+// How many ranges [0, n) is cut into: one a thread, none shorter than `grain`.
+inline int64_t num_parts(int64_t n, int64_t grain) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::max<int64_t>(1, std::min(threads, n / std::max<int64_t>(1, grain)));
+}
+
+// Calls fn(part) for every part, side by side.
+template <typename Fn>
+void parallel_parts(int64_t parts, const Fn& fn) {
+  if (parts == 1) return fn(0);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) fn(part);
+  });
+}
+
+// Scratch for each part of the work on a batch.
+class Scratch {
+ public:
+  Scratch(int64_t parts, size_t bytes) : stride_((bytes + 63) / 64 * 64), buffer_(stride_ * parts) {}
+  void* of(int64_t part) const { return buffer_.data() + stride_ * part; }
+
+ private:
+  size_t stride_;
+  AlignedBuffer buffer_;
+};
+
+}  // namespace ffm

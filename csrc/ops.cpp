@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: MIT
+// Every operator of torch.ops.ffm_ext. Autograd and fake kernels are in Python (ffm_ext/autograd.py, _fake.py).
+//
+//   FFMInteraction.forward (modules.py) -> functional.ffm_interaction -> FFMFunction (autograd.py)
+//     forward:   ffm_forward
+//     backward:  ffm_backward | ffm_backward_sparse | ffm_backward_values
+//   each dispatched to  cpu/ffm.cpp : checks.h, tensors -> params.h -> cpu/ffm_kernels.cpp, built once an ISA
+//
+// Shapes: weight [N, F, K]; indices [B, F] alone, or indices [nnz] with fields [nnz] and offsets [B + 1]; values of the
+// shape of indices. output is "sum" | "dot" | "hadamard". Gradients of values are empty where they are not asked for.
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(ffm_ext, m) {
+  // -> [B] | [B, P] | [B, P, K]
+  m.def(
+      "ffm_forward(Tensor weight, Tensor indices, Tensor? fields, Tensor? values, Tensor? offsets, "
+      "str output, bool within_field) -> Tensor");
+
+  // -> grad_weight [N, F, K], grad_values
+  m.def(
+      "ffm_backward(Tensor grad_output, Tensor weight, Tensor indices, Tensor? fields, Tensor? values, "
+      "Tensor? offsets, str output, bool within_field, bool values_grad) -> (Tensor, Tensor)");
+
+  // -> rows [R] the touched rows in rising order, grad_rows [R, F, K], grad_values
+  m.def(
+      "ffm_backward_sparse(Tensor grad_output, Tensor weight, Tensor indices, Tensor? fields, Tensor? values, "
+      "Tensor? offsets, str output, bool within_field, bool values_grad) -> (Tensor, Tensor, Tensor)");
+
+  // -> grad_values
+  m.def(
+      "ffm_backward_values(Tensor grad_output, Tensor weight, Tensor indices, Tensor? fields, Tensor values, "
+      "Tensor? offsets, str output, bool within_field) -> Tensor");
+
+  // The roof that benchmarks compare with: the same rows read and summed, nothing else. indices [B, F] -> [B]
+  m.def("gather_sum(Tensor weight, Tensor indices) -> Tensor");
+}

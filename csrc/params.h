@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: MIT
+// Plain descriptions of a problem: pointers and sizes, no torch. Device adapters fill them, kernels read them.
+#pragma once
+
+#include <cstdint>
+
+namespace ffm {
+
+enum class ScalarKind : int8_t { kFloat32, kFloat64 };
+
+// What an interaction returns for the P = F(F-1)/2 pairs of fields f < g, in the order (0,1), (0,2), ... (F-2,F-1).
+enum class Output : int8_t {
+  kSum,       // [B]        sum over pairs and factors
+  kDot,       // [B, P]     sum over factors
+  kHadamard,  // [B, P, K]
+};
+
+// Ids as the caller has them, int32 or int64.
+struct Ids {
+  const void* data = nullptr;
+  bool is_int64 = true;
+
+  __attribute__((always_inline)) inline int64_t operator[](int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// A table and a batch of samples. All arrays are dense and row-major. Every offset into the table is 64-bit:
+// N * F * K passes 2^31 in real use.
+//
+// Sample b owns the entries [offsets[b], offsets[b + 1]); without offsets, the entries [b * F, (b + 1) * F), of which
+// entry i belongs to field i % F. The adapter has checked that ids lie in [0, N), fields in [0, F), and that offsets
+// rise from 0 to nnz.
+struct Problem {
+  const void* weight = nullptr;  // [N, F, K]
+  Ids indices;                   // [nnz]
+  Ids fields;                    // [nnz], or none
+  const void* values = nullptr;  // [nnz], the dtype of weight, or none: all are 1
+  Ids offsets;                   // [B + 1], or none
+
+  int64_t num_features = 0;  // N
+  int64_t num_fields = 0;    // F
+  int64_t embed_dim = 0;     // K
+  int64_t batch_size = 0;    // B
+  int64_t num_entries = 0;   // nnz
+
+  ScalarKind dtype = ScalarKind::kFloat32;
+  Output output = Output::kSum;
+  bool within_field = false;  // kSum adds the pairs inside a field; the others append F of them: [B, P + F(, K)]
+
+  __attribute__((always_inline)) inline int64_t entries_begin(int64_t b) const {
+    return offsets ? offsets[b] : b * num_fields;
+  }
+  // The row length F * K.
+  __attribute__((always_inline)) inline int64_t row_size() const { return num_fields * embed_dim; }
+};
+
+// Gradients of a Problem. The gradient of entry e's row is written to `grad_rows + slot(e) * F * K`:
+//   - stored there where is_first[e]: it is the first of its row in the batch;
+//   - else added there, or, where `staged` is given, stored to `staged + (e - staged_begin) * F * K` for a later pass
+//     that adds in the order of the entries.
+// So every row is summed in the order of its entries, whatever the number of threads.
+struct Gradient {
+  const void* grad_output = nullptr;  // the shape that the output has
+  void* grad_rows = nullptr;          // [R, F, K], or none
+  Ids slots;                          // [nnz]: entry -> row of grad_rows
+  const bool* is_first = nullptr;     // [nnz], or none: no entry is
+  void* staged = nullptr;
+  int64_t staged_begin = 0;
+  void* grad_values = nullptr;  // [nnz], or none
+};
+
+}  // namespace ffm

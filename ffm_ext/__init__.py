@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: MIT
+"""Field-aware factorization machines for PyTorch, fused in C++ and CUDA."""
+
+import torch  # noqa: F401  (its libraries must be loaded before the extension)
+
+from . import _C, _fake, datasets, functional, reference  # noqa: F401
+from ._build_info import __version__, build_info
+from .batch import SparseBatch
+from .modules import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine
+
+__all__ = [
+    "FFM",
+    "FM",
+    "FFMInteraction",
+    "FieldAwareFactorizationMachine",
+    "SparseBatch",
+    "__version__",
+    "build_info",
+    "datasets",
+    "functional",
+    "reference",
+]

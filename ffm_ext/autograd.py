@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""The interaction as a ``torch.autograd.Function`` over the operators of ``torch.ops.ffm_ext``.
+
+::
+
+    FFMFunction.forward    ->  ffm_forward
+    FFMFunction.backward   ->  ffm_backward            grad="dense":  gradient [N, F, K] and that of values
+                               ffm_backward_sparse     grad="sparse": touched rows, their gradient, that of values
+                               ffm_backward_values     the table is frozen, values are not
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FFMFunction"]
+
+_ops = torch.ops.ffm_ext
+
+
+class FFMFunction(torch.autograd.Function):
+    """Arguments as :func:`ffm_ext.functional.ffm_interaction`, all positional, already checked."""
+
+    @staticmethod
+    def forward(
+        weight: Tensor,
+        indices: Tensor,
+        fields: Tensor | None,
+        values: Tensor | None,
+        offsets: Tensor | None,
+        num_fields: int,
+        output: str,
+        within_field: bool,
+        grad: str,
+    ) -> Tensor:
+        table = weight.view(weight.shape[0], num_fields, -1)
+        return _ops.ffm_forward(table, indices, fields, values, offsets, output, within_field)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, indices, fields, values, offsets, *modes = inputs
+        ctx.save_for_backward(weight, indices, fields, values, offsets)
+        ctx.num_fields, ctx.output, ctx.within_field, ctx.grad = modes
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        weight, indices, fields, values, offsets = ctx.saved_tensors
+        table = weight.view(weight.shape[0], ctx.num_fields, -1)
+        problem = (grad_output, table, indices, fields, values, offsets, ctx.output, ctx.within_field)
+        needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        grad_weight: Tensor | None = None
+        grad_values: Tensor | None = None
+        if not needs_weight:
+            grad_values = _ops.ffm_backward_values(*problem)
+        elif ctx.grad == "dense":
+            grad_weight, grad_values = _ops.ffm_backward(*problem, needs_values)
+            grad_weight = grad_weight.view(weight.shape)
+        else:
+            rows, grad_rows, grad_values = _ops.ffm_backward_sparse(*problem, needs_values)
+            grad_weight = torch.sparse_coo_tensor(
+                rows[None],
+                grad_rows.view(rows.shape[0], *weight.shape[1:]),
+                weight.shape,
+                is_coalesced=True,
+                check_invariants=False,
+            )
+        return grad_weight, None, None, grad_values if needs_values else None, *(None,) * 5

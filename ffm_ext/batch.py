@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: MIT
+"""A batch of sparse samples: any number of active features in every field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["SparseBatch"]
+
+
+class SparseBatch:
+    """Samples as lists of active *(feature, field, value)* entries, laid end to end (CSR).
+
+    Sample ``b`` owns the entries ``offsets[b]:offsets[b + 1]``; the entries of a sample may come in any
+    order, a field may hold none, one or many of them.
+
+    Args:
+        indices: feature ids, ``[nnz]``, int32 or int64.
+        fields: the field of each entry, ``[nnz]``, converted to the dtype of ``indices``.
+        values: the value of each entry, ``[nnz]``, floating point; ``None`` means that all are 1.
+        offsets: where each sample starts, and the end, ``[B + 1]``: ``offsets[0] == 0`` and
+            ``offsets[B] == nnz``, as ``torch.nn.EmbeddingBag`` has it with ``include_last_offset=True``.
+
+    Raises:
+        TypeError: an argument is not a tensor, or has a dtype that does not fit its meaning.
+        ValueError: a shape is wrong, or the tensors lie on different devices.
+
+    What the tensors hold (ids in range, offsets that do not decrease, finite values) is checked by the
+    operator that reads them, which knows the size of the table.
+    """
+
+    __slots__ = ("fields", "indices", "offsets", "values")
+
+    def __init__(
+        self, indices: Tensor, fields: Tensor, values: Tensor | None, offsets: Tensor
+    ) -> None:
+        for name, tensor in (("indices", indices), ("fields", fields), ("offsets", offsets)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"SparseBatch: {name} must be a tensor, got {type(tensor).__name__}")
+            if tensor.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"SparseBatch: {name} must be int32 or int64, got {tensor.dtype}")
+            if tensor.dim() != 1:
+                raise ValueError(
+                    f"SparseBatch: {name} must have one dimension, got shape {list(tensor.shape)}"
+                )
+        if values is not None:
+            if not isinstance(values, Tensor):
+                raise TypeError(f"SparseBatch: values must be a tensor, got {type(values).__name__}")
+            if not values.is_floating_point():
+                raise TypeError(f"SparseBatch: values must be floating point, got {values.dtype}")
+        for name, other in (("fields", fields), ("values", values)):
+            if other is not None and other.shape != indices.shape:
+                raise ValueError(
+                    f"SparseBatch: {name} has shape {list(other.shape)}, "
+                    f"indices has {list(indices.shape)}"
+                )
+        if offsets.numel() == 0:
+            raise ValueError("SparseBatch: offsets is empty; it needs a sample count plus one entries")
+        for name, other in (("fields", fields), ("values", values), ("offsets", offsets)):
+            if other is not None and other.device != indices.device:
+                raise ValueError(
+                    f"SparseBatch: {name} is on {other.device}, indices is on {indices.device}"
+                )
+        self.indices = indices
+        self.fields = fields.to(indices.dtype)
+        self.values = values
+        self.offsets = offsets.to(indices.dtype)
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, feature_fields: Any) -> SparseBatch:
+        """From a ``scipy.sparse`` matrix or array ``[B, N]``: a row is a sample, a column a feature.
+
+        Args:
+            matrix: any scipy sparse format; its explicitly stored zeros stay entries.
+            feature_fields: the field of every feature (column), ``[N]`` integers.
+
+        Raises:
+            ValueError: ``feature_fields`` does not have one entry a column.
+        """
+        csr = matrix.tocsr()
+        fields = _feature_fields(feature_fields, csr.shape[1])
+        indices = torch.from_numpy(csr.indices.astype(np.int64))
+        values = torch.from_numpy(np.ascontiguousarray(csr.data, dtype=_float_dtype(csr.data.dtype)))
+        offsets = torch.from_numpy(csr.indptr.astype(np.int64))
+        return cls(indices, fields[indices], values, offsets)
+
+    @classmethod
+    def from_dense(cls, X: Any, feature_fields: Any) -> SparseBatch:
+        """From a dense matrix ``[B, N]`` (tensor or array): its nonzeros are the entries."""
+        if isinstance(X, Tensor):
+            dense = X if X.is_floating_point() else X.to(torch.get_default_dtype())
+        else:
+            array = np.asarray(X)
+            dense = torch.from_numpy(np.ascontiguousarray(array, dtype=_float_dtype(array.dtype)))
+        if dense.dim() != 2:
+            raise ValueError(
+                f"SparseBatch.from_dense: X must have two dimensions, got shape {list(dense.shape)}"
+            )
+        fields = _feature_fields(feature_fields, dense.shape[1]).to(dense.device)
+        rows, columns = dense.nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=dense.shape[0])
+        return cls(columns, fields[columns], dense[rows, columns], _offsets(counts))
+
+    @classmethod
+    def from_torch_csr(cls, t: Tensor, feature_fields: Any) -> SparseBatch:
+        """From a ``torch.sparse_csr`` tensor ``[B, N]``, on its device."""
+        if t.layout != torch.sparse_csr:
+            raise TypeError(f"SparseBatch.from_torch_csr: t must be sparse_csr, got {t.layout}")
+        fields = _feature_fields(feature_fields, t.shape[1]).to(t.device)
+        indices = t.col_indices()
+        values = t.values()
+        values = values if values.is_floating_point() else values.to(torch.get_default_dtype())
+        return cls(indices, fields[indices.long()], values, t.crow_indices())
+
+    @classmethod
+    def from_lists(cls, samples: Iterable[Sequence[tuple[int, int, float]]]) -> SparseBatch:
+        """From Python lists: a sample is a sequence of ``(field, feature, value)``, as in a libffm line."""
+        entries: list[tuple[int, int, float]] = []
+        offsets = [0]
+        for b, sample in enumerate(samples):
+            for i, entry in enumerate(sample):
+                try:
+                    field, feature, value = entry
+                except (TypeError, ValueError):
+                    raise ValueError(
+                        f"SparseBatch.from_lists: samples[{b}][{i}] = {entry!r} "
+                        "is not (field, feature, value)"
+                    ) from None
+                entries.append((field, feature, value))
+            offsets.append(len(entries))
+        fields, indices, values = zip(*entries, strict=True) if entries else ((), (), ())
+        return cls(
+            torch.tensor(indices, dtype=torch.int64),
+            torch.tensor(fields, dtype=torch.int64),
+            torch.tensor(values, dtype=torch.get_default_dtype()),
+            torch.tensor(offsets, dtype=torch.int64),
+        )
+
+    def __len__(self) -> int:
+        """The number of samples, B."""
+        return self.offsets.numel() - 1
+
+    @property
+    def nnz(self) -> int:
+        """The number of entries of all samples together."""
+        return self.indices.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+    def __getitem__(self, which: slice | Tensor | np.ndarray | Sequence[int]) -> SparseBatch:
+        """Some of the samples, as a batch: by slice, by sample numbers, or by a boolean mask ``[B]``."""
+        if isinstance(which, slice) and which.step in (None, 1):
+            start, stop, _ = which.indices(len(self))
+            offsets = self.offsets[start : max(start, stop) + 1]
+            begin, end = int(offsets[0]), int(offsets[-1])
+            values = None if self.values is None else self.values[begin:end]
+            return SparseBatch(
+                self.indices[begin:end], self.fields[begin:end], values, offsets - begin
+            )
+        if isinstance(which, slice):
+            which = torch.arange(len(self))[which]
+        samples = torch.as_tensor(which, device=self.device)
+        if samples.dtype == torch.bool:
+            if samples.shape != (len(self),):
+                raise IndexError(
+                    f"SparseBatch: the mask has shape {list(samples.shape)}, "
+                    f"the batch has {len(self)} samples"
+                )
+            samples = samples.nonzero().squeeze(1)
+        samples = samples.long()
+        outside = (samples < -len(self)) | (samples >= len(self))
+        if outside.any():
+            i = int(outside.nonzero()[0])
+            raise IndexError(
+                f"SparseBatch: sample [{i}] = {int(samples[i])} is out of range for {len(self)} samples"
+            )
+        samples = torch.where(samples < 0, samples + len(self), samples)
+        starts = self.offsets.long()[samples]
+        counts = self.offsets.long()[samples + 1] - starts
+        offsets = _offsets(counts)
+        entries = torch.arange(int(offsets[-1]), device=self.device)
+        entries = entries + torch.repeat_interleave(starts - offsets[:-1], counts)
+        values = None if self.values is None else self.values[entries]
+        return SparseBatch(self.indices[entries], self.fields[entries], values, offsets)
+
+    def to(self, *args: Any, **kwargs: Any) -> SparseBatch:
+        """As ``torch.Tensor.to``: a device moves all tensors, a floating-point dtype converts ``values``."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"SparseBatch.to: dtype must be floating point, got {dtype}")
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, non_blocking=non_blocking)
+
+        values = self.values
+        if values is not None:
+            values = values.to(device=device, dtype=dtype, non_blocking=non_blocking)
+        return SparseBatch(move(self.indices), move(self.fields), values, move(self.offsets))
+
+    def pin_memory(self) -> SparseBatch:
+        """A copy in pinned memory, for asynchronous copies to an accelerator."""
+        values = None if self.values is None else self.values.pin_memory()
+        return SparseBatch(
+            self.indices.pin_memory(), self.fields.pin_memory(), values, self.offsets.pin_memory()
+        )
+
+    def __repr__(self) -> str:
+        values = "1" if self.values is None else str(self.values.dtype)
+        return (
+            f"SparseBatch({len(self)} samples, {self.nnz} entries, ids={self.indices.dtype}, "
+            f"values={values}, device={self.device})"
+        )
+
+
+def _feature_fields(feature_fields: Any, num_features: int) -> Tensor:
+    fields = torch.as_tensor(feature_fields)
+    if fields.shape != (num_features,):
+        raise ValueError(
+            f"SparseBatch: feature_fields has shape {list(fields.shape)}, "
+            f"expected one field for each of the {num_features} columns"
+        )
+    if fields.is_floating_point() or fields.is_complex() or fields.dtype == torch.bool:
+        raise TypeError(f"SparseBatch: feature_fields must be integers, got {fields.dtype}")
+    return fields.to(torch.int64)
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def _float_dtype(dtype: np.dtype) -> np.dtype:
+    keep = np.issubdtype(dtype, np.floating) and dtype.itemsize in (2, 4, 8)
+    return dtype if keep else np.dtype(np.float32)

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: MIT
+"""The interaction and the models built on it as ``torch.nn.Module``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._arguments import GradMode, Output, check_modes
+from .batch import SparseBatch
+from .functional import ffm_interaction
+
+__all__ = ["FFM", "FM", "FFMInteraction", "FieldAwareFactorizationMachine"]
+
+# An interaction starts with a standard deviation of about 0.1 whatever F and K are: large enough to leave the saddle at
+# zero, small beside the label.
+_INITIAL_STD = 0.1
+
+
+class FFMInteraction(nn.Module):
+    """A table of field-aware factors and the fused interaction over it.
+
+    Args:
+        num_features: N, the number of rows.
+        num_fields: F.
+        embed_dim: K, the number of latent factors.
+        output: ``"sum"`` -> ``[B]``, ``"dot"`` -> ``[B, P]``, ``"hadamard"`` -> ``[B, P, K]``, P = F(F-1)/2.
+        within_field: also count the pairs inside one field (see :func:`ffm_ext.functional.ffm_interaction`).
+        grad: ``"sparse"`` or ``"dense"`` gradient of the table.
+        dtype, device: of the table.
+
+    Attributes:
+        weight: ``[N, F·K]``; row ``a`` holds one K-vector for every field that feature ``a`` can meet. It is drawn from
+            ``N(0, σ²)`` with σ such that an interaction starts with a standard deviation of 0.1.
+
+    Raises:
+        ValueError: a size is not positive, or a mode does not exist.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_fields: int,
+        embed_dim: int,
+        *,
+        output: Output = "sum",
+        within_field: bool = False,
+        grad: GradMode = "sparse",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_positive(
+            "FFMInteraction", num_features=num_features, num_fields=num_fields, embed_dim=embed_dim
+        )
+        check_modes("FFMInteraction", output, grad)
+        self.num_features = num_features
+        self.num_fields = num_fields
+        self.embed_dim = embed_dim
+        self.output = output
+        self.within_field = within_field
+        self.grad = grad
+        self.weight = nn.Parameter(
+            torch.empty(num_features, num_fields * embed_dim, dtype=dtype, device=device)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew."""
+        pairs = max(1, self.num_fields * (self.num_fields - 1) // 2)
+        nn.init.normal_(self.weight, std=math.sqrt(_INITIAL_STD / math.sqrt(pairs * self.embed_dim)))
+
+    def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
+        """Interaction of a batch.
+
+        Args:
+            x: ``[B, F]`` feature ids (int32 or int64; column = field), or a :class:`SparseBatch`.
+            values: ``[B, F]``, only with ids as a tensor; ``None`` = 1.
+        """
+        indices, fields, values, offsets = _entries("FFMInteraction", x, values, self.weight.dtype)
+        return ffm_interaction(
+            self.weight,
+            indices,
+            fields,
+            values,
+            offsets,
+            num_fields=self.num_fields,
+            output=self.output,
+            within_field=self.within_field,
+            grad=self.grad,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, {self.num_fields}, {self.embed_dim}, output={self.output!r}, "
+            f"within_field={self.within_field}, grad={self.grad!r}"
+        )
+
+
+class FieldAwareFactorizationMachine(nn.Module):
+    """Drop-in for the layer of the same name in torchfm: per-pair Hadamard products of one-hot samples.
+
+    Args:
+        field_dims: the number of features of each field.
+        embed_dim: K.
+        grad: ``"dense"`` as torchfm's embeddings have it, or ``"sparse"``.
+
+    A ``state_dict`` of the old layer (F tables ``embeddings.{g}.weight`` ``[N, K]``) loads as it is. The initial table
+    is Xavier-uniform a field, as there.
+    """
+
+    offsets: Tensor
+
+    def __init__(
+        self, field_dims: Sequence[int], embed_dim: int, *, grad: GradMode = "dense"
+    ) -> None:
+        super().__init__()
+        field_dims = [int(n) for n in field_dims]
+        self.interaction = FFMInteraction(
+            sum(field_dims), len(field_dims), embed_dim, output="hadamard", grad=grad
+        )
+        self.register_buffer("offsets", _field_starts(field_dims), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew, one Xavier-uniform matrix ``[N, K]`` a field."""
+        layer = self.interaction
+        with torch.no_grad():
+            table = layer.weight.view(layer.num_features, layer.num_fields, layer.embed_dim)
+            for g in range(layer.num_fields):
+                table[:, g] = nn.init.xavier_uniform_(torch.empty_like(table[:, g]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, F]`` ids that count from 0 in every field -> ``[B, P, K]`` products."""
+        return self.interaction(_global_ids("FieldAwareFactorizationMachine", x, self.offsets))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        tables = [
+            f"{prefix}embeddings.{g}.weight" for g in range(self.interaction.num_fields)
+        ]
+        if all(name in state_dict for name in tables):
+            stacked = torch.stack([state_dict.pop(name) for name in tables], dim=1)
+            state_dict[f"{prefix}interaction.weight"] = stacked.flatten(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Linear(nn.Module):
+    """``bias + Σ x_a w_a``: what an additive model explains."""
+
+    def __init__(self, num_features: int, grad: GradMode) -> None:
+        super().__init__()
+        self.grad = grad
+        self.weight = nn.Parameter(torch.zeros(num_features, 1))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
+        if values is None and self.grad == "dense" and indices.dim() == 2:
+            return self.weight[indices].sum((1, 2)) + self.bias
+        summed = nn.functional.embedding_bag(
+            indices,
+            self.weight,
+            offsets,
+            mode="sum",
+            sparse=self.grad == "sparse",
+            per_sample_weights=values,
+            include_last_offset=offsets is not None,
+        )
+        return summed.squeeze(1) + self.bias
+
+
+class FFM(nn.Module):
+    """Field-aware factorization machine: bias + linear term + interaction, as logits or predictions ``[B]``.
+
+    The features are described in one of three ways:
+
+    Args:
+        embed_dim: K.
+        field_dims: the number of features of each field.
+        fields: the same by name, ``{"users": 100, "items": 50}``; or the feature ids of each field,
+            ``{"users": range(0, 100), "items": [100, 101, …]}``, which together cover ``0 … N-1`` once each.
+        num_features, num_fields: only the sizes.
+        within_field: also count the pairs inside one field.
+        grad: ``"sparse"`` or ``"dense"`` gradients of the linear weights and of the table.
+
+    Attributes:
+        feature_fields: ``[N]``, the field of each feature, for :meth:`SparseBatch.from_scipy` and its siblings;
+            ``None`` where only the sizes are known.
+        field_names: the names, ``"0"``, ``"1"``, … where none were given.
+
+    Raises:
+        ValueError: none or several of the three descriptions are given, or one contradicts itself.
+    """
+
+    feature_fields: Tensor | None
+    offsets: Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int = 4,
+        *,
+        field_dims: Sequence[int] | None = None,
+        fields: Mapping[str, int | Sequence[int]] | None = None,
+        num_features: int | None = None,
+        num_fields: int | None = None,
+        within_field: bool = False,
+        grad: GradMode = "sparse",
+    ) -> None:
+        super().__init__()
+        by_size = num_features is not None or num_fields is not None
+        if (field_dims is not None) + (fields is not None) + by_size != 1:
+            raise ValueError(
+                "FFM: give exactly one of field_dims, fields, or num_features with num_fields"
+            )
+        names: list[str] | None = None
+        feature_fields: Tensor | None = None
+        starts: Tensor | None = None
+        if fields is not None:
+            names = [str(name) for name in fields]
+            sizes = list(fields.values())
+            if all(isinstance(n, int) for n in sizes):
+                field_dims = [int(n) for n in sizes]  # type: ignore[arg-type]
+            else:
+                feature_fields = _fields_from_ids(names, sizes)
+                num_features, num_fields = feature_fields.numel(), len(names)
+        if field_dims is not None:
+            dims = [int(n) for n in field_dims]
+            _check_positive("FFM", **{f"field_dims[{f}]": n for f, n in enumerate(dims)})
+            starts = _field_starts(dims)
+            feature_fields = torch.repeat_interleave(torch.arange(len(dims)), torch.tensor(dims))
+            num_features, num_fields = sum(dims), len(dims)
+        if num_features is None or num_fields is None:
+            raise ValueError("FFM: num_features and num_fields go together")
+        self.field_names = names or [str(f) for f in range(num_fields)]
+        self.linear = _Linear(num_features, grad)
+        self.interaction = FFMInteraction(
+            num_features, num_fields, embed_dim, within_field=within_field, grad=grad
+        )
+        self.register_buffer("feature_fields", feature_fields, persistent=False)
+        self.register_buffer("offsets", starts, persistent=False)
+
+    def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
+        """Logits of a batch.
+
+        Args:
+            x: ``[B, F]`` ids, column = field: ids that count from 0 in every field where the fields were described by
+                their sizes (``field_dims``, or ``fields`` with counts), else ids of the whole table; or a
+                :class:`SparseBatch`, whose ids are those of the whole table.
+            values: ``[B, F]``, only with ids as a tensor; ``None`` = 1.
+        """
+        if isinstance(x, Tensor) and self.offsets is not None:
+            x = _global_ids("FFM", x, self.offsets)
+        indices, _, entry_values, offsets = _entries("FFM", x, values, self.linear.weight.dtype)
+        return self.interaction(x, values) + self.linear(indices, entry_values, offsets)
+
+
+class FM(nn.Module):
+    """Factorization machine: bias + linear term + second-order term, ``[B]``.
+
+    The second-order term in linear time (Rendle, "Factorization Machines", ICDM 2010, Lemma 3.1)::
+
+        Σ_{a<b} <v_a, v_b> x_a x_b = ½ Σ_k ((Σ_a v_ak x_a)² - Σ_a v_ak² x_a²)
+
+    Args:
+        num_features: N.
+        embed_dim: K.
+        grad: ``"sparse"`` or ``"dense"`` gradients of the two tables.
+    """
+
+    def __init__(self, num_features: int, embed_dim: int, *, grad: GradMode = "sparse") -> None:
+        super().__init__()
+        _check_positive("FM", num_features=num_features, embed_dim=embed_dim)
+        check_modes("FM", "sum", grad)
+        self.linear = _Linear(num_features, grad)
+        self.grad = grad
+        self.weight = nn.Parameter(torch.empty(num_features, embed_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the factors anew, ``N(0, 0.01)``."""
+        nn.init.normal_(self.weight, std=0.1 / math.sqrt(self.weight.shape[1]))
+
+    def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
+        """``[B, F]`` ids of the whole table (with ``values [B, F]`` or without), or a :class:`SparseBatch`."""
+        indices, _, values, offsets = _entries("FM", x, values, self.weight.dtype)
+        rows = nn.functional.embedding(indices, self.weight, sparse=self.grad == "sparse")
+        if values is not None:
+            rows = rows * values.unsqueeze(-1)
+        if offsets is None:
+            sums, squares = rows.sum(1), (rows**2).sum(1)
+        else:
+            B = offsets.numel() - 1
+            samples = torch.arange(B, device=indices.device).repeat_interleave(
+                offsets.diff(), output_size=indices.numel()
+            )
+            zeros = rows.new_zeros(B, rows.shape[1])
+            sums = zeros.index_add(0, samples, rows)
+            squares = zeros.index_add(0, samples, rows**2)
+        return self.linear(indices, values, offsets) + (sums**2 - squares).sum(1) / 2
+
+
+def _entries(
+    where: str, x: Tensor | SparseBatch, values: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``indices, fields, values, offsets`` of either form of input, values in the table's dtype."""
+    if isinstance(x, SparseBatch):
+        if values is not None:
+            raise ValueError(f"{where}: values belong inside the SparseBatch")
+        values = x.values if x.values is None else x.values.to(dtype)
+        return x.indices, x.fields, values, x.offsets
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{where}: x must be a tensor or a SparseBatch, got {type(x).__name__}")
+    if x.dim() != 2:
+        raise ValueError(f"{where}: ids must be [B, F], got shape {list(x.shape)}")
+    if values is not None and values.shape != x.shape:
+        raise ValueError(
+            f"{where}: values has shape {list(values.shape)}, ids have {list(x.shape)}"
+        )
+    return x, None, values if values is None else values.to(dtype), None
+
+
+def _global_ids(where: str, x: Tensor, starts: Tensor) -> Tensor:
+    """Ids of the whole table from ids ``[B, F]`` that count from 0 in every field.
+
+    On the CPU each id is checked against its own field, since one past its end would be a valid id of the next.
+    """
+    num_fields = starts.numel() - 1
+    if x.dim() != 2 or x.shape[1] != num_fields:
+        raise ValueError(
+            f"{where}: ids must be [B, {num_fields}], one column a field, got {list(x.shape)}"
+        )
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = (x < 0) | (x >= starts.diff())
+        if outside.any():
+            b, f = outside.nonzero()[0].tolist()
+            raise IndexError(
+                f"{where}: indices[{b}, {f}] = {int(x[b, f])} is out of range for field {f} "
+                f"of {int(starts[f + 1] - starts[f])} features"
+            )
+    return x + starts[:-1].to(x.dtype)
+
+
+def _field_starts(field_dims: Sequence[int]) -> Tensor:
+    """Where each field's features start in the table, and the end: ``[F + 1]``."""
+    return torch.tensor([0, *field_dims]).cumsum(0)
+
+
+def _fields_from_ids(names: Sequence[str], ids: Sequence[int | Sequence[int]]) -> Tensor:
+    for name, features in zip(names, ids, strict=True):
+        if isinstance(features, int):
+            raise ValueError(f"FFM: fields[{name!r}] is a count where other fields list their ids")
+    columns = [torch.as_tensor(list(features), dtype=torch.int64) for features in ids]  # type: ignore[arg-type]
+    flat = torch.cat(columns)
+    owners = torch.repeat_interleave(
+        torch.arange(len(columns)), torch.tensor([c.numel() for c in columns])
+    )
+    order = flat.argsort(stable=True)
+    wrong = (flat[order] != torch.arange(flat.numel())).nonzero()
+    if wrong.numel():
+        at = order[wrong[0]]
+        raise ValueError(
+            f"FFM: the ids of fields must cover 0 … {flat.numel() - 1} once each; "
+            f"fields[{names[int(owners[at])]!r}] has {int(flat[at])}"
+        )
+    return owners[order]
+
+
+def _check_positive(where: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size <= 0:
+            raise ValueError(f"{where}: {name} = {size} must be positive")

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: MIT
+"""Builds ``ffm_ext._C``: which files are compiled, and how. All metadata is in pyproject.toml.
+
+=========================  ==================================  =======================================
+file                       compiled                            sees, beside csrc/
+=========================  ==================================  =======================================
+csrc/cpu/*_kernels.cpp     once per ISA of the table ``ISAS``,  nothing: kernels know no torch
+                           with ``-DFFM_ISA=<isa>``
+csrc/bindings.cpp          once, for the baseline CPU          Python, pybind11, the version macros
+every other csrc/**/*.cpp  once, for the baseline CPU          torch's stable ABI, at its floor version
+=========================  ==================================  =======================================
+
+No ``-march=native`` and no ``-ffast-math``: the CPU is asked at run time which ISA it has. A device with a compiler of
+its own gets its own folder, its own rule in ``write_ninja`` and its own lines in ``compile_steps``.
+
+The build is one ninja file in ``build/<platform>-<python>/``, shared by ``pip install .``, ``pip install -e .`` and
+``python setup.py build_ext --inplace``; it also leaves ``build/compile_commands.json`` for clangd.
+
+Environment: ``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS``, and ``FFM_EXT_SANITIZE=address,undefined``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# The oldest torch that the binary runs on; setup.py defines TORCH_TARGET_VERSION from it.
+TORCH_FLOOR = (2, 10)
+
+# C++20 because torch's own headers are compiled as C++20 since 2.13.
+CXXFLAGS = [
+    *("-std=c++20", "-O3", "-g0", "-DNDEBUG", "-fPIC", "-Wall", "-Wextra"),
+    *("-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+]
+
+# Architecture -> ISA -> flags. The ISA's name is the namespace of its kernels and the value of FFM_EXT_ISA.
+ISAS = {
+    "x86_64": {
+        "baseline": ["-march=x86-64"],
+        "avx2": ["-march=x86-64", "-mavx2", "-mfma", "-mf16c"],
+        "avx512": [
+            *("-march=x86-64", "-mavx2", "-mfma", "-mf16c"),
+            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+        ],
+    },
+}
+OTHER_ISAS: dict[str, list[str]] = {"baseline": []}
+
+# Kernels pass vectors by value between inlined functions only: no ABI to warn about.
+KERNEL_FLAGS = ["-Wno-psabi"]
+
+
+class Compiler(NamedTuple):
+    command: list[str]
+    version: str
+    arch: str
+    isas: dict[str, list[str]]
+
+
+class Torch(NamedTuple):
+    version: str
+    include: list[str]
+    lib: list[str]
+
+
+class Step(NamedTuple):
+    """One compilation: ``source`` to ``<build>/<stem>[.<isa>].o``."""
+
+    source: Path
+    isa: str
+    flags: list[str]
+
+
+def fail(message: str) -> SystemExit:
+    return SystemExit(f"\nffm_ext cannot be built: {message}\n")
+
+
+def find_compiler() -> Compiler:
+    command = shlex.split(os.environ.get("CXX", ""))
+    if not command:
+        command = [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+    if not command or not shutil.which(command[0]):
+        found = f"CXX={shlex.join(command)} is not there" if command else "there is no C++ compiler"
+        raise fail(
+            f"{found}. Install GCC 11 or newer or Clang 14 or newer (Debian, Ubuntu: `apt-get install "
+            "g++`; Fedora: `dnf install gcc-c++`), or name one: `CXX=/path/to/g++ pip install .`."
+        )
+
+    def ask(option: str) -> str:
+        return subprocess.run([*command, option], capture_output=True, text=True).stdout.strip()
+
+    version, machine = ask("--version").partition("\n")[0], ask("-dumpmachine")
+    if "linux" not in machine:
+        raise fail(
+            "it is written for Linux and a compiler with GCC's options, and "
+            f"`{shlex.join(command)} -dumpmachine` says {machine or 'nothing'!r}. On Windows, build "
+            "it inside WSL 2; elsewhere, in a Linux container."
+        )
+    arch = machine.partition("-")[0]
+    return Compiler(command, version, arch, ISAS.get(arch, OTHER_ISAS))
+
+
+def find_torch() -> Torch:
+    need = ".".join(map(str, TORCH_FLOOR))
+    remedy = (
+        f"Install it with `{sys.executable} -m pip install 'torch>={need}'`, or let pip fetch it for "
+        "the build by leaving `--no-build-isolation` out."
+    )
+    try:
+        import torch  # takes 2 s, so nothing but the build itself does it
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        found = f"{sys.executable} cannot import it ({error})"
+        raise fail(f"it needs PyTorch {need} or newer, and {found}. {remedy}") from None
+    version = str(torch.__version__)
+    if tuple(int(part) for part in version.split(".")[:2]) < TORCH_FLOOR:
+        raise fail(
+            f"it needs PyTorch {need} or newer, and {sys.executable} has {version}. {remedy}"
+        )
+    return Torch(version, cpp_extension.include_paths(), cpp_extension.library_paths())
+
+
+def check_build_tools() -> None:
+    if missing := [name for name in ("ninja", "pybind11") if find_spec(name) is None]:
+        names = " ".join(missing)
+        raise fail(
+            f"without build isolation, {sys.executable} has to have what the build imports, and it "
+            f"lacks: {names}. Install with `{sys.executable} -m pip install {names}`."
+        )
+
+
+def compile_steps(compiler: Compiler, torch: Torch, package_version: str) -> Iterator[Step]:
+    import pybind11
+
+    baseline = compiler.isas["baseline"]
+    floor = "0x{:02x}{:02x}000000000000".format(*TORCH_FLOOR)
+    for_torch = [*(f"-isystem{path}" for path in torch.include), f"-DTORCH_TARGET_VERSION={floor}"]
+    for_python = [
+        *(f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())),
+        f'-DFFM_EXT_VERSION="{package_version}"',
+        f'-DFFM_EXT_TORCH_VERSION="{torch.version}"',
+    ]
+    for source in sorted(Path("csrc").rglob("*.cpp")):
+        if source.match("csrc/cpu/*_kernels.cpp"):
+            for isa, flags in compiler.isas.items():
+                yield Step(source, isa, [*flags, *KERNEL_FLAGS, f"-DFFM_ISA={isa}"])
+        elif source.match("csrc/bindings.cpp"):
+            yield Step(source, "", [*baseline, *for_python])
+        else:
+            yield Step(source, "", [*baseline, *for_torch])
+
+
+def write_ninja(
+    build: Path,
+    library: Path,
+    compiler: Compiler,
+    torch: Torch,
+    steps: Iterator[Step],
+    sanitize: str,
+) -> None:
+    from ninja import ninja_syntax
+
+    cxxflags, ldflags = [*CXXFLAGS, "-Icsrc"], ["-shared"]
+    if sanitize:
+        cxxflags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}"]
+        ldflags += [f"-fsanitize={sanitize}"]
+    ldflags += [*(f"-L{path}" for path in torch.lib), "-ltorch_cpu"]
+    cxxflags += shlex.split(os.environ.get("CXXFLAGS", ""))
+    ldflags += shlex.split(os.environ.get("LDFLAGS", ""))
+
+    with open(build / "build.ninja", "w") as file:
+        n = ninja_syntax.Writer(file, width=1000)  # type: ignore[arg-type]  # its stub says str
+        n.variable("builddir", str(build))
+        n.rule(
+            "cxx",
+            f"{shlex.join(compiler.command)} -MD -MF $out.d $flags {shlex.join(cxxflags)} -c $in -o $out",
+            description="compile $in $isa",
+            depfile="$out.d",
+            deps="gcc",
+        )
+        n.rule(
+            "link",
+            f"{shlex.join(compiler.command)} $in -o $out {shlex.join(ldflags)}",
+            description="link $out",
+        )
+        objects = []
+        for source, isa, flags in steps:
+            objects.append(str(build / source.with_suffix(f".{isa}.o" if isa else ".o")))
+            variables = {"flags": shlex.join(flags), "isa": isa}
+            n.build([objects[-1]], "cxx", [str(source)], variables=variables)
+        n.build([str(library)], "link", objects)
+
+
+class NinjaBuild(build_ext):
+    """Compiles the extension with ninja, in a folder that outlives the command."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler, torch = find_compiler(), find_torch()
+        check_build_tools()
+        sanitize = os.environ.get("FFM_EXT_SANITIZE", "")
+        folder = [sysconfig.get_platform(), sys.implementation.cache_tag, *sanitize.split(",")]
+        build = Path("build", "-".join(filter(None, folder)))
+        library = build / Path(self.get_ext_filename(ext.name)).name
+
+        print(f"ffm_ext: compiler    {shlex.join(compiler.command)} ({compiler.version})")
+        print(f"ffm_ext: kernels     {', '.join(compiler.isas)}, for {compiler.arch}")
+        print(
+            "ffm_ext: torch       {}, binary for {}.{} and newer".format(
+                torch.version, *TORCH_FLOOR
+            )
+        )
+        print(f"ffm_ext: sanitizers  {sanitize or 'none'}")
+        print(f"ffm_ext: build in    {build}", flush=True)
+
+        build.mkdir(parents=True, exist_ok=True)
+        with open(build / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would spoil ninja's log
+            steps = compile_steps(compiler, torch, self.distribution.get_version())
+            write_ninja(build, library, compiler, torch, steps, sanitize)
+            ninja = [sys.executable, "-m", "ninja", "-f", str(build / "build.ninja")]
+            jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+            if subprocess.run([*ninja, *jobs]).returncode:
+                raise fail(
+                    f"the compiler stopped; its first error is above. It is {compiler.version}; it "
+                    "has to know C++20: GCC 11 or newer, Clang 14 or newer."
+                )
+            compdb = subprocess.run([*ninja, "-t", "compdb"], capture_output=True, check=True)
+            Path("build", "compile_commands.json").write_bytes(compdb.stdout)
+
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(library), str(target))
+
+
+if __name__ == "__main__":
+    extension = Extension(
+        "ffm_ext._C",
+        sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+        depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+    )
+    setup(ext_modules=[extension], cmdclass={"build_ext": NinjaBuild})
