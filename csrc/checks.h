@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Argument checks shared by the devices. Every message names operator, argument, value and place. std::invalid_argument
-// becomes ValueError in Python, std::out_of_range IndexError, pybind11::type_error's cousin TypeError is not to be had
-// through the stable ABI, so a wrong dtype is a ValueError too.
+// Argument checks shared by the devices. Every message names operator, argument, value and place. In Python,
+// std::invalid_argument becomes ValueError (a wrong dtype too: no C++ exception becomes TypeError) and
+// std::out_of_range IndexError.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +11,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "params.h"
 
@@ -101,7 +102,8 @@ struct Batch {
     p.num_features = weight.size(0);
     p.num_fields = weight.size(1);
     p.embed_dim = weight.size(2);
-    if (p.num_fields == 0 || p.embed_dim == 0) fail(op, "weight has shape ", shape_text(weight), ": F and K must be positive");
+    if (p.num_fields == 0 || p.embed_dim == 0)
+      fail(op, "weight has shape ", shape_text(weight), ": F and K must be positive");
     if (!weight.is_contiguous()) {
       fail(op, "weight is not contiguous (strides ", weight.stride(0), ", ", weight.stride(1), ", ", weight.stride(2),
            "); call .contiguous() once where it is made");

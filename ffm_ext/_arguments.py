@@ -34,8 +34,10 @@ def table_shape(
         )
     F = num_fields
     if weight.dim() == 3:
-        if F is not None and F != weight.shape[1]:
-            raise ValueError(f"{where}: num_fields = {F}, but weight has shape {list(weight.shape)}")
+        if F is not None and weight.shape[1] != F:
+            raise ValueError(
+                f"{where}: num_fields = {F}, but weight has shape {list(weight.shape)}"
+            )
         return weight.shape[0], weight.shape[1], weight.shape[2]
     if F is None:
         if indices.dim() != 2:

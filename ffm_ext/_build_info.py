@@ -18,9 +18,9 @@ def build_info() -> dict[str, Any]:
     """What was built and what runs: for bug reports and benchmark headers.
 
     Returns:
-        ``version``, ``torch_built_against``, ``torch``, ``compiler``, ``isa`` (the CPU path in use; ``FFM_EXT_ISA`` forces
-        one), ``cuda_archs`` (empty: built without CUDA), ``threads`` (of torch's pool), ``cpu_count``, ``python``,
-        ``platform``.
+        ``version``, ``torch_built_against``, ``torch``, ``compiler``, ``isa`` (the CPU path in use;
+        ``FFM_EXT_ISA`` forces one), ``cuda_archs`` (empty: built without CUDA), ``threads`` (of torch's
+        pool), ``cpu_count``, ``python``, ``platform``.
     """
     return {
         **_C.build_info(),

@@ -21,6 +21,13 @@ __all__ = ["FFMFunction"]
 _ops = torch.ops.ffm_ext
 
 
+def _table(weight: Tensor, num_fields: int) -> Tensor:
+    """``[N, F, K]`` or ``[N, F·K]`` as ``[N, F, K]``."""
+    if weight.dim() == 3:
+        return weight
+    return weight.view(weight.shape[0], num_fields, weight.shape[1] // num_fields)
+
+
 class FFMFunction(torch.autograd.Function):
     """Arguments as :func:`ffm_ext.functional.ffm_interaction`, all positional, already checked."""
 
@@ -36,11 +43,13 @@ class FFMFunction(torch.autograd.Function):
         within_field: bool,
         grad: str,
     ) -> Tensor:
-        table = weight.view(weight.shape[0], num_fields, -1)
+        """The interaction, by one operator call."""
+        table = _table(weight, num_fields)
         return _ops.ffm_forward(table, indices, fields, values, offsets, output, within_field)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the inputs; the field sums are cheaper to read again than to keep."""
         weight, indices, fields, values, offsets, *modes = inputs
         ctx.save_for_backward(weight, indices, fields, values, offsets)
         ctx.num_fields, ctx.output, ctx.within_field, ctx.grad = modes
@@ -48,9 +57,19 @@ class FFMFunction(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``weight`` and ``values``, whichever are needed."""
         weight, indices, fields, values, offsets = ctx.saved_tensors
-        table = weight.view(weight.shape[0], ctx.num_fields, -1)
-        problem = (grad_output, table, indices, fields, values, offsets, ctx.output, ctx.within_field)
+        table = _table(weight, ctx.num_fields)
+        problem = (
+            grad_output,
+            table,
+            indices,
+            fields,
+            values,
+            offsets,
+            ctx.output,
+            ctx.within_field,
+        )
         needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         grad_weight: Tensor | None = None
         grad_values: Tensor | None = None

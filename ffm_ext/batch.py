@@ -41,7 +41,9 @@ class SparseBatch:
     ) -> None:
         for name, tensor in (("indices", indices), ("fields", fields), ("offsets", offsets)):
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"SparseBatch: {name} must be a tensor, got {type(tensor).__name__}")
+                raise TypeError(
+                    f"SparseBatch: {name} must be a tensor, got {type(tensor).__name__}"
+                )
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"SparseBatch: {name} must be int32 or int64, got {tensor.dtype}")
             if tensor.dim() != 1:
@@ -50,7 +52,9 @@ class SparseBatch:
                 )
         if values is not None:
             if not isinstance(values, Tensor):
-                raise TypeError(f"SparseBatch: values must be a tensor, got {type(values).__name__}")
+                raise TypeError(
+                    f"SparseBatch: values must be a tensor, got {type(values).__name__}"
+                )
             if not values.is_floating_point():
                 raise TypeError(f"SparseBatch: values must be floating point, got {values.dtype}")
         for name, other in (("fields", fields), ("values", values)):
@@ -60,7 +64,9 @@ class SparseBatch:
                     f"indices has {list(indices.shape)}"
                 )
         if offsets.numel() == 0:
-            raise ValueError("SparseBatch: offsets is empty; it needs a sample count plus one entries")
+            raise ValueError(
+                "SparseBatch: offsets is empty; it needs a sample count plus one entries"
+            )
         for name, other in (("fields", fields), ("values", values), ("offsets", offsets)):
             if other is not None and other.device != indices.device:
                 raise ValueError(
@@ -85,7 +91,9 @@ class SparseBatch:
         csr = matrix.tocsr()
         fields = _feature_fields(feature_fields, csr.shape[1])
         indices = torch.from_numpy(csr.indices.astype(np.int64))
-        values = torch.from_numpy(np.ascontiguousarray(csr.data, dtype=_float_dtype(csr.data.dtype)))
+        values = torch.from_numpy(
+            np.ascontiguousarray(csr.data, dtype=_float_dtype(csr.data.dtype))
+        )
         offsets = torch.from_numpy(csr.indptr.astype(np.int64))
         return cls(indices, fields[indices], values, offsets)
 
@@ -152,6 +160,7 @@ class SparseBatch:
 
     @property
     def device(self) -> torch.device:
+        """Where all of its tensors are."""
         return self.indices.device
 
     def __getitem__(self, which: slice | Tensor | np.ndarray | Sequence[int]) -> SparseBatch:

@@ -52,12 +52,11 @@ def ffm_interaction(
         The interaction, in the dtype of ``weight``.
 
     Raises:
-        TypeError: a dtype is not supported, or does not match.
-        ValueError: a shape, mode, offset or value is wrong; the text names argument, value and position.
+        ValueError: a shape, dtype, device, mode, offset or value is wrong; the text names argument, value, position.
         IndexError: an id is outside ``[0, N)`` or a field outside ``[0, F)``; the text names it and its position.
     """
     check_modes("ffm_interaction", output, grad)
     _, F, _ = table_shape("ffm_interaction", weight, indices, num_fields)
-    return FFMFunction.apply(
+    return FFMFunction.apply(  # type: ignore[no-untyped-call]
         weight, indices, fields, values, offsets, F, output, within_field, grad
     )

@@ -72,7 +72,9 @@ class FFMInteraction(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the table anew."""
         pairs = max(1, self.num_fields * (self.num_fields - 1) // 2)
-        nn.init.normal_(self.weight, std=math.sqrt(_INITIAL_STD / math.sqrt(pairs * self.embed_dim)))
+        nn.init.normal_(
+            self.weight, std=math.sqrt(_INITIAL_STD / math.sqrt(pairs * self.embed_dim))
+        )
 
     def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
         """Interaction of a batch.
@@ -95,6 +97,7 @@ class FFMInteraction(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """Sizes and modes, for ``repr``."""
         return (
             f"{self.num_features}, {self.num_fields}, {self.embed_dim}, output={self.output!r}, "
             f"within_field={self.within_field}, grad={self.grad!r}"
@@ -139,9 +142,7 @@ class FieldAwareFactorizationMachine(nn.Module):
         return self.interaction(_global_ids("FieldAwareFactorizationMachine", x, self.offsets))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        tables = [
-            f"{prefix}embeddings.{g}.weight" for g in range(self.interaction.num_fields)
-        ]
+        tables = [f"{prefix}embeddings.{g}.weight" for g in range(self.interaction.num_fields)]
         if all(name in state_dict for name in tables):
             stacked = torch.stack([state_dict.pop(name) for name in tables], dim=1)
             state_dict[f"{prefix}interaction.weight"] = stacked.flatten(1)

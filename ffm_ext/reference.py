@@ -56,7 +56,10 @@ def ffm_interaction(
     """
     check_modes("reference.ffm_interaction", output, grad)
     N, F, K = table_shape("reference.ffm_interaction", weight, indices, num_fields)
-    gathered = _GatherRows.apply(weight, indices) if grad == "sparse" else weight[indices]
+    if grad == "sparse":
+        gathered = _GatherRows.apply(weight, indices)  # type: ignore[no-untyped-call]
+    else:
+        gathered = weight[indices]
 
     if indices.dim() == 2:
         B, nnz = indices.shape[0], indices.numel()

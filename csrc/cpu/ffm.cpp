@@ -3,12 +3,15 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <tuple>
 
 #include "../checks.h"
 #include "group_rows.h"
+#include "huge_pages.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -35,7 +38,8 @@ std::string place(const char* name, const Problem& p, int64_t e) {
 bool all_in_range(const Ids& ids, int64_t n, int64_t limit) {
   auto scan = [&](const auto* data) {
     bool bad = false;
-    for (int64_t i = 0; i < n; ++i) bad |= static_cast<uint64_t>(static_cast<int64_t>(data[i])) >= static_cast<uint64_t>(limit);
+    for (int64_t i = 0; i < n; ++i)
+      bad |= static_cast<uint64_t>(static_cast<int64_t>(data[i])) >= static_cast<uint64_t>(limit);
     return !bad;
   };
   return ids.is_int64 ? scan(static_cast<const int64_t*>(ids.data)) : scan(static_cast<const int32_t*>(ids.data));
@@ -50,12 +54,14 @@ void check_ids(const char* op, const char* name, const Problem& p, const Ids& id
   }
 }
 
-template <typename A>
-void check_finite(const char* op, const Problem& p, const A* values) {
-  // 0 * x is 0 for every finite x.
-  A zero = 0;
-  for (int64_t e = 0; e < p.num_entries; ++e) zero += A(0) * values[e];
-  if (zero == 0) return;
+template <typename A, typename Bits>
+void check_finite(const char* op, const Problem& p) {
+  const A* const values = static_cast<const A*>(p.values);
+  // Infinities and NaNs are the numbers whose exponent is all ones.
+  const Bits exponent = std::bit_cast<Bits>(std::numeric_limits<A>::infinity());
+  bool bad = false;
+  for (int64_t e = 0; e < p.num_entries; ++e) bad |= (std::bit_cast<Bits>(values[e]) & exponent) == exponent;
+  if (!bad) return;
   for (int64_t e = 0; e < p.num_entries; ++e) {
     if (!std::isfinite(values[e])) fail(op, place("values", p, e), " = ", values[e], " is not finite");
   }
@@ -80,8 +86,8 @@ void check_contents(const char* op, const Problem& p) {
   if (p.fields) {
     check_ids(op, "fields", p, p.fields, p.num_fields, (std::to_string(p.num_fields) + " fields").c_str());
   }
-  if (p.values && p.dtype == ScalarKind::kFloat32) check_finite(op, p, static_cast<const float*>(p.values));
-  if (p.values && p.dtype == ScalarKind::kFloat64) check_finite(op, p, static_cast<const double*>(p.values));
+  if (p.values && p.dtype == ScalarKind::kFloat32) check_finite<float, uint32_t>(op, p);
+  if (p.values && p.dtype == ScalarKind::kFloat64) check_finite<double, uint64_t>(op, p);
 }
 
 // The samples of a part of a range of samples, such that parts hold about the same number of entries.
@@ -158,6 +164,24 @@ Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTe
   return out;
 }
 
+// Room for gradients of `rows` rows. It is new memory on every call, so its page faults are part of the cost.
+Tensor new_grad_rows(const Batch& batch, int64_t rows) {
+  const Problem& p = batch.problem;
+  Tensor grad = torch::stable::new_empty(batch.weight, std::vector<int64_t>{rows, p.num_fields, p.embed_dim});
+  advise_huge_pages(grad.mutable_data_ptr(), static_cast<size_t>(grad.numel()) * grad.element_size());
+  return grad;
+}
+
+void zero(Tensor& t) {
+  const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
+  char* const data = static_cast<char*>(t.mutable_data_ptr());
+  const int64_t parts = num_parts(bytes, kHugePage);
+  parallel_parts(parts, [&](int64_t part) {
+    const int64_t begin = bytes * part / parts;
+    std::memset(data + begin, 0, bytes * (part + 1) / parts - begin);
+  });
+}
+
 // The gradient of values where it is asked for, else an empty tensor.
 Tensor new_grad_values(const char* op, const Batch& batch, bool values_grad, Gradient& grad) {
   if (!values_grad) return torch::stable::new_empty(batch.weight, std::vector<int64_t>{0});
@@ -176,7 +200,8 @@ std::tuple<Tensor, Tensor> ffm_backward(const Tensor& grad_output, const Tensor&
   const Problem& p = batch.problem;
   check_contents(op, p);
   const Tensor grad_out = batch.checked_grad_output(op, grad_output);
-  Tensor grad_weight = torch::stable::new_zeros(weight, std::vector<int64_t>{p.num_features, p.num_fields, p.embed_dim});
+  Tensor grad_weight = new_grad_rows(batch, p.num_features);
+  zero(grad_weight);
   Gradient grad;
   grad.grad_output = grad_out.const_data_ptr();
   grad.grad_rows = grad_weight.mutable_data_ptr();
@@ -189,8 +214,7 @@ std::tuple<Tensor, Tensor> ffm_backward(const Tensor& grad_output, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> ffm_backward_sparse(const Tensor& grad_output, const Tensor& weight,
                                                        const Tensor& indices, const OptionalTensor& fields,
                                                        const OptionalTensor& values, const OptionalTensor& offsets,
-                                                       const std::string& output, bool within_field,
-                                                       bool values_grad) {
+                                                       const std::string& output, bool within_field, bool values_grad) {
   const char* op = "ffm_backward_sparse";
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
   const Problem& p = batch.problem;
@@ -200,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> ffm_backward_sparse(const Tensor& grad_output
   const int64_t R = static_cast<int64_t>(groups.rows.size());
   Tensor rows = torch::stable::new_empty(weight, std::vector<int64_t>{R}, ScalarType::Long);
   if (R > 0) std::memcpy(rows.mutable_data_ptr(), groups.rows.data(), R * sizeof(int64_t));
-  Tensor grad_rows = torch::stable::new_empty(weight, std::vector<int64_t>{R, p.num_fields, p.embed_dim});
+  Tensor grad_rows = new_grad_rows(batch, R);
   Gradient grad;
   grad.grad_output = grad_out.const_data_ptr();
   grad.grad_rows = grad_rows.mutable_data_ptr();

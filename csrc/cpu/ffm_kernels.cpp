@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The interaction and its gradient, a sample at a time.
 //
-// A sample is turned into its field sums S[f] (F rows of F * K), then pairs of fields are met: <S[f, g], S[g, f]>. Where
-// a field has one entry, S[f] is the table's own row and x is kept beside it: nothing is copied. Where it has several,
-// they are summed into scratch, which makes the cost linear in the number of entries.
+// A sample is turned into its field sums S[f] (F rows of F * K), then pairs of fields are met: <S[f, g], S[g, f]>.
+// Where a field has one entry, S[f] is the table's own row and x is kept beside it: nothing is copied. Where it has
+// several, they are summed into scratch, which makes the cost linear in the number of entries.
 
 #include "ffm_kernels.h"
 
@@ -363,8 +363,7 @@ void backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end
         const A* own_sum = s.column(f, f);
         const A* g_out = go.within(f);
         for (int64_t k = 0; k < K; ++k) {
-          d[f * K + k] =
-              (kOutput == Output::kHadamard ? g_out[k] : *g_out) * (own_sum[k] - x * row[f * K + k]);
+          d[f * K + k] = (kOutput == Output::kHadamard ? g_out[k] : *g_out) * (own_sum[k] - x * row[f * K + k]);
         }
       }
       if (grad_rows) {
@@ -456,9 +455,8 @@ void dispatch_backward(const Problem& p, const Gradient& grad, int64_t begin, in
 
 void dispatch_add_staged(const Problem& p, const Gradient& grad, int64_t begin, int64_t end, int64_t part,
                          int64_t parts) {
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    add_staged<typename decltype(scalar)::sum_t>(p, grad, begin, end, part, parts);
-  });
+  dispatch_dtype(p.dtype,
+                 [&](auto scalar) { add_staged<typename decltype(scalar)::sum_t>(p, grad, begin, end, part, parts); });
 }
 
 void dispatch_gather_sum(const Problem& p, void* out, int64_t begin, int64_t end) {

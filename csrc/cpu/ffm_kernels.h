@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The CPU kernels as a table of functions, one table an ISA (see isa.h). Each works on a range of samples or entries and
-// calls nothing but itself: threads are the adapter's.
+// The CPU kernels as a table of functions, one table an ISA (see isa.h). Each works on a range of samples or entries
+// and calls nothing but itself: threads are the adapter's.
 #pragma once
 
 #include <cstddef>

@@ -10,9 +10,9 @@
 namespace ffm {
 
 struct RowGroups {
-  std::vector<int64_t> rows;           // [R] the touched rows, rising
-  std::vector<int64_t> slots;          // [nnz] entry -> position of its row in `rows`
-  std::vector<unsigned char> is_first; // [nnz] the entry is the first of its row
+  std::vector<int64_t> rows;            // [R] the touched rows, rising
+  std::vector<int64_t> slots;           // [nnz] entry -> position of its row in `rows`
+  std::vector<unsigned char> is_first;  // [nnz] the entry is the first of its row
 };
 
 // Ids lie in [0, num_features). Linear in the number of entries.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// SIMD in the compiler's own vector types: one source, as many lanes as the flags of this build allow. Included by kernel
-// files alone, inside the namespace of their ISA, so that no function of one ISA can be linked into another.
+// SIMD in the compiler's own vector types: one source, as many lanes as the flags of this build allow. Included by
+// kernel files alone, inside the namespace of their ISA, so that no function of one ISA can be linked into another.
 
 #if defined(__AVX512F__)
 constexpr int kRegisterBytes = 64;
