@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools import __version__ as setuptools_version
 from setuptools.command.build_ext import build_ext
 
 # The oldest torch that the binary runs on; setup.py defines TORCH_TARGET_VERSION from it.
@@ -58,8 +59,9 @@ ISAS = {
 }
 OTHER_ISAS: dict[str, list[str]] = {"baseline": []}
 
-# Kernels pass vectors by value between inlined functions only: no ABI to warn about.
-KERNEL_FLAGS = ["-Wno-psabi"]
+# Kernels pass vectors by value between inlined functions only: no ABI to warn about. GCC 12's own AVX-512 headers have
+# intrinsics whose unused operand is uninitialized on purpose.
+KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
 class Compiler(NamedTuple):
@@ -245,6 +247,11 @@ class NinjaBuild(build_ext):
 
 
 if __name__ == "__main__":
+    if int(setuptools_version.partition(".")[0]) < 77:  # the first to read pyproject.toml's license
+        raise fail(
+            f"it needs setuptools 77 or newer, and {sys.executable} has {setuptools_version}. Install "
+            f"with `{sys.executable} -m pip install --upgrade setuptools`."
+        )
     extension = Extension(
         "ffm_ext._C",
         sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),

@@ -56,7 +56,9 @@ inline ScalarKind scalar_kind(const char* op, const Tensor& weight) {
   switch (weight.scalar_type()) {
     case ScalarType::Float: return ScalarKind::kFloat32;
     case ScalarType::Double: return ScalarKind::kFloat64;
-    default: fail(op, "weight must be float32 or float64, got ", dtype_text(weight.scalar_type()));
+    case ScalarType::BFloat16: return ScalarKind::kBFloat16;
+    case ScalarType::Half: return ScalarKind::kFloat16;
+    default: fail(op, "weight must be float32, float64, bfloat16 or float16, got ", dtype_text(weight.scalar_type()));
   }
 }
 

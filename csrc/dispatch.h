@@ -8,19 +8,20 @@
 
 namespace ffm {
 
-// Storage type and the type that sums are kept in.
-template <typename Storage, typename Sum>
+// A storage type as an argument.
+template <typename T>
 struct Scalar {
-  using storage_t = Storage;
-  using sum_t = Sum;
+  using type = T;
 };
 
-// Calls fn(Scalar<...>{}).
+// Calls fn(Scalar<T>{}).
 template <typename Fn>
 __attribute__((always_inline)) inline void dispatch_dtype(ScalarKind dtype, Fn&& fn) {
   switch (dtype) {
-    case ScalarKind::kFloat32: return fn(Scalar<float, float>{});
-    case ScalarKind::kFloat64: return fn(Scalar<double, double>{});
+    case ScalarKind::kFloat32: return fn(Scalar<float>{});
+    case ScalarKind::kFloat64: return fn(Scalar<double>{});
+    case ScalarKind::kBFloat16: return fn(Scalar<BFloat16>{});
+    case ScalarKind::kFloat16: return fn(Scalar<Float16>{});
   }
 }
 

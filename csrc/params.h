@@ -6,7 +6,16 @@
 
 namespace ffm {
 
-enum class ScalarKind : int8_t { kFloat32, kFloat64 };
+// What tables, values, outputs and gradients are stored in.
+enum class ScalarKind : int8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Half-precision numbers as they lie in memory.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 // What an interaction returns for the P = F(F-1)/2 pairs of fields f < g, in the order (0,1), (0,2), ... (F-2,F-1).
 enum class Output : int8_t {
@@ -56,17 +65,22 @@ struct Problem {
   __attribute__((always_inline)) inline int64_t row_size() const { return num_fields * embed_dim; }
 };
 
-// Gradients of a Problem. The gradient of entry e's row is written to `grad_rows + slot(e) * F * K`:
+// Gradients of a Problem. The gradient of entry e's row goes to row slots[e] of `grad_rows`:
 //   - stored there where is_first[e]: it is the first of its row in the batch;
-//   - else added there, or, where `staged` is given, stored to `staged + (e - staged_begin) * F * K` for a later pass
-//     that adds in the order of the entries.
+//   - else added there, or, where `staged` is given, stored to row (e - staged_begin) of `staged` for a later pass that
+//     adds in the order of the entries.
 // So every row is summed in the order of its entries, whatever the number of threads.
+//
+// Half-precision rows are summed in float32: a row with one entry is stored as above; of any other, the sum is made in
+// row sum_slots[e] of `sums`, and rounded once at the end.
 struct Gradient {
-  const void* grad_output = nullptr;  // the shape that the output has
-  void* grad_rows = nullptr;          // [R, F, K], or none
-  Ids slots;                          // [nnz]: entry -> row of grad_rows
-  const bool* is_first = nullptr;     // [nnz], or none: no entry is
-  void* staged = nullptr;
+  const void* grad_output = nullptr;   // the shape that the output has
+  void* grad_rows = nullptr;           // [R, F, K], or none
+  Ids slots;                           // [nnz]: entry -> row of grad_rows
+  const bool* is_first = nullptr;      // [nnz], or none: no entry is
+  void* sums = nullptr;                // [., F, K] float32, half precision only
+  const int64_t* sum_slots = nullptr;  // [nnz]: entry -> row of sums, -1 for the only entry of a row
+  void* staged = nullptr;              // [., F, K] in the type of sums
   int64_t staged_begin = 0;
   void* grad_values = nullptr;  // [nnz], or none
 };

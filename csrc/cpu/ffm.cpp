@@ -2,6 +2,8 @@
 // The operators on the CPU: arguments -> checks -> params.h -> kernels, over torch's threads.
 
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <bit>
 #include <cmath>
@@ -54,16 +56,26 @@ void check_ids(const char* op, const char* name, const Problem& p, const Ids& id
   }
 }
 
-template <typename A, typename Bits>
+template <typename T, typename Bits>
 void check_finite(const char* op, const Problem& p) {
-  const A* const values = static_cast<const A*>(p.values);
+  const T* const values = static_cast<const T*>(p.values);
   // Infinities and NaNs are the numbers whose exponent is all ones.
-  const Bits exponent = std::bit_cast<Bits>(std::numeric_limits<A>::infinity());
+  const Bits exponent = std::bit_cast<Bits>(std::numeric_limits<T>::infinity());
   bool bad = false;
   for (int64_t e = 0; e < p.num_entries; ++e) bad |= (std::bit_cast<Bits>(values[e]) & exponent) == exponent;
   if (!bad) return;
   for (int64_t e = 0; e < p.num_entries; ++e) {
-    if (!std::isfinite(values[e])) fail(op, place("values", p, e), " = ", values[e], " is not finite");
+    const double value = static_cast<double>(values[e]);
+    if (!std::isfinite(value)) fail(op, place("values", p, e), " = ", value, " is not finite");
+  }
+}
+
+void check_values(const char* op, const Problem& p) {
+  switch (p.dtype) {
+    case ScalarKind::kFloat32: return check_finite<float, uint32_t>(op, p);
+    case ScalarKind::kFloat64: return check_finite<double, uint64_t>(op, p);
+    case ScalarKind::kBFloat16: return check_finite<torch::headeronly::BFloat16, uint16_t>(op, p);
+    case ScalarKind::kFloat16: return check_finite<torch::headeronly::Half, uint16_t>(op, p);
   }
 }
 
@@ -86,8 +98,7 @@ void check_contents(const char* op, const Problem& p) {
   if (p.fields) {
     check_ids(op, "fields", p, p.fields, p.num_fields, (std::to_string(p.num_fields) + " fields").c_str());
   }
-  if (p.values && p.dtype == ScalarKind::kFloat32) check_finite<float, uint32_t>(op, p);
-  if (p.values && p.dtype == ScalarKind::kFloat64) check_finite<double, uint64_t>(op, p);
+  if (p.values) check_values(op, p);
 }
 
 // The samples of a part of a range of samples, such that parts hold about the same number of entries.
@@ -109,7 +120,10 @@ int64_t sample_parts(const Problem& p, int64_t begin, int64_t end) {
   return std::min(std::max<int64_t>(1, end - begin), num_parts(entries * p.row_size(), kGrainElements));
 }
 
-void run_backward(const Problem& p, Gradient grad) {
+int64_t sum_bytes(ScalarKind dtype) { return dtype == ScalarKind::kFloat64 ? 8 : 4; }
+bool is_narrow(ScalarKind dtype) { return dtype == ScalarKind::kBFloat16 || dtype == ScalarKind::kFloat16; }
+
+void run_samples(const Problem& p, Gradient grad) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t parts = sample_parts(p, 0, p.batch_size);
   const Scratch scratch(parts, kernels.scratch_bytes(p));
@@ -123,7 +137,7 @@ void run_backward(const Problem& p, Gradient grad) {
 
   // Several threads: a block of samples at a time, rows that other entries share are staged, and then added by the one
   // thread that owns the row, in the order of the entries.
-  const int64_t row_bytes = p.row_size() * (p.dtype == ScalarKind::kFloat64 ? 8 : 4);
+  const int64_t row_bytes = p.row_size() * sum_bytes(p.dtype);
   const int64_t block_entries = std::max<int64_t>(1, kStagedBytes / row_bytes);
   int64_t staged_entries = 0;
   std::vector<int64_t> blocks = {0};
@@ -143,6 +157,22 @@ void run_backward(const Problem& p, Gradient grad) {
     run(blocks[i], blocks[i + 1], std::min(parts, std::max<int64_t>(1, blocks[i + 1] - blocks[i])));
     parallel_parts(parts, [&](int64_t part) { kernels.add_staged(p, grad, first, last, part, parts); });
   }
+}
+
+// `groups` is given for half precision, and wherever the slots are those of the touched rows.
+void run_backward(const Problem& p, Gradient grad, const RowGroups* groups) {
+  if (groups) grad.is_first = reinterpret_cast<const bool*>(groups->is_first.data());
+  if (!is_narrow(p.dtype) || grad.grad_rows == nullptr) return run_samples(p, grad);
+  const SharedRows shared = shared_rows(*groups);
+  const AlignedBuffer sums(static_cast<size_t>(shared.count * p.row_size() * sum_bytes(p.dtype)));
+  grad.sums = sums.data();
+  grad.sum_slots = shared.slots.data();
+  run_samples(p, grad);
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t parts = num_parts(p.num_entries * p.row_size(), kGrainElements);
+  parallel_parts(parts, [&](int64_t part) {
+    kernels.round_sums(p, grad, p.num_entries * part / parts, p.num_entries * (part + 1) / parts);
+  });
 }
 
 Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTensor& fields,
@@ -207,7 +237,9 @@ std::tuple<Tensor, Tensor> ffm_backward(const Tensor& grad_output, const Tensor&
   grad.grad_rows = grad_weight.mutable_data_ptr();
   grad.slots = p.indices;
   Tensor grad_values = new_grad_values(op, batch, values_grad, grad);
-  run_backward(p, grad);
+  std::optional<RowGroups> groups;
+  if (is_narrow(p.dtype)) groups = group_rows(p.indices, p.num_entries, p.num_features);
+  run_backward(p, grad, groups ? &*groups : nullptr);
   return {grad_weight, grad_values};
 }
 
@@ -229,9 +261,8 @@ std::tuple<Tensor, Tensor, Tensor> ffm_backward_sparse(const Tensor& grad_output
   grad.grad_output = grad_out.const_data_ptr();
   grad.grad_rows = grad_rows.mutable_data_ptr();
   grad.slots = {groups.slots.data(), true};
-  grad.is_first = reinterpret_cast<const bool*>(groups.is_first.data());
   Tensor grad_values = new_grad_values(op, batch, values_grad, grad);
-  run_backward(p, grad);
+  run_backward(p, grad, &groups);
   return {rows, grad_rows, grad_values};
 }
 
@@ -246,7 +277,7 @@ Tensor ffm_backward_values(const Tensor& grad_output, const Tensor& weight, cons
   Gradient grad;
   grad.grad_output = grad_out.const_data_ptr();
   Tensor grad_values = new_grad_values(op, batch, true, grad);
-  run_backward(p, grad);
+  run_backward(p, grad, nullptr);
   return grad_values;
 }
 

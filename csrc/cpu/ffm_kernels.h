@@ -22,6 +22,9 @@ struct CpuKernels {
   // Adds the staged rows of the entries [begin, end) whose slot is `part` modulo `parts`, in the order of the entries.
   void (*add_staged)(const Problem&, const Gradient&, int64_t begin, int64_t end, int64_t part, int64_t parts);
 
+  // Half precision only: rounds the sums of the rows that the entries [begin, end) are the first of.
+  void (*round_sums)(const Problem&, const Gradient&, int64_t begin, int64_t end);
+
   // Sum of the rows of each sample -> out [B].
   void (*gather_sum)(const Problem&, void* out, int64_t begin, int64_t end);
 };

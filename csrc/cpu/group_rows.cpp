@@ -36,4 +36,14 @@ RowGroups group_rows(const Ids& indices, int64_t num_entries, int64_t num_featur
   return groups;
 }
 
+SharedRows shared_rows(const RowGroups& groups) {
+  std::vector<int64_t> number(groups.rows.size(), 0);
+  for (const int64_t slot : groups.slots) ++number[slot];
+  SharedRows shared;
+  for (int64_t& n : number) n = n > 1 ? shared.count++ : -1;
+  shared.slots.reserve(groups.slots.size());
+  for (const int64_t slot : groups.slots) shared.slots.push_back(number[slot]);
+  return shared;
+}
+
 }  // namespace ffm

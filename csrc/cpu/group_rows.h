@@ -15,6 +15,13 @@ struct RowGroups {
   std::vector<unsigned char> is_first;  // [nnz] the entry is the first of its row
 };
 
+// Numbers the rows that have several entries: entry -> that number, -1 for the only entry of a row.
+struct SharedRows {
+  std::vector<int64_t> slots;  // [nnz]
+  int64_t count = 0;
+};
+SharedRows shared_rows(const RowGroups& groups);
+
 // Ids lie in [0, num_features). Linear in the number of entries.
 RowGroups group_rows(const Ids& indices, int64_t num_entries, int64_t num_features);
 
