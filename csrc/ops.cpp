@@ -4,7 +4,7 @@
 //   FFMInteraction.forward (modules.py) -> functional.ffm_interaction -> FFMFunction (autograd.py)
 //     forward:   ffm_forward
 //     backward:  ffm_backward | ffm_backward_sparse | ffm_backward_values
-//   each dispatched to  cpu/ffm.cpp : checks.h, tensors -> params.h -> cpu/ffm_kernels.cpp, built once an ISA
+//   each dispatched to  cpu/ffm.cpp : checks.h, tensors -> params.h -> cpu/ffm_*_kernels.cpp, built once an ISA
 //
 // Shapes: weight [N, F, K]; indices [B, F] alone, or indices [nnz] with fields [nnz] and offsets [B + 1]; values of the
 // shape of indices. output is "sum" | "dot" | "hadamard". Gradients of values are empty where they are not asked for.

@@ -124,7 +124,7 @@ int64_t sum_bytes(ScalarKind dtype) { return dtype == ScalarKind::kFloat64 ? 8 :
 bool is_narrow(ScalarKind dtype) { return dtype == ScalarKind::kBFloat16 || dtype == ScalarKind::kFloat16; }
 
 void run_samples(const Problem& p, Gradient grad) {
-  const CpuKernels& kernels = cpu_kernels();
+  const BackwardKernels& kernels = backward_kernels();
   const int64_t parts = sample_parts(p, 0, p.batch_size);
   const Scratch scratch(parts, kernels.scratch_bytes(p));
   auto run = [&](int64_t begin, int64_t end, int64_t parts_) {
@@ -168,7 +168,7 @@ void run_backward(const Problem& p, Gradient grad, const RowGroups* groups) {
   grad.sums = sums.data();
   grad.sum_slots = shared.slots.data();
   run_samples(p, grad);
-  const CpuKernels& kernels = cpu_kernels();
+  const BackwardKernels& kernels = backward_kernels();
   const int64_t parts = num_parts(p.num_entries * p.row_size(), kGrainElements);
   parallel_parts(parts, [&](int64_t part) {
     kernels.round_sums(p, grad, p.num_entries * part / parts, p.num_entries * (part + 1) / parts);
@@ -183,7 +183,7 @@ Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTe
   const Problem& p = batch.problem;
   check_contents(op, p);
   Tensor out = torch::stable::new_empty(weight, batch.output_shape());
-  const CpuKernels& kernels = cpu_kernels();
+  const ForwardKernels& kernels = forward_kernels();
   const int64_t parts = sample_parts(p, 0, p.batch_size);
   const Scratch scratch(parts, kernels.scratch_bytes(p));
   void* const data = out.mutable_data_ptr();
@@ -287,7 +287,7 @@ Tensor gather_sum(const Tensor& weight, const Tensor& indices) {
   const Problem& p = batch.problem;
   check_contents(op, p);
   Tensor out = torch::stable::new_empty(weight, std::vector<int64_t>{p.batch_size});
-  const CpuKernels& kernels = cpu_kernels();
+  const ForwardKernels& kernels = forward_kernels();
   const int64_t parts = sample_parts(p, 0, p.batch_size);
   void* const data = out.mutable_data_ptr();
   parallel_parts(parts, [&](int64_t part) {

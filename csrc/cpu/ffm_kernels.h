@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The CPU kernels as a table of functions, one table an ISA (see isa.h). Each works on a range of samples or entries
-// and calls nothing but itself: threads are the adapter's.
+// The CPU kernels as tables of functions, one pair of tables an ISA (see isa.h). Each works on a range of samples or
+// entries and calls nothing but itself: threads are the adapter's.
 #pragma once
 
 #include <cstddef>
@@ -9,12 +9,20 @@
 
 namespace ffm {
 
-struct CpuKernels {
-  // Bytes of scratch, aligned to 64, that a thread needs for `forward` and `backward`.
+struct ForwardKernels {
+  // Bytes of scratch, aligned to 64, that a thread needs for `forward`.
   size_t (*scratch_bytes)(const Problem&);
 
-  // Samples [begin, end) -> out (all of it; the kernel writes its own part).
+  // Samples [begin, end) -> their part of out.
   void (*forward)(const Problem&, void* out, int64_t begin, int64_t end, void* scratch);
+
+  // Sum of the rows of each sample -> their part of out [B].
+  void (*gather_sum)(const Problem&, void* out, int64_t begin, int64_t end);
+};
+
+struct BackwardKernels {
+  // Bytes of scratch, aligned to 64, that a thread needs for `backward`.
+  size_t (*scratch_bytes)(const Problem&);
 
   // Samples [begin, end) -> gradients.
   void (*backward)(const Problem&, const Gradient&, int64_t begin, int64_t end, void* scratch);
@@ -24,9 +32,6 @@ struct CpuKernels {
 
   // Half precision only: rounds the sums of the rows that the entries [begin, end) are the first of.
   void (*round_sums)(const Problem&, const Gradient&, int64_t begin, int64_t end);
-
-  // Sum of the rows of each sample -> out [B].
-  void (*gather_sum)(const Problem&, void* out, int64_t begin, int64_t end);
 };
 
 }  // namespace ffm

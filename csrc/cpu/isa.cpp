@@ -9,32 +9,36 @@
 namespace ffm {
 
 namespace baseline {
-extern const CpuKernels kernels;
-}
+extern const ForwardKernels forward_kernels;
+extern const BackwardKernels backward_kernels;
+}  // namespace baseline
 #if defined(__x86_64__)
 namespace avx2 {
-extern const CpuKernels kernels;
-}
+extern const ForwardKernels forward_kernels;
+extern const BackwardKernels backward_kernels;
+}  // namespace avx2
 namespace avx512 {
-extern const CpuKernels kernels;
-}
+extern const ForwardKernels forward_kernels;
+extern const BackwardKernels backward_kernels;
+}  // namespace avx512
 #endif
 
 namespace {
 
 struct Isa {
   const char* name;
-  const CpuKernels* kernels;
+  const ForwardKernels* forward;
+  const BackwardKernels* backward;
   bool (*is_supported)();
 };
 
 // Best last.
 constexpr Isa kIsas[] = {
-    {"baseline", &baseline::kernels, [] { return true; }},
+    {"baseline", &baseline::forward_kernels, &baseline::backward_kernels, [] { return true; }},
 #if defined(__x86_64__)
-    {"avx2", &avx2::kernels,
+    {"avx2", &avx2::forward_kernels, &avx2::backward_kernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
-    {"avx512", &avx512::kernels,
+    {"avx512", &avx512::forward_kernels, &avx512::backward_kernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -66,7 +70,8 @@ const Isa& chosen() {
 
 }  // namespace
 
-const CpuKernels& cpu_kernels() { return *chosen().kernels; }
+const ForwardKernels& forward_kernels() { return *chosen().forward; }
+const BackwardKernels& backward_kernels() { return *chosen().backward; }
 const char* cpu_isa() { return chosen().name; }
 
 }  // namespace ffm

@@ -6,8 +6,9 @@
 
 namespace ffm {
 
-// Throws std::runtime_error where FFM_EXT_ISA names an ISA that is unknown or that this CPU lacks. Decided once.
-const CpuKernels& cpu_kernels();
+// Throw std::runtime_error where FFM_EXT_ISA names an ISA that is unknown or that this CPU lacks. Decided once.
+const ForwardKernels& forward_kernels();
+const BackwardKernels& backward_kernels();
 
 // "baseline", "avx2" or "avx512".
 const char* cpu_isa();

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: MIT
+// What forward and backward kernels share: the field sums of a sample. Included like vec.h, inside the namespace of an
+// ISA.
+//
+// A sample is turned into its field sums S[f] (F rows of F * K); then pairs of fields are met: <S[f, g], S[g, f]>.
+// Where a field has one entry, S[f] is the table's own row and x is kept beside it: nothing is copied. Where it has
+// several, they are summed into scratch, which makes the cost linear in the number of entries.
+
+// A view of scratch memory that hands out aligned pieces; without memory it only counts.
+class Arena {
+ public:
+  explicit Arena(void* memory) : base_(static_cast<char*>(memory)) {}
+
+  template <typename U>
+  U* take(int64_t n) {
+    char* piece = base_ + used_;
+    used_ += (static_cast<size_t>(n) * sizeof(U) + kCacheLine - 1) / kCacheLine * kCacheLine;
+    return base_ ? reinterpret_cast<U*>(piece) : nullptr;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+// Where the pair (f, g), f < g, stands among all pairs.
+inline int64_t pair_index(int64_t f, int64_t g, int64_t F) { return f * (2 * F - f - 1) / 2 + g - f - 1; }
+
+// The entries of a batch and the table's rows that they name.
+template <typename T>
+class Entries {
+ public:
+  explicit Entries(const Problem& p)
+      : p_(p), table_(static_cast<const T*>(p.weight)), values_(static_cast<const T*>(p.values)) {}
+
+  const T* row(int64_t e) const { return table_ + p_.indices[e] * p_.row_size(); }
+  Sum<T> value(int64_t e) const { return values_ ? load(values_ + e) : Sum<T>(1); }
+  // Of an entry of the sample that starts at `begin`.
+  int64_t field(int64_t e, int64_t begin) const { return p_.fields ? p_.fields[e] : e - begin; }
+  bool has_values() const { return values_ != nullptr; }
+
+ private:
+  const Problem& p_;
+  const T* table_;
+  const T* values_;
+};
+
+// The field sums of one sample: S[f, g, :] = scale(f) * row(f)[g * K + :].
+template <typename T>
+class FieldSums {
+ public:
+  using A = Sum<T>;
+
+  FieldSums(const Problem& p, Arena& arena)
+      : p_(p),
+        entries_(p),
+        table_rows_(arena.take<const T*>(p.num_fields)),
+        sum_rows_(arena.take<const A*>(p.num_fields)),
+        scale_(arena.take<A>(p.num_fields)),
+        wide_scale_(arena.take<A>(p.row_size())),
+        count_(arena.take<int64_t>(p.num_fields)),
+        active_(arena.take<int64_t>(p.num_fields)),
+        within_(arena.take<A>(p.row_size())),
+        sums_(p.fields ? arena.take<A>(p.num_fields * p.row_size()) : nullptr) {
+    if (table_rows_ == nullptr) return;
+    for (int64_t f = 0; f < p.num_fields; ++f) count_[f] = 0;
+    for (int64_t i = 0; i < p.row_size(); ++i) within_[i] = 0;
+  }
+
+  const Entries<T>& entries() const { return entries_; }
+
+  // Calls fn(rows) with the F rows, those of the table where every field has one entry at most and nothing was summed.
+  template <typename Fn>
+  void with_rows(Fn&& fn) const {
+    if constexpr (kIsNarrow<T>) {
+      if (!is_summed_) return fn(table_rows_);
+    }
+    fn(sum_rows_);
+  }
+
+  A scale(int64_t f) const { return scale_[f]; }
+  // scale(g) repeated K times for every g; only where is_dense() and the batch has values.
+  const A* wide_scale() const { return wide_scale_; }
+
+  // The fields that have entries, in rising order.
+  int64_t num_active() const { return num_active_; }
+  int64_t active(int64_t i) const { return active_[i]; }
+  bool is_dense() const { return num_active_ == p_.num_fields; }
+
+  // How many entries field f has, its own sum S[f, f, :] where they are several, and the products of their pairs, [K].
+  int64_t count(int64_t f) const { return count_[f]; }
+  const A* own_sum(int64_t f) const { return sum_rows_[f] + f * p_.embed_dim; }
+  const A* within(int64_t f) const { return within_ + f * p_.embed_dim; }
+
+  void load_sample(int64_t begin, int64_t end) {
+    if (p_.fields) {
+      load_ragged(begin, end);
+    } else {
+      num_active_ = p_.num_fields;
+      for (int64_t f = 0; f < num_active_; ++f) {
+        set_row(f, begin + f);
+        count_[f] = 1;
+        active_[f] = f;
+      }
+    }
+    if (entries_.has_values() && is_dense()) {
+      for (int64_t f = 0, i = 0; f < p_.num_fields; ++f) {
+        for (int64_t k = 0; k < p_.embed_dim; ++k) wide_scale_[i++] = scale_[f];
+      }
+    }
+  }
+
+ private:
+  void set_row(int64_t f, int64_t e) {
+    table_rows_[f] = entries_.row(e);
+    if constexpr (!kIsNarrow<T>) sum_rows_[f] = table_rows_[f];
+    scale_[f] = entries_.value(e);
+  }
+
+  // S[f] = x * the table's row, in scratch.
+  void start_sum(int64_t f) {
+    A* const sum = sums_ + f * p_.row_size();
+    scale_into(sum, scale_[f], table_rows_[f], p_.row_size());
+    sum_rows_[f] = sum;
+    scale_[f] = 1;
+  }
+
+  void load_ragged(int64_t begin, int64_t end) {
+    const int64_t K = p_.embed_dim, row_size = p_.row_size();
+    for (int64_t i = 0; i < num_active_; ++i) count_[active_[i]] = 0;
+    is_summed_ = false;
+    for (int64_t e = begin; e < end; ++e) {
+      const int64_t f = p_.fields[e];
+      if (count_[f]++ == 0) {
+        set_row(f, e);
+        continue;
+      }
+      is_summed_ = true;
+      A* const sum = sums_ + f * row_size;
+      A* const within = within_ + f * K;
+      if (count_[f] == 2) {
+        start_sum(f);
+        for (int64_t k = 0; k < K; ++k) within[k] = 0;
+      }
+      // A new entry meets the sum of those before it: all pairs, and no difference of large squares.
+      const T* const row = entries_.row(e);
+      const A x = entries_.value(e);
+      for (int64_t k = 0; k < K; ++k) within[k] += x * load(row + f * K + k) * sum[f * K + k];
+      add_scaled(sum, x, row, row_size);
+    }
+    num_active_ = 0;
+    for (int64_t f = 0; f < p_.num_fields; ++f) {
+      if (count_[f] == 0) continue;
+      active_[num_active_++] = f;
+      if (count_[f] > 1) continue;
+      for (int64_t k = 0; k < K; ++k) within_[f * K + k] = 0;
+      if (kIsNarrow<T> && is_summed_) start_sum(f);
+    }
+  }
+
+  const Problem& p_;
+  Entries<T> entries_;
+  const T** table_rows_;
+  const A** sum_rows_;
+  A* scale_;
+  A* wide_scale_;
+  int64_t* count_;
+  int64_t* active_;
+  A* within_;
+  A* sums_;
+  int64_t num_active_ = 0;
+  bool is_summed_ = false;
+};
+
+// Asks for the rows of the next sample while this one is worked on, a row at a time.
+template <typename T>
+class NextSample {
+ public:
+  NextSample(const Problem& p, int64_t end) : p_(p), entries_(p), last_(end) {}
+
+  void after(int64_t b) {
+    begin_ = b + 1 < last_ ? p_.entries_begin(b + 1) : 0;
+    end_ = b + 1 < last_ ? p_.entries_begin(b + 2) : 0;
+  }
+  void prefetch_one() {
+    if (begin_ < end_) prefetch(entries_.row(begin_++), p_.row_size());
+  }
+  void prefetch_rest() {
+    while (begin_ < end_) prefetch_one();
+  }
+
+ private:
+  const Problem& p_;
+  Entries<T> entries_;
+  int64_t last_;
+  int64_t begin_ = 0, end_ = 0;
+};
+
+// Bytes of scratch for the field sums and one more row.
+inline size_t field_sums_bytes(const Problem& p) {
+  size_t bytes = 0;
+  dispatch_dtype(p.dtype, [&](auto scalar) {
+    using T = typename decltype(scalar)::type;
+    Arena arena(nullptr);
+    FieldSums<T> s(p, arena);
+    arena.take<Sum<T>>(p.row_size());
+    bytes = arena.used();
+  });
+  return bytes;
+}
+
+// Calls fn(Scalar<T>, embed_dim, output) with what p is, the last two as constants.
+template <typename Fn>
+inline void dispatch_all(const Problem& p, Fn&& fn) {
+  dispatch_dtype(p.dtype, [&](auto scalar) {
+    dispatch_embed_dim(p.embed_dim, [&](auto embed_dim) {
+      dispatch_output(p.output, [&](auto output) { fn(scalar, embed_dim, output); });
+    });
+  });
+}
