@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -18,4 +19,10 @@ PYBIND11_MODULE(_C, m) {
     info["cuda_archs"] = py::list();
     return info;
   });
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t address, size_t bytes) {
+        return ffm::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      py::arg("address"), py::arg("bytes"));
 }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ._arguments import GradMode, Output, check_modes, table_shape
@@ -35,7 +36,8 @@ def ffm_interaction(
     regrouped by field, which makes it linear in the number of entries.
 
     Args:
-        weight: the table, ``[N, F, K]``, or ``[N, F·K]`` (row-major); float32 or float64; contiguous.
+        weight: the table, ``[N, F, K]``, or ``[N, F·K]`` (row-major); float32, float64, bfloat16
+            or float16, summed in float32 (float64 in itself); contiguous.
         indices: feature ids, int32 or int64. Either ``[B, F]``: column = field, one feature a field; or ``[nnz]``
             with ``fields`` and ``offsets``: any number of features a field.
         fields: the field of each entry, ``[nnz]``.
@@ -56,7 +58,12 @@ def ffm_interaction(
         IndexError: an id is outside ``[0, N)`` or a field outside ``[0, F)``; the text names it and its position.
     """
     check_modes("ffm_interaction", output, grad)
-    _, F, _ = table_shape("ffm_interaction", weight, indices, num_fields)
-    return FFMFunction.apply(  # type: ignore[no-untyped-call]
-        weight, indices, fields, values, offsets, F, output, within_field, grad
+    N, F, K = table_shape("ffm_interaction", weight, indices, num_fields)
+    needs_grad = weight.requires_grad or (values is not None and values.requires_grad)
+    if needs_grad and torch.is_grad_enabled():
+        return FFMFunction.apply(  # type: ignore[no-untyped-call]
+            weight, indices, fields, values, offsets, F, output, within_field, grad
+        )
+    return torch.ops.ffm_ext.ffm_forward(
+        weight.view(N, F, K), indices, fields, values, offsets, output, within_field
     )

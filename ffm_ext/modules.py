@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ._arguments import GradMode, Output, check_modes
 from .batch import SparseBatch
 from .functional import ffm_interaction
+from .memory import empty_table
 
 __all__ = ["FFM", "FM", "FFMInteraction", "FieldAwareFactorizationMachine"]
 
@@ -35,7 +36,8 @@ class FFMInteraction(nn.Module):
 
     Attributes:
         weight: ``[N, F·K]``; row ``a`` holds one K-vector for every field that feature ``a`` can meet. It is drawn from
-            ``N(0, σ²)`` with σ such that an interaction starts with a standard deviation of 0.1.
+            ``N(0, σ²)`` with σ such that an interaction starts with a standard deviation of 0.1. Above 32 MB it lies on
+            huge pages (see :func:`ffm_ext.memory.empty_table`).
 
     Raises:
         ValueError: a size is not positive, or a mode does not exist.
@@ -65,7 +67,7 @@ class FFMInteraction(nn.Module):
         self.within_field = within_field
         self.grad = grad
         self.weight = nn.Parameter(
-            torch.empty(num_features, num_fields * embed_dim, dtype=dtype, device=device)
+            empty_table(num_features, num_fields * embed_dim, dtype=dtype, device=device)
         )
         self.reset_parameters()
 

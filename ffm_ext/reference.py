@@ -56,10 +56,8 @@ def ffm_interaction(
     """
     check_modes("reference.ffm_interaction", output, grad)
     N, F, K = table_shape("reference.ffm_interaction", weight, indices, num_fields)
-    if grad == "sparse":
-        gathered = _GatherRows.apply(weight, indices)  # type: ignore[no-untyped-call]
-    else:
-        gathered = weight[indices]
+    gather = _GatherRows.apply if grad == "sparse" else Tensor.__getitem__
+    gathered = gather(weight, indices)
 
     if indices.dim() == 2:
         B, nnz = indices.shape[0], indices.numel()

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""Large tables on large pages."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+__all__ = ["advise_huge_pages", "empty_table"]
+
+# Smaller tables sit in the caches, where pages of 4 KiB do no harm.
+_LARGE = 32 << 20
+
+
+def advise_huge_pages(tensor: Tensor) -> int:
+    """Ask Linux to back a CPU tensor with huge pages (``madvise(MADV_HUGEPAGE)``).
+
+    Rows of a large table are read at random, and with pages of 4 KiB nearly each of them misses the TLB. It works best
+    before the memory is first written. It is advice: nothing happens where the system has no transparent huge pages
+    (``/sys/kernel/mm/transparent_hugepage/enabled`` is ``never``).
+
+    Args:
+        tensor: dense, contiguous, on the CPU.
+
+    Returns:
+        The number of bytes that the system was asked about: whole huge pages inside the tensor.
+
+    Raises:
+        ValueError: the tensor is not a contiguous CPU tensor.
+    """
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.is_contiguous():
+        raise ValueError(
+            f"advise_huge_pages: tensor must be contiguous on the CPU, got {tensor.layout} on "
+            f"{tensor.device} with strides {tensor.stride() if tensor.layout == torch.strided else None}"
+        )
+    return _C.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
+def empty_table(
+    *shape: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """An uninitialised table; on the CPU and above 32 MB on huge pages, its pages touched by all threads.
+
+    ``FFM_EXT_HUGE_PAGES=0`` leaves the memory as the allocator gives it.
+    """
+    table = torch.empty(*shape, dtype=dtype, device=device)
+    large = table.device.type == "cpu" and table.numel() * table.element_size() >= _LARGE
+    if large and os.environ.get("FFM_EXT_HUGE_PAGES", "1") != "0":
+        advise_huge_pages(table)
+        table.zero_()
+    return table
