@@ -6,7 +6,8 @@ VENV   ?= .venv
 
 bin    := $(VENV)/bin
 python := $(bin)/python
-csrc   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+pip    := $(python) -m pip install -qq --disable-pip-version-check
+cpp    := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-all lint format bench peers clean
@@ -14,22 +15,23 @@ csrc   := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# The pinned packages, once for every change of the pins.
+# The pinned packages, once for every change of the pins. --no-compile: Python compiles what it imports, not all of it.
 $(VENV)/packages: requirements/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 	  f"ffm_ext needs Python 3.10 or newer; $(PYTHON) is {sys.version.split()[0]}: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(python) -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@echo "installing requirements/dev.txt into $(VENV): a minute or two"
+	@$(PYTHON) -m venv $(VENV)
+	@$(pip) --no-compile -r requirements/dev.txt
 	@touch $@
 
 # Makes `import ffm_ext` and `ffm-ext` work from anywhere, once for every change of the metadata.
 $(VENV)/editable: $(VENV)/packages pyproject.toml
-	$(python) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(pip) --no-deps --no-build-isolation -e .
 	@touch $@
 
 build: $(VENV)/packages ## compile what has changed (ninja decides)
-	$(python) setup.py --quiet build_ext --inplace
-	@$(MAKE) --no-print-directory $(VENV)/editable
+	@$(python) setup.py --quiet build_ext --inplace
+	@$(MAKE) -s --no-print-directory $(VENV)/editable
 
 demo: build ## train and time an FFM on data that comes with the package: minutes, no data to fetch
 	$(python) -m ffm_ext demo
@@ -44,13 +46,13 @@ lint: build ## ruff, mypy, clang-format, and the rules of csrc/
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	$(bin)/mypy
-	$(bin)/clang-format --dry-run -Werror $(csrc)
+	$(bin)/clang-format --dry-run -Werror $(cpp)
 	$(python) tools/check_csrc.py
 
 format: $(VENV)/packages ## let ruff and clang-format lay out the code
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
-	$(bin)/clang-format -i $(csrc)
+	$(bin)/clang-format -i $(cpp)
 
 bench: build ## measure against the peers that are installed; results in benchmarks/results/
 	$(python) -m benchmarks

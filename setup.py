@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Builds ``ffm_ext._C``: which files are compiled, and how. All metadata is in pyproject.toml.
 
-=========================  ==================================  =======================================
-file                       compiled                            sees, beside csrc/
-=========================  ==================================  =======================================
+=========================  ===================================  =======================================
+file                       compiled                             sees, beside csrc/
+=========================  ===================================  =======================================
 csrc/cpu/*_kernels.cpp     once per ISA of the table ``ISAS``,  nothing: kernels know no torch
                            with ``-DFFM_ISA=<isa>``
-csrc/bindings.cpp          once, for the baseline CPU          Python, pybind11, the version macros
-every other csrc/**/*.cpp  once, for the baseline CPU          torch's stable ABI, at its floor version
-=========================  ==================================  =======================================
+csrc/bindings.cpp          once, for the first ISA              Python, pybind11, the version macros
+every other csrc/**/*.cpp  once, for the first ISA              torch's stable ABI, at its floor version
+=========================  ===================================  =======================================
 
 No ``-march=native`` and no ``-ffast-math``: the CPU is asked at run time which ISA it has. A device with a compiler of
 its own gets its own folder, its own rule in ``write_ninja`` and its own lines in ``compile_steps``.
@@ -46,7 +46,8 @@ CXXFLAGS = [
     *("-fvisibility=hidden", "-fvisibility-inlines-hidden"),
 ]
 
-# Architecture -> ISA -> flags. The ISA's name is the namespace of its kernels and the value of FFM_EXT_ISA.
+# Architecture -> ISA -> flags. The first ISA is one that every CPU of the architecture has. The ISA's name is the
+# namespace of its kernels and the value of FFM_EXT_ISA.
 ISAS = {
     "x86_64": {
         "baseline": ["-march=x86-64"],
@@ -56,6 +57,7 @@ ISAS = {
             *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
         ],
     },
+    "aarch64": {"neon": ["-march=armv8-a"]},
 }
 OTHER_ISAS: dict[str, list[str]] = {"baseline": []}
 
@@ -84,9 +86,17 @@ class Step(NamedTuple):
     isa: str
     flags: list[str]
 
+    def target(self, build: Path) -> Path:
+        return build / self.source.with_suffix(f".{self.isa}.o" if self.isa else ".o")
+
 
 def fail(message: str) -> SystemExit:
     return SystemExit(f"\nffm_ext cannot be built: {message}\n")
+
+
+def build_folder(sanitize: str = "") -> Path:
+    parts = [sysconfig.get_platform(), sys.implementation.cache_tag, *sanitize.split(",")]
+    return Path("build", "-".join(filter(None, parts)))
 
 
 def find_compiler() -> Compiler:
@@ -143,10 +153,16 @@ def check_build_tools() -> None:
         )
 
 
+def kernel_steps(compiler: Compiler) -> Iterator[Step]:
+    for source in sorted(Path("csrc/cpu").glob("*_kernels.cpp")):
+        for isa, flags in compiler.isas.items():
+            yield Step(source, isa, [*flags, *KERNEL_FLAGS, f"-DFFM_ISA={isa}"])
+
+
 def compile_steps(compiler: Compiler, torch: Torch, package_version: str) -> Iterator[Step]:
     import pybind11
 
-    baseline = compiler.isas["baseline"]
+    every_cpu = next(iter(compiler.isas.values()))
     floor = "0x{:02x}{:02x}000000000000".format(*TORCH_FLOOR)
     for_torch = [*(f"-isystem{path}" for path in torch.include), f"-DTORCH_TARGET_VERSION={floor}"]
     for_python = [
@@ -154,14 +170,12 @@ def compile_steps(compiler: Compiler, torch: Torch, package_version: str) -> Ite
         f'-DFFM_EXT_VERSION="{package_version}"',
         f'-DFFM_EXT_TORCH_VERSION="{torch.version}"',
     ]
+    yield from kernel_steps(compiler)
     for source in sorted(Path("csrc").rglob("*.cpp")):
         if source.match("csrc/cpu/*_kernels.cpp"):
-            for isa, flags in compiler.isas.items():
-                yield Step(source, isa, [*flags, *KERNEL_FLAGS, f"-DFFM_ISA={isa}"])
-        elif source.match("csrc/bindings.cpp"):
-            yield Step(source, "", [*baseline, *for_python])
-        else:
-            yield Step(source, "", [*baseline, *for_torch])
+            continue
+        for_source = for_python if source.match("csrc/bindings.cpp") else for_torch
+        yield Step(source, "", [*every_cpu, *for_source])
 
 
 def write_ninja(
@@ -198,10 +212,10 @@ def write_ninja(
             description="link $out",
         )
         objects = []
-        for source, isa, flags in steps:
-            objects.append(str(build / source.with_suffix(f".{isa}.o" if isa else ".o")))
-            variables = {"flags": shlex.join(flags), "isa": isa}
-            n.build([objects[-1]], "cxx", [str(source)], variables=variables)
+        for step in steps:
+            objects.append(str(step.target(build)))
+            variables = {"flags": shlex.join(step.flags), "isa": step.isa}
+            n.build([objects[-1]], "cxx", [str(step.source)], variables=variables)
         n.build([str(library)], "link", objects)
 
 
@@ -212,8 +226,7 @@ class NinjaBuild(build_ext):
         compiler, torch = find_compiler(), find_torch()
         check_build_tools()
         sanitize = os.environ.get("FFM_EXT_SANITIZE", "")
-        folder = [sysconfig.get_platform(), sys.implementation.cache_tag, *sanitize.split(",")]
-        build = Path("build", "-".join(filter(None, folder)))
+        build = build_folder(sanitize)
         library = build / Path(self.get_ext_filename(ext.name)).name
 
         print(f"ffm_ext: compiler    {shlex.join(compiler.command)} ({compiler.version})")
@@ -243,7 +256,8 @@ class NinjaBuild(build_ext):
 
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.copy_file(str(library), str(target))
+            # With a new time: setuptools, which copies on from here, leaves out what is not newer.
+            shutil.copy(library, target)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,9 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "../dispatch.h"
 #include "ffm_kernels.h"
+#include "intrinsics.h"
 
 namespace ffm::FFM_ISA {
 namespace {
@@ -90,6 +87,41 @@ class RowGradients {
   A* staged_;
 };
 
+// d = dL/dS[f]: for every field g that has entries, grad_output(f, g) * S[g, f]; zero at f itself.
+template <int kEmbedDim, Output kOutput, typename T, typename R>
+void field_gradient(const FieldSums<T>& s, const OutputGradient<T, kOutput>& terms, const R* const* rows, int64_t f,
+                    int64_t embed_dim, Sum<T>* d) {
+  using A = Sum<T>;
+  using Terms = OutputGradient<T, kOutput>;
+  constexpr int L = kLanes<A>;
+  const int64_t K = kEmbedDim ? kEmbedDim : embed_dim;
+  const int64_t m = s.num_active(), column = f * K;
+  int64_t i = 0;
+  if constexpr (kOutput == Output::kSum && kEmbedDim > 0 && kEmbedDim < L) {
+    // One factor for all pairs, and registers that hold several of them.
+    constexpr int kPairs = L / kEmbedDim;
+    if (s.is_dense()) {
+      const A factor = Terms::at(terms.pair(f, f), 0);
+      for (; i + kPairs <= m; i += kPairs) {
+        Vec<A, L> v = factor * load_column<kEmbedDim, kPairs>(rows + i, column);
+        if (s.entries().has_values()) v *= load<L>(s.wide_scale() + i * K);
+        store<L>(d + i * K, v);
+      }
+    }
+  }
+  for (; i < m; ++i) {
+    const int64_t g = s.active(i);
+    if (g == f) continue;
+    const T* const term = terms.pair(f, g);
+    if constexpr (kOutput == Output::kHadamard) {
+      for (int64_t k = 0; k < K; ++k) d[g * K + k] = Terms::at(term, k) * (s.scale(g) * load(rows[g] + column + k));
+    } else {
+      scale_into(d + g * K, Terms::at(term, 0) * s.scale(g), rows[g] + column, K);
+    }
+  }
+  for (int64_t k = 0; k < K; ++k) d[f * K + k] = 0;
+}
+
 template <typename T, int kEmbedDim, Output kOutput>
 void backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end, void* scratch) {
   using A = Sum<T>;
@@ -121,14 +153,7 @@ void backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end
         const T* const row = entries.row(e);
         if (f != current) {
           current = f;
-          for (int64_t i = 0; i < s.num_active(); ++i) {
-            const int64_t g = s.active(i);
-            if (g == f) continue;
-            const T* const term = terms.pair(f, g);
-            const auto* const column = rows[g] + f * K;
-            for (int64_t k = 0; k < K; ++k) d[g * K + k] = Terms::at(term, k) * (s.scale(g) * load(column + k));
-          }
-          for (int64_t k = 0; k < K; ++k) d[f * K + k] = 0;
+          field_gradient<kEmbedDim, kOutput>(s, terms, rows, f, K, d);
         }
         if (p.within_field && s.count(f) > 1) {
           const T* const term = terms.within(f);

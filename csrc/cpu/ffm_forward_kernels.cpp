@@ -4,12 +4,9 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "../dispatch.h"
 #include "ffm_kernels.h"
+#include "intrinsics.h"
 
 namespace ffm::FFM_ISA {
 namespace {

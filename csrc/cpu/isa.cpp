@@ -8,20 +8,16 @@
 
 namespace ffm {
 
-namespace baseline {
-extern const ForwardKernels forward_kernels;
-extern const BackwardKernels backward_kernels;
-}  // namespace baseline
-#if defined(__x86_64__)
-namespace avx2 {
-extern const ForwardKernels forward_kernels;
-extern const BackwardKernels backward_kernels;
-}  // namespace avx2
-namespace avx512 {
-extern const ForwardKernels forward_kernels;
-extern const BackwardKernels backward_kernels;
-}  // namespace avx512
-#endif
+// What the kernel files define, once for every ISA of setup.py's table. The linker looks for those in kIsas only.
+#define FFM_DECLARE_KERNELS(isa)                 \
+  namespace isa {                                \
+  extern const ForwardKernels forward_kernels;   \
+  extern const BackwardKernels backward_kernels; \
+  }
+FFM_DECLARE_KERNELS(baseline)
+FFM_DECLARE_KERNELS(avx2)
+FFM_DECLARE_KERNELS(avx512)
+FFM_DECLARE_KERNELS(neon)
 
 namespace {
 
@@ -34,7 +30,12 @@ struct Isa {
 
 // Best last.
 constexpr Isa kIsas[] = {
+#if defined(__aarch64__)
+    // Every AArch64 CPU has NEON, so nothing lies below it.
+    {"neon", &neon::forward_kernels, &neon::backward_kernels, [] { return true; }},
+#else
     {"baseline", &baseline::forward_kernels, &baseline::backward_kernels, [] { return true; }},
+#endif
 #if defined(__x86_64__)
     {"avx2", &avx2::forward_kernels, &avx2::backward_kernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},

@@ -10,7 +10,7 @@ namespace ffm {
 const ForwardKernels& forward_kernels();
 const BackwardKernels& backward_kernels();
 
-// "baseline", "avx2" or "avx512".
+// "baseline", "avx2" or "avx512" on x86-64, "neon" on AArch64, "baseline" elsewhere.
 const char* cpu_isa();
 
 }  // namespace ffm

@@ -54,7 +54,11 @@ inline V bit_copy(const U& from) {
   return to;
 }
 
-// One float16 <-> float32 by arithmetic, for CPUs that have no instruction for it.
+// One float16 <-> float32: an instruction of every AArch64 CPU, elsewhere arithmetic.
+#if defined(__aarch64__)
+inline float widen_float16(uint16_t h) { return bit_copy<__fp16>(h); }
+inline uint16_t narrow_float16(float f) { return bit_copy<uint16_t>(static_cast<__fp16>(f)); }
+#else
 inline float widen_float16(uint16_t h) {
   // Exponent and mantissa moved into place are the number times 2^-112; infinities and NaNs keep the highest exponent.
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
@@ -73,6 +77,7 @@ inline uint16_t narrow_float16(float f) {
   }
   return sign | static_cast<uint16_t>((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13);
 }
+#endif
 
 template <typename T, int N>
 inline Vec<Sum<T>, N> widen(Vec<Bits<T>, N> v) {
@@ -85,6 +90,9 @@ inline Vec<Sum<T>, N> widen(Vec<Bits<T>, N> v) {
 #if defined(__F16C__)
     if constexpr (N == 8) return bit_copy<Vec<float, N>>(_mm256_cvtph_ps(bit_copy<__m128i>(v)));
     if constexpr (N == 4) return bit_copy<Vec<float, N>>(_mm_cvtph_ps(_mm_cvtsi64_si128(bit_copy<int64_t>(v))));
+#endif
+#if defined(__aarch64__)
+    if constexpr (N == 4) return bit_copy<Vec<float, N>>(vcvt_f32_f16(bit_copy<float16x4_t>(v)));
 #endif
     Vec<float, N> wide;
     for (int i = 0; i < N; ++i) wide[i] = widen_float16(v[i]);
@@ -107,6 +115,9 @@ inline Vec<Bits<T>, N> narrow(Vec<Sum<T>, N> v) {
 #endif
 #if defined(__F16C__)
     if constexpr (N == 8) return bit_copy<Vec<uint16_t, N>>(_mm256_cvtps_ph(bit_copy<__m256>(v), 0));
+#endif
+#if defined(__aarch64__)
+    if constexpr (N == 4) return bit_copy<Vec<uint16_t, N>>(vcvt_f16_f32(bit_copy<float32x4_t>(v)));
 #endif
     Vec<uint16_t, N> bits;
     for (int i = 0; i < N; ++i) bits[i] = narrow_float16(v[i]);

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: MIT
+"""Everything that is timed, behind one interface. A new peer is a class here and a place in `SUBJECTS`.
+
+subject = Torchfm(workload, weight)          may copy the table into a form of its own
+batch = subject.prepare(indices)             ids in the form it wants; never timed
+subject.step(batch, grad_output, "dense")    what is timed
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ffm_ext
+
+from .workloads import DIRECTIONS, Direction, Workload
+
+Role = Literal["ours", "peer", "roof"]
+
+
+class Subject(ABC):
+    """One way to compute the interaction of a batch, and its gradient with respect to the table."""
+
+    name: ClassVar[str]
+    role: ClassVar[Role] = "peer"
+    directions: ClassVar[tuple[Direction, ...]] = DIRECTIONS
+    module: ClassVar[str | None] = None  # what it needs to import
+    copies: ClassVar[float] = 0.0  # memory that it keeps, in sizes of the float32 table
+
+    def __init__(self, workload: Workload, weight: Tensor) -> None:
+        self.workload = workload
+        # [N, F·K], a leaf of its own over the same memory
+        self.weight = weight.detach().requires_grad_()
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why it cannot run here; None if it can."""
+        try:
+            if cls.module:
+                importlib.import_module(cls.module)
+        except ImportError as error:
+            return f"missing: {error}"
+        return None
+
+    def prepare(self, indices: Tensor) -> Any:
+        """What `forward` takes for the global ids ``indices`` [B, F]."""
+        return indices
+
+    @abstractmethod
+    def forward(self, batch: Any, direction: Direction) -> Tensor:
+        """The interaction [B]. ``direction`` says which gradient is going to be asked for."""
+
+    def step(self, batch: Any, grad_output: Tensor, direction: Direction) -> None:
+        """What is timed: forward, or forward, backward and dropping the gradient, as a training step does."""
+        if direction == "forward":
+            with torch.no_grad():
+                self.forward(batch, direction)
+        else:
+            self.forward(batch, direction).backward(grad_output)
+            self.drop_gradient()
+
+    def drop_gradient(self) -> None:
+        self.weight.grad = None
+
+    def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """After a backward: the gradient of ``rows`` [R, F·K], and the sum of all its magnitudes."""
+        grad = self.weight.grad
+        assert grad is not None
+        if grad.is_sparse:
+            grad = grad.coalesce()
+            return grad.index_select(0, rows).to_dense(), torch.linalg.vector_norm(grad.values(), 1)
+        return grad[rows], torch.linalg.vector_norm(grad, 1)
+
+    def expected(self, weight: Tensor, indices: Tensor) -> Tensor:
+        """What `forward` returns, by the reference. weight [R, F·K] float64, indices [b, F]."""
+        return ffm_ext.reference.ffm_interaction(weight, indices, grad="dense")
+
+
+class Fused(Subject):
+    """This package."""
+
+    name = "ffm_ext"
+    role = "ours"
+
+    def forward(self, batch: Tensor, direction: Direction) -> Tensor:
+        grad: Literal["dense", "sparse"] = "dense" if direction == "dense" else "sparse"
+        return ffm_ext.functional.ffm_interaction(self.weight, batch, grad=grad)
+
+
+class Torchfm(Subject):
+    """torchfm's layer, and the two sums that its FFM model puts behind it."""
+
+    name = "torchfm"
+    module = "torchfm.layer"
+    directions = ("forward", "dense")
+    copies = 1.0
+
+    def __init__(self, workload: Workload, weight: Tensor) -> None:
+        super().__init__(workload, weight)
+        layer = importlib.import_module(self.module).FieldAwareFactorizationMachine
+        # Its own initialisation of F tables is thrown away: make it on no device.
+        with torch.device("meta"):
+            self.layer = layer(workload.field_dims, workload.embed_dim)
+        tables = weight.view(workload.table_shape)
+        for g, embedding in enumerate(self.layer.embeddings):
+            embedding.weight = torch.nn.Parameter(tables[:, g].contiguous())
+
+    @classmethod
+    def missing(cls) -> str | None:
+        if not hasattr(np, "long"):  # NumPy 1.24 to 1.26
+            np.long = np.int64  # type: ignore[attr-defined, unused-ignore]
+        return super().missing()
+
+    def prepare(self, indices: Tensor) -> Tensor:
+        return indices - torch.tensor(self.workload.field_starts)
+
+    def forward(self, batch: Tensor, direction: Direction) -> Tensor:
+        return self.layer(batch).sum(dim=1).sum(dim=1)
+
+    def drop_gradient(self) -> None:
+        self.layer.zero_grad(set_to_none=True)
+
+    def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        grads = [embedding.weight.grad for embedding in self.layer.embeddings]
+        total = torch.stack([torch.linalg.vector_norm(grad, 1) for grad in grads]).sum()
+        return torch.stack([grad[rows] for grad in grads], dim=1).flatten(1), total
+
+
+def interaction_by_difference(rows: Tensor, num_fields: int) -> Tensor:
+    """[b, F, F·K] -> [b]: every ordered pair and the diagonal, less the diagonal, halved."""
+    rows = rows.view(rows.shape[0], num_fields, num_fields, -1)
+    everything = (rows * rows.transpose(1, 2)).sum((1, 2, 3))
+    return (everything - rows.diagonal(dim1=1, dim2=2).square().sum((1, 2))) / 2
+
+
+def interaction_by_triangle(rows: Tensor, num_fields: int) -> Tensor:
+    """[b, F, F·K] -> [b]: all dot products, of which the upper triangle is kept."""
+    rows = rows.view(rows.shape[0], num_fields, num_fields, -1)
+    return (rows * rows.transpose(1, 2)).sum(3).triu(1).sum((1, 2))
+
+
+def interaction_by_pairs(rows: Tensor, num_fields: int) -> Tensor:
+    """[b, F, F·K] -> [b]: the pairs f < g by index."""
+    rows = rows.view(rows.shape[0], num_fields, num_fields, -1)
+    f, g = torch.triu_indices(num_fields, num_fields, offset=1, device=rows.device)
+    return (rows[:, f, g] * rows[:, g, f]).sum((1, 2))
+
+
+class Vectorised(Subject):
+    """The best we found in plain PyTorch: gather [b, F, F, K], multiply by its transpose.
+
+    A batch goes through in chunks whose temporaries stay in cache, which makes it several times faster.
+    """
+
+    name = "vectorised"
+    chunk = 128
+
+    def forward(self, batch: Tensor, direction: Direction) -> Tensor:
+        # Backward wants the gradient of the table in one piece: gather once, then cut.
+        if direction == "forward":
+            parts = [F.embedding(part, self.weight) for part in batch.split(self.chunk)]
+        else:
+            sparse = direction == "sparse"
+            parts = list(F.embedding(batch, self.weight, sparse=sparse).split(self.chunk))
+        num_fields = self.workload.num_fields
+        return torch.cat([interaction_by_difference(part, num_fields) for part in parts])
+
+
+class Compiled(Subject):
+    """The vectorised form under torch.compile, the forms that it compiles best.
+
+    A sparse gradient cannot be traced: there the gather stays outside, and the rest is compiled.
+    """
+
+    name = "compiled"
+
+    def __init__(self, workload: Workload, weight: Tensor) -> None:
+        super().__init__(workload, weight)
+        torch._dynamo.mark_dynamic(self.weight, 0)
+        num_fields = workload.num_fields
+
+        def whole(form: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+            return torch.compile(lambda weight, ids: form(F.embedding(ids, weight), num_fields))
+
+        rest = torch.compile(lambda rows: interaction_by_triangle(rows, num_fields))
+        self.functions: dict[Direction, Callable[[Tensor, Tensor], Tensor]] = {
+            "forward": whole(interaction_by_pairs),
+            "dense": whole(interaction_by_triangle),
+            "sparse": lambda weight, ids: rest(F.embedding(ids, weight, sparse=True)),
+        }
+
+    def forward(self, batch: Tensor, direction: Direction) -> Tensor:
+        return self.functions[direction](self.weight, batch)
+
+
+class ModernFM(Subject):
+    """modern-fm's regressor, whose predict is the raw score; float64, one thread."""
+
+    name = "modern-fm"
+    module = "modern_fm"
+    directions = ("forward",)
+    copies = 2.0
+
+    def __init__(self, workload: Workload, weight: Tensor) -> None:
+        super().__init__(workload, weight)
+        N, _, K = workload.table_shape
+        self.model = importlib.import_module(self.module).FFMRegressor(n_factors=K, dtype="float64")
+        # What fit would have left behind.
+        self.model.n_features_in_, self.model.n_iter_ = N, 1
+        self.model.n_fields_ = workload.num_fields
+        self.model.field_ids_ = np.repeat(np.arange(workload.num_fields), workload.field_dims)
+        self.model.w0_, self.model.w_ = 0.0, np.zeros(N)
+        self.model.V_ = weight.view(workload.table_shape).double().numpy()
+
+    def prepare(self, indices: Tensor) -> sp.csr_matrix:
+        B, num_fields = indices.shape
+        starts = np.arange(B + 1) * num_fields
+        entries = np.ones(B * num_fields), indices.numpy().ravel(), starts
+        return sp.csr_matrix(entries, shape=(B, self.workload.num_features))
+
+    def forward(self, batch: sp.csr_matrix, direction: Direction) -> Tensor:
+        return torch.from_numpy(self.model.predict(batch))
+
+
+class GatherBag(Subject):
+    """The rows of a sample gathered and summed, nothing else, by PyTorch's kernel: [B, F·K]."""
+
+    name = "embedding_bag"
+    role = "roof"
+    directions = ("forward",)
+
+    def forward(self, batch: Tensor, direction: Direction) -> Tensor:
+        return F.embedding_bag(batch, self.weight, mode="sum")
+
+    def expected(self, weight: Tensor, indices: Tensor) -> Tensor:
+        return weight[indices].sum(1)
+
+
+class GatherSum(Subject):
+    """The same by this package's kernel, which writes one number a sample: [B]."""
+
+    name = "gather_sum"
+    role = "roof"
+    directions = ("forward",)
+
+    @classmethod
+    def missing(cls) -> str | None:
+        has_op = hasattr(torch.ops.ffm_ext, "gather_sum")
+        return None if has_op else "missing: this build has no torch.ops.ffm_ext.gather_sum"
+
+    def forward(self, batch: Tensor, direction: Direction) -> Tensor:
+        table = self.weight.view(self.workload.table_shape)
+        return torch.ops.ffm_ext.gather_sum(table, batch)
+
+    def expected(self, weight: Tensor, indices: Tensor) -> Tensor:
+        return weight[indices].sum((1, 2))
+
+
+SUBJECTS: tuple[type[Subject], ...] = (
+    Fused,
+    Torchfm,
+    Vectorised,
+    Compiled,
+    ModernFM,
+    GatherBag,
+    GatherSum,
+)
+
+
+def check(
+    subject: Subject, indices: Tensor, grad_output: Tensor, direction: Direction
+) -> str | None:
+    """How the subject's output or gradient differs from the float64 reference; None if it does not.
+
+    The subject sees its whole batch and table; the reference computes the first 64 samples over the rows that
+    they touch, and upstream gradients of the other samples are zero.
+    """
+    head = indices[:64]
+    rows, positions = head.unique(return_inverse=True)
+    weight = subject.weight.detach()[rows].double().requires_grad_()
+    expected = subject.expected(weight, positions)
+    upstream = torch.zeros_like(grad_output)
+    upstream[:64] = grad_output[:64]
+    try:
+        if direction == "forward":
+            with torch.no_grad():
+                output = subject.forward(subject.prepare(indices), direction)
+        else:
+            output = subject.forward(subject.prepare(indices), direction)
+            output.backward(upstream)
+            expected.backward(upstream[:64].double())
+        close = torch.testing.assert_close
+        close(output.detach()[:64].double(), expected.detach(), rtol=1e-4, atol=1e-4)
+        if direction != "forward":
+            gradient, total = subject.gradient(rows)
+            assert weight.grad is not None
+            close(gradient.double(), weight.grad, rtol=1e-4, atol=1e-5)
+            # Nothing anywhere else.
+            close(total.double(), weight.grad.abs().sum(), rtol=1e-3, atol=0.0)
+    except AssertionError as error:
+        return f"wrong: {' '.join(str(error).split())}"
+    finally:
+        subject.drop_gradient()
+    return None

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""The command line, ``ffm-ext`` or ``python -m ffm_ext``.
+
+A subcommand is one entry of ``COMMANDS``: what it takes, and a function that hands that on to the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from ._build_info import __version__, build_info
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        help: what it does, in a line.
+        add_arguments: tells the parser what it takes.
+        run: does it. An OSError is the user's to mend: it is shown without a traceback.
+        packages: the optional packages that ``run`` imports, import name -> name to install.
+        extras: the extras of this package that bring them.
+    """
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+    packages: Mapping[str, str] = field(default_factory=dict)
+    extras: str = ""
+
+    def missing(self) -> str | None:
+        """What has to be installed first, if anything."""
+        names = [name for module, name in self.packages.items() if find_spec(module) is None]
+        if not names:
+            return None
+        return (
+            f"needs {' and '.join(names)}. Install with `python -m pip install 'ffm-ext[{self.extras}]'`, "
+            f"in a source tree `python -m pip install '.[{self.extras}]'`."
+        )
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_results"), metavar="DIR", help="folder of the plots"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the initial weights and the shuffling"
+    )
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="default: torch's choice")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    run_demo(args.out, seed=args.seed, threads=args.threads)
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def _info(args: argparse.Namespace) -> None:
+    info = build_info()
+    if args.json:
+        print(json.dumps(info, indent=2))
+        return
+    width = max(map(len, info))
+    for name, value in info.items():
+        text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
+        print(f"{name:<{width}}  {text}")
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        help="train an FFM on data that comes with the package, and time the fused layer here",
+        add_arguments=_demo_arguments,
+        run=_demo,
+        packages={"rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"},
+        extras="bench,cli,sklearn",
+    ),
+    "info": Command(
+        help="print what was built and what it runs on",
+        add_arguments=_info_arguments,
+        run=_info,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments, without the program's name; ``None`` = those of the process.
+
+    Returns:
+        The exit status: 0, 1 for an error that is shown on stderr, 130 where the user interrupted. Wrong arguments exit
+        with 2, as usual with argparse.
+    """
+    parser = argparse.ArgumentParser(
+        prog="ffm-ext", description="Field-aware factorization machines for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=f"ffm-ext {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(
+            subparsers.add_parser(name, help=command.help, description=command.help)
+        )
+    args = parser.parse_args(argv)
+
+    command = COMMANDS[args.command]
+    error: object = command.missing()
+    if error is None:
+        try:
+            command.run(args)
+            sys.stdout.flush()
+            return 0
+        except BrokenPipeError:
+            # The reader (`| head`) has gone; the interpreter's own flush at exit must not complain either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt:
+            return 130
+        except OSError as caught:
+            error = caught
+    print(f"ffm-ext {args.command}: {error}", file=sys.stderr)
+    return 1
+
+
+def positive_int(text: str) -> int:
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number

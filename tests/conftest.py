@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""Fixtures. The tolerance rule is ``problems.assert_accurate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+from problems import num_threads, python
+
+# The same examples in every run, and none stored: a test fails for a change in the code, not by luck.
+settings.register_profile("ffm_ext", derandomize=True, deadline=None, database=None)
+settings.load_profile("ffm_ext")
+
+ISAS = ("baseline", "avx2", "avx512")
+
+def devices() -> list[str]:
+    """Where the operators can run here: the devices that have kernels, and hardware."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    cuda = torch.cuda.is_available() and has_kernel("ffm_ext::ffm_forward", "CUDA")
+    return ["cpu", "cuda"] if cuda else ["cpu"]
+
+
+@pytest.fixture(params=devices())
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Each CPU path, by the name that ``FFM_EXT_ISA`` takes in a fresh process (:func:`python`)."""
+    found = python("-c", "import ffm_ext; ffm_ext.build_info()", FFM_EXT_ISA=request.param)
+    if found.returncode:
+        reason = found.stderr.strip().splitlines()[-1]
+        if "this CPU lacks it" in reason or "is not one of" in reason:
+            pytest.skip(reason)
+        pytest.fail(found.stderr)
+    return request.param
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    with num_threads(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread unless a test asks for more: small tensors gain nothing, and a shared machine loses."""
+    with num_threads(1):
+        yield

@@ -1,0 +1,505 @@
+// SPDX-License-Identifier: MIT
+// The CPU kernels against the definition: every pair of entries of a sample, in double precision. It needs no torch and
+// no Python, so it runs wherever there is a compiler and a CPU or an emulator of one. FFM_EXT_ISA picks the kernels, as
+// it does in the package; an argument n leaves every n-th problem. Prints what fails, and at last "N passed, N failed".
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "dispatch.h"
+
+namespace ffm {
+namespace {
+
+int num_passed = 0, num_failed = 0;
+
+void check(bool ok, const std::string& what) {
+  ++(ok ? num_passed : num_failed);
+  if (!ok && num_failed <= 20) std::printf("FAILED %s\n", what.c_str());
+}
+
+// ---- Numbers, read and made without the kernels' conversions.
+
+template <typename T>
+constexpr bool kIsHalf = sizeof(T) == 2;
+template <typename T>
+using SumOf = std::conditional_t<kIsHalf<T>, float, T>;
+template <typename T>
+constexpr int kMantissaBits = std::is_same_v<T, BFloat16> ? 7 : 10;
+template <typename T>
+constexpr int kBias = std::is_same_v<T, BFloat16> ? 127 : 15;
+
+template <typename T>
+double decode(T x) {
+  if constexpr (kIsHalf<T>) {
+    constexpr int kBits = kMantissaBits<T>, kOne = 1 << kBits;
+    const int mantissa = x.bits % kOne, exponent = (x.bits & 0x7fff) / kOne;
+    double y = exponent > 0 ? std::ldexp(kOne + mantissa, exponent - kBias<T> - kBits)
+                            : std::ldexp(mantissa, 1 - kBias<T> - kBits);
+    if (exponent == 0x7fff / kOne) y = mantissa ? std::nan("") : std::numeric_limits<double>::infinity();
+    return x.bits & 0x8000 ? -y : y;
+  } else {
+    return static_cast<double>(x);
+  }
+}
+
+template <typename T>
+std::vector<double> decode(const std::vector<T>& numbers) {
+  std::vector<double> decoded;
+  for (T x : numbers) decoded.push_back(decode(x));
+  return decoded;
+}
+
+// The relative error of one rounding, and the absolute one near zero.
+template <typename T>
+double rounding(double y) {
+  if constexpr (!kIsHalf<T>) return std::numeric_limits<T>::epsilon() / 2 * std::abs(y);
+  return std::max(std::ldexp(std::abs(y), -kMantissaBits<T> - 1), std::ldexp(1.0, -kBias<T> - kMantissaBits<T>));
+}
+
+// What no kernel may leave in its result: a NaN of any type.
+template <typename T>
+std::vector<T> unwritten(int64_t n) {
+  T nan;
+  std::memset(&nan, 0xff, sizeof(nan));
+  return std::vector<T>(n, nan);
+}
+
+std::mt19937_64 random_bits;
+
+// In (-1, 1).
+template <typename T>
+T random_number() {
+  const uint64_t bits = random_bits();
+  if constexpr (kIsHalf<T>) {
+    const int exponent = kBias<T> - 1 - static_cast<int>(bits >> 32 & 3);
+    const int mantissa = static_cast<int>(bits) & ((1 << kMantissaBits<T>)-1);
+    return {static_cast<uint16_t>(bits >> 63 << 15 | exponent << kMantissaBits<T> | mantissa)};
+  } else {
+    return static_cast<T>(static_cast<double>(static_cast<int64_t>(bits)) * 0x1p-63);
+  }
+}
+
+template <typename T>
+std::vector<T> random_numbers(int64_t n) {
+  std::vector<T> numbers(n);
+  for (T& x : numbers) x = random_number<T>();
+  return numbers;
+}
+
+// ---- Problems.
+
+struct IdArray {
+  std::vector<int64_t> wide;
+  std::vector<int32_t> narrow;
+
+  IdArray& operator=(std::vector<int64_t> ids) {
+    narrow.assign(ids.begin(), ids.end());
+    wide = std::move(ids);
+    return *this;
+  }
+  Ids as(bool is_int64) const {
+    if (is_int64) return {wide.data(), true};
+    return {narrow.data(), false};
+  }
+};
+
+// Where Problem and Gradient point into.
+template <typename T>
+struct Batch {
+  std::string name;
+  Problem problem;
+  IdArray indices, fields, offsets;
+  std::vector<T> weight, values;
+
+  int64_t field(int64_t e) const { return problem.fields ? fields.wide[e] : e % problem.num_fields; }
+  int64_t num_terms() const {
+    const int64_t F = problem.num_fields;
+    return F * (F - 1) / 2 + (problem.within_field ? F : 0);
+  }
+  int64_t output_size() const {
+    if (problem.output == Output::kSum) return problem.batch_size;
+    return problem.batch_size * num_terms() * (problem.output == Output::kHadamard ? problem.embed_dim : 1);
+  }
+};
+
+constexpr int64_t kBatchSize = 4, kMiddle = 2;
+
+// The fields of a ragged sample: some with any number of entries, none, one a field, at least one a field; in any
+// order.
+std::vector<int64_t> ragged_fields(int64_t b, int64_t num_fields) {
+  std::vector<int64_t> fields;
+  for (int64_t f = 0; f < num_fields; ++f) {
+    const int64_t any = static_cast<int64_t>(random_bits() % 4);
+    const int64_t counts[kBatchSize] = {any, 0, 1, 1 + any % 3};
+    fields.insert(fields.end(), counts[b], f);
+  }
+  std::shuffle(fields.begin(), fields.end(), random_bits);
+  return fields;
+}
+
+template <typename T>
+void set_problem(Batch<T>& batch, ScalarKind dtype, int64_t num_fields, int64_t embed_dim, bool is_ragged,
+                 bool has_values, bool is_int64) {
+  Problem& p = batch.problem;
+  p.dtype = dtype;
+  p.num_fields = num_fields;
+  p.embed_dim = embed_dim;
+  p.batch_size = kBatchSize;
+  p.num_features = num_fields + 3;  // so few that samples share rows, and one sample has a row twice
+  p.num_entries = kBatchSize * num_fields;
+  if (is_ragged) {
+    std::vector<int64_t> fields, offsets = {0};
+    for (int64_t b = 0; b < kBatchSize; ++b) {
+      for (int64_t f : ragged_fields(b, num_fields)) fields.push_back(f);
+      offsets.push_back(static_cast<int64_t>(fields.size()));
+    }
+    p.num_entries = offsets.back();
+    batch.fields = std::move(fields);
+    batch.offsets = std::move(offsets);
+    p.fields = batch.fields.as(is_int64);
+    p.offsets = batch.offsets.as(is_int64);
+  }
+  std::vector<int64_t> indices(p.num_entries);
+  for (int64_t& i : indices) i = static_cast<int64_t>(random_bits() % p.num_features);
+  batch.indices = std::move(indices);
+  batch.weight = random_numbers<T>(p.num_features * p.row_size());
+  batch.values = random_numbers<T>(has_values ? p.num_entries : 0);
+  p.indices = batch.indices.as(is_int64);
+  p.weight = batch.weight.data();
+  p.values = has_values ? batch.values.data() : nullptr;
+}
+
+// ---- The definition.
+
+// A sum, and the sum of the magnitudes of its terms, to which rounding errors are in proportion.
+struct Number {
+  double value = 0, size = 0;
+
+  void add(double term) {
+    value += term;
+    size += std::abs(term);
+  }
+  void add(const Number& other) {
+    value += other.value;
+    size += other.size;
+  }
+};
+
+struct Truth {
+  std::vector<Number> out, row_sums;
+  std::vector<Number> grad_rows, grad_values;  // of every entry: [nnz, F, K], [nnz]
+};
+
+template <typename T>
+Truth find_truth(const Batch<T>& batch, const std::vector<T>& grad_output) {
+  const Problem& p = batch.problem;
+  const int64_t F = p.num_fields, K = p.embed_dim;
+  const std::vector<double> weight = decode(batch.weight), grads = decode(grad_output);
+  const std::vector<double> values = p.values ? decode(batch.values) : std::vector<double>(p.num_entries, 1.0);
+  auto row = [&](int64_t e) { return weight.data() + batch.indices.wide[e] * F * K; };
+  std::vector<int64_t> terms(F * F);
+  int64_t t = 0;
+  for (int64_t f = 0; f < F; ++f) {
+    for (int64_t g = f + 1; g < F; ++g) terms[f * F + g] = terms[g * F + f] = t++;
+  }
+  for (int64_t f = 0; f < F; ++f) terms[f * F + f] = t++;
+
+  Truth truth;
+  truth.out.resize(grad_output.size());
+  truth.row_sums.resize(p.batch_size);
+  truth.grad_rows.resize(p.num_entries * F * K);
+  truth.grad_values.resize(p.num_entries);
+  for (int64_t b = 0; b < p.batch_size; ++b) {
+    for (int64_t e = p.entries_begin(b); e < p.entries_begin(b + 1); ++e) {
+      for (int64_t i = 0; i < F * K; ++i) truth.row_sums[b].add(row(e)[i]);
+      for (int64_t h = p.entries_begin(b); h < e; ++h) {
+        const int64_t f = batch.field(e), g = batch.field(h);
+        if (f == g && !p.within_field) continue;
+        const double x = values[e], y = values[h];
+        for (int64_t k = 0; k < K; ++k) {
+          int64_t o = b * batch.num_terms() + terms[f * F + g];
+          if (p.output == Output::kSum) o = b;
+          if (p.output == Output::kHadamard) o = o * K + k;
+          const double v = row(e)[g * K + k], w = row(h)[f * K + k], grad = grads[o];
+          truth.out[o].add(x * y * v * w);
+          truth.grad_rows[(e * F + g) * K + k].add(grad * x * y * w);
+          truth.grad_rows[(h * F + f) * K + k].add(grad * x * y * v);
+          truth.grad_values[e].add(grad * y * v * w);
+          truth.grad_values[h].add(grad * x * v * w);
+          if (f == g) {
+            // Kernels take an entry's own part out of the sum of its field.
+            truth.grad_rows[(e * F + g) * K + k].size += std::abs(grad * x * x * v);
+            truth.grad_rows[(h * F + f) * K + k].size += std::abs(grad * y * y * w);
+            truth.grad_values[e].size += std::abs(grad * x * v * v);
+            truth.grad_values[h].size += std::abs(grad * y * w * w);
+          }
+        }
+      }
+    }
+  }
+  return truth;
+}
+
+template <typename T>
+void compare(const std::string& what, const std::vector<T>& found, const std::vector<Number>& truth) {
+  for (size_t i = 0; i < truth.size(); ++i) {
+    const auto [value, size] = truth[i];
+    const double tolerance =
+        4 * std::numeric_limits<SumOf<T>>::epsilon() * size + (kIsHalf<T> ? rounding<T>(value) : 0);
+    if (std::abs(decode(found[i]) - value) <= tolerance) continue;
+    char where[160];
+    std::snprintf(where, sizeof(where), "[%zu] = %.9g, not %.9g +- %.2g", i, decode(found[i]), value, tolerance);
+    return check(false, what + where);
+  }
+  check(true, what);
+}
+
+// ---- The kernels.
+
+std::unique_ptr<void, decltype(&std::free)> new_scratch(size_t bytes) {
+  bytes = std::max<size_t>(64, (bytes + 63) / 64 * 64);
+  std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, bytes), &std::free);
+  std::memset(scratch.get(), 0xff, bytes);
+  return scratch;
+}
+
+template <typename T>
+std::vector<T> run_forward(const Batch<T>& batch) {
+  const Problem& p = batch.problem;
+  std::vector<T> out = unwritten<T>(batch.output_size());
+  const auto scratch = new_scratch(forward_kernels().scratch_bytes(p));
+  forward_kernels().forward(p, out.data(), 0, kMiddle, scratch.get());
+  forward_kernels().forward(p, out.data(), kMiddle, p.batch_size, scratch.get());
+  return out;
+}
+
+template <typename T>
+std::vector<T> run_gather_sum(const Batch<T>& batch) {
+  std::vector<T> out = unwritten<T>(batch.problem.batch_size);
+  forward_kernels().gather_sum(batch.problem, out.data(), 0, kMiddle);
+  forward_kernels().gather_sum(batch.problem, out.data(), kMiddle, batch.problem.batch_size);
+  return out;
+}
+
+enum class Rows { kNone, kDense, kSparse };
+
+template <typename T>
+struct Gradients {
+  std::vector<int64_t> slots;  // entry -> row of rows
+  std::vector<T> rows;         // [R, F, K]
+  std::vector<T> values;       // [nnz]
+};
+
+// `staged`: as several threads do it, in blocks and parts.
+template <typename T>
+Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_output, Rows kind, bool staged) {
+  const Problem& p = batch.problem;
+  const std::vector<int64_t>& indices = batch.indices.wide;
+  const int64_t nnz = p.num_entries;
+
+  Gradients<T> result;
+  Gradient grad;
+  grad.grad_output = grad_output.data();
+  if (p.values) {
+    result.values = unwritten<T>(nnz);
+    grad.grad_values = result.values.data();
+  }
+  auto is_first = std::make_unique<bool[]>(nnz);
+  std::vector<int64_t> sparse_slots, sum_slots;
+  std::vector<SumOf<T>> sums, stage;
+  if (kind != Rows::kNone) {
+    // Rows are numbered in the order in which they first occur, and so are those that several entries share.
+    std::vector<int64_t> row_of(p.num_features, -1), sum_row_of(p.num_features, -1);
+    int64_t num_rows = 0, num_sums = 0;
+    for (int64_t e = 0; e < nnz; ++e) {
+      is_first[e] = row_of[indices[e]] < 0;
+      if (is_first[e]) row_of[indices[e]] = num_rows++;
+      if (is_first[e] && std::count(indices.begin(), indices.end(), indices[e]) > 1)
+        sum_row_of[indices[e]] = num_sums++;
+      sparse_slots.push_back(row_of[indices[e]]);
+      sum_slots.push_back(sum_row_of[indices[e]]);
+    }
+    const bool is_sparse = kind == Rows::kSparse;
+    result.slots = is_sparse ? sparse_slots : indices;
+    result.rows = is_sparse ? unwritten<T>(num_rows * p.row_size()) : std::vector<T>(p.num_features * p.row_size());
+    grad.grad_rows = result.rows.data();
+    grad.slots = is_sparse ? Ids{sparse_slots.data(), true} : p.indices;
+    if (is_sparse || kIsHalf<T>) grad.is_first = is_first.get();
+    if (kIsHalf<T>) {
+      sums = unwritten<SumOf<T>>(num_sums * p.row_size());
+      grad.sums = sums.data();
+      grad.sum_slots = sum_slots.data();
+    }
+  }
+
+  const BackwardKernels& kernels = backward_kernels();
+  const auto scratch = new_scratch(kernels.scratch_bytes(p));
+  for (auto [begin, end] : {std::pair(int64_t{0}, kMiddle), std::pair(kMiddle, p.batch_size)}) {
+    const int64_t first = p.entries_begin(begin), last = p.entries_begin(end);
+    if (staged) {
+      stage = unwritten<SumOf<T>>((last - first) * p.row_size());
+      grad.staged = stage.data();
+      grad.staged_begin = first;
+    }
+    kernels.backward(p, grad, begin, end, scratch.get());
+    for (int64_t part = 0; staged && part < 3; ++part) kernels.add_staged(p, grad, first, last, part, 3);
+  }
+  if (kIsHalf<T> && kind != Rows::kNone) {
+    kernels.round_sums(p, grad, 0, nnz / 2);
+    kernels.round_sums(p, grad, nnz / 2, nnz);
+  }
+  return result;
+}
+
+template <typename T>
+void test_problem(const Batch<T>& batch) {
+  const Problem& p = batch.problem;
+  const std::vector<T> grad_output = random_numbers<T>(batch.output_size());
+  const Truth truth = find_truth(batch, grad_output);
+  compare("forward" + batch.name, run_forward(batch), truth.out);
+  compare("gather_sum" + batch.name, run_gather_sum(batch), truth.row_sums);
+
+  if (p.values) {
+    const Gradients<T> found = run_backward(batch, grad_output, Rows::kNone, false);
+    compare("backward, values only" + batch.name, found.values, truth.grad_values);
+  }
+  for (Rows kind : {Rows::kDense, Rows::kSparse}) {
+    const std::string what = kind == Rows::kDense ? "backward, dense" : "backward, sparse";
+    const Gradients<T> direct = run_backward(batch, grad_output, kind, false);
+    std::vector<Number> rows(direct.rows.size());
+    for (size_t i = 0; i < truth.grad_rows.size(); ++i) {
+      const int64_t e = static_cast<int64_t>(i) / p.row_size(), column = static_cast<int64_t>(i) % p.row_size();
+      rows[direct.slots[e] * p.row_size() + column].add(truth.grad_rows[i]);
+    }
+    compare(what + batch.name, direct.rows, rows);
+    if (p.values) compare(what + ", values" + batch.name, direct.values, truth.grad_values);
+
+    const Gradients<T> staged = run_backward(batch, grad_output, kind, true);
+    compare(what + ", staged" + batch.name, staged.rows, rows);
+    check(std::memcmp(staged.rows.data(), direct.rows.data(), staged.rows.size() * sizeof(T)) == 0,
+          what + batch.name + ": not the same bits when staged");
+  }
+}
+
+// Whether y is the nearest to `exact`, the even one of two that are as near.
+template <typename T>
+bool is_rounded(T y, double exact) {
+  if (std::isnan(exact)) return std::isnan(decode(y));
+  if (std::isnan(decode(y)) || std::signbit(decode(y)) != std::signbit(exact)) return false;
+  if (std::isinf(exact)) return std::isinf(decode(y));
+  // Infinity is where the number after the largest would be.
+  auto distance = [&](T z) {
+    const double next = std::copysign(std::ldexp(1.0, kBias<T> + 1), exact);
+    return std::abs((std::isinf(decode(z)) ? next : decode(z)) - exact);
+  };
+  for (int step : {-1, 1}) {
+    const double other = distance({static_cast<uint16_t>(y.bits + step)});  // NaN, where there is no neighbour
+    if (other < distance(y) || (other == distance(y) && y.bits % 2 == 1)) return false;
+  }
+  return true;
+}
+
+// Every number of a half-precision type times `factor`: widened and rounded as vectors.
+template <typename T>
+void test_conversions(ScalarKind dtype, double factor) {
+  constexpr int64_t kRow = 8, kSamples = 65536 / kRow;
+  const T one = {static_cast<uint16_t>(kBias<T> << kMantissaBits<T>)};
+  T x = {0};
+  while (decode(x) < factor) ++x.bits;
+
+  // Two fields: the gradient of the first row of a sample is its value times the second row.
+  Batch<T> batch;
+  Problem& p = batch.problem;
+  p.dtype = dtype;
+  p.num_fields = 2;
+  p.embed_dim = kRow;
+  p.batch_size = kSamples;
+  p.num_features = p.num_entries = 2 * kSamples;
+  batch.weight.assign(p.num_features * p.row_size(), one);
+  for (int64_t i = 0; i < 65536; ++i) {
+    batch.weight[(2 * (i / kRow) + 1) * p.row_size() + i % kRow] = {static_cast<uint16_t>(i)};
+  }
+  std::vector<int64_t> indices(p.num_entries);
+  std::iota(indices.begin(), indices.end(), 0);
+  batch.indices = std::move(indices);
+  batch.values.assign(p.num_entries, x);
+  for (int64_t e = 1; e < p.num_entries; e += 2) batch.values[e] = one;
+  p.indices = batch.indices.as(true);
+  p.weight = batch.weight.data();
+  p.values = batch.values.data();
+  const std::vector<T> grad_output(kSamples, one);
+  const Gradients<T> found = run_backward(batch, grad_output, Rows::kDense, false);
+
+  for (int64_t i = 0; i < 65536; ++i) {
+    const T given = {static_cast<uint16_t>(i)};
+    const T product = found.rows[2 * (i / kRow) * p.row_size() + kRow + i % kRow];
+    if (is_rounded(product, decode(given) * decode(x))) continue;
+    char what[160];
+    std::snprintf(what, sizeof(what), "0x%04x = %.9g times %.9g: 0x%04x = %.9g", given.bits, decode(given), decode(x),
+                  product.bits, decode(product));
+    return check(false, what);
+  }
+  check(true, "conversions");
+}
+
+// Every stride-th problem.
+void test_all(uint64_t stride) {
+  uint64_t seed = 0;
+  const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
+  const char* const outputs[] = {"sum", "dot", "hadamard"};
+  for (ScalarKind dtype : {ScalarKind::kFloat32, ScalarKind::kFloat64, ScalarKind::kBFloat16, ScalarKind::kFloat16}) {
+    dispatch_dtype(dtype, [&](auto scalar) {
+      using T = typename decltype(scalar)::type;
+      for (int64_t F : {1, 2, 3, 7, 39}) {
+        for (int64_t K : {1, 3, 4, 5, 8, 10, 12, 16, 24}) {
+          for (int variant = 0; variant < 24; ++variant) {
+            if (++seed % stride) continue;
+            const bool is_ragged = variant % 2, has_values = variant / 2 % 2;
+            random_bits.seed(seed);
+            Batch<T> batch;
+            set_problem(batch, dtype, F, K, is_ragged, has_values, seed % 3 == 0);
+            batch.problem.within_field = variant / 4 % 2;
+            batch.problem.output = static_cast<Output>(variant / 8);
+            batch.name = std::string(" (") + names[static_cast<int>(dtype)] + ", F = " + std::to_string(F) +
+                         ", K = " + std::to_string(K) + (is_ragged ? ", ragged" : ", one-hot") +
+                         (has_values ? ", values" : "") + (batch.problem.within_field ? ", within" : "") + ", " +
+                         outputs[variant / 8] + ")";
+            test_problem(batch);
+          }
+        }
+      }
+      if constexpr (kIsHalf<T>) {
+        test_conversions<T>(dtype, 0.7);
+        test_conversions<T>(dtype, 1.7);
+      }
+    });
+  }
+}
+
+}  // namespace
+}  // namespace ffm
+
+int main(int argc, char** argv) {
+  try {
+    std::printf("kernels: %s\n", ffm::cpu_isa());
+    ffm::test_all(argc > 1 ? std::stoul(argv[1]) : 1);
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 2;
+  }
+  std::printf("%d passed, %d failed\n", ffm::num_passed, ffm::num_failed);
+  return ffm::num_failed > 0;
+}

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: MIT
+"""The same bits for any number of threads, in every run, and from the dense and the sparse gradient."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from problems import FORMS, OUTPUTS, Problem, Result, evaluate, grad_output, make_problem, num_threads
+
+from ffm_ext.functional import ffm_interaction
+
+THREADS = (1, 2, 3, 5)
+# csrc/cpu/ffm.cpp: a thread wants 2^15 elements of table rows, and shared rows are staged 2 MB at a time. So this many
+# elements keep five threads busy in each of two blocks or more, in either dtype.
+ELEMENTS = 5 * 2**18
+# Few features, so that nearly every row is shared, by samples of one block and of different ones.
+NUM_FEATURES = 23
+
+modes = pytest.mark.parametrize(
+    ("output", "within_field"),
+    list(itertools.product(OUTPUTS, (False, True))),
+    ids=lambda mode: mode if isinstance(mode, str) else ("within" if mode else ""),
+)
+forms = pytest.mark.parametrize("form", FORMS)
+shapes = pytest.mark.parametrize(
+    ("num_fields", "embed_dim"), [(3, 10), (39, 4)], ids=["F3 K10", "F39 K4"]
+)
+
+
+def large_problem(form: str, num_fields: int, embed_dim: int, dtype: torch.dtype) -> Problem:
+    row_size = num_fields * embed_dim
+    batch_size = ELEMENTS // (num_fields * row_size) + 1
+    problem = make_problem(
+        form,
+        num_fields,
+        embed_dim,
+        batch_size=batch_size * 3 // 2,  # samples of the CSR forms have fewer entries than fields
+        num_features=NUM_FEATURES,
+        dtype=dtype,
+    )
+    assert problem.indices.numel() * row_size > ELEMENTS
+    return problem
+
+
+def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    assert a.shape == b.shape and a.dtype == b.dtype
+    different = a.view(integer) != b.view(integer)
+    assert not different.any(), f"{int(different.sum())} of {different.numel()} elements differ"
+
+
+@modes
+@forms
+@shapes
+@pytest.mark.parametrize("grad", ["dense", "sparse"])
+def test_same_bits_for_any_number_of_threads(
+    form: str,
+    num_fields: int,
+    embed_dim: int,
+    output: str,
+    within_field: bool,
+    grad: str,
+    dtype: torch.dtype,
+) -> None:
+    problem = large_problem(form, num_fields, embed_dim, dtype)
+    seed = grad_output(problem, output, within_field)
+    run = partial(
+        evaluate,
+        ffm_interaction,
+        problem,
+        seed,
+        output=output,
+        within_field=within_field,
+        grad=grad,
+    )
+    first = run()
+    for threads in THREADS:
+        with num_threads(threads):
+            again: Result = run()
+        for name, a, b in zip(first._fields, first, again, strict=True):
+            if a is not None:
+                assert_same_bits(a, b)
+
+
+@modes
+@forms
+@shapes
+def test_dense_and_sparse_gradients_have_the_same_bits(
+    form: str,
+    num_fields: int,
+    embed_dim: int,
+    output: str,
+    within_field: bool,
+    dtype: torch.dtype,
+    threads: int,
+) -> None:
+    problem = large_problem(form, num_fields, embed_dim, dtype)
+    seed = grad_output(problem, output, within_field)
+    results = []
+    for grad in ("dense", "sparse"):
+        found = evaluate(
+            ffm_interaction, problem, seed, output=output, within_field=within_field, grad=grad
+        )
+        results.append(found)
+    dense, sparse = results
+    # +0 takes the sign of -0 away: a dense gradient is a sum that starts at 0, a sparse one starts at its first term.
+    assert_same_bits(dense.grad_weight + 0.0, sparse.grad_weight + 0.0)
+    if dense.grad_values is not None and sparse.grad_values is not None:
+        assert_same_bits(dense.grad_values, sparse.grad_values)
+
+
+@forms
+def test_sparse_gradient_is_coalesced(form: str, threads: int) -> None:
+    """Rows rise, none comes twice, each is one that the batch has, and all that it has are there."""
+    problem = large_problem(form, 3, 10, torch.float32)
+    weight = problem.weight.clone().requires_grad_()
+    out = ffm_interaction(weight, *problem.args[1:], grad="sparse")
+    (grad,) = torch.autograd.grad(out, weight, grad_output(problem, "sum", False))
+    assert grad.is_coalesced()
+    (rows,) = grad.indices()
+    assert rows.dtype == torch.int64
+    assert torch.equal(rows, problem.indices.unique())
+    assert grad.values().shape == (len(rows), *weight.shape[1:])
+    assert grad.values().is_contiguous()
+
+
+def test_sparse_gradient_of_a_large_table(threads: int) -> None:
+    """Ids of more than one digit of the radix sort, spread over the whole table."""
+    N, B, F, K = 3_000_000, 500, 3, 2
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(N, (B, F), generator=generator)
+    indices[B // 2 :] = indices[: B // 2].flip(0)  # every row twice
+    indices[0, 0], indices[1, 0] = 0, N - 1
+    weight = torch.randn(N, F, K, generator=generator).requires_grad_()
+    out = ffm_interaction(weight, indices, grad="sparse")
+    (grad,) = torch.autograd.grad(out.sum(), weight)
+    (rows,) = grad.indices()
+    assert torch.equal(rows, indices.unique())
+
+    compact = weight.detach()[rows].requires_grad_()
+    out = ffm_interaction(compact, torch.searchsorted(rows, indices), grad="sparse")
+    (compact_grad,) = torch.autograd.grad(out.sum(), compact)
+    assert_same_bits(grad.values(), compact_grad.values())

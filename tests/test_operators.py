@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""``torch.library.opcheck`` on every operator of ``torch.ops.ffm_ext``: schema, fake kernel, tracing."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import FORMS, OUTPUTS, grad_output, make_problem
+
+import ffm_ext
+
+ops = torch.ops.ffm_ext
+
+OPERATORS = ("ffm_forward", "ffm_backward", "ffm_backward_sparse", "ffm_backward_values", "gather_sum")
+
+# Each output once: opcheck traces every call anew.
+MODES = (("sum", False), ("dot", True), ("hadamard", False))
+
+
+def operator_calls(name: str) -> list[tuple[Any, ...]]:
+    """Arguments of an operator, in every form and mode that it takes."""
+    if name == "gather_sum":
+        problem = make_problem("one-hot", 3, 4)
+        return [(problem.weight, ids) for ids in (problem.indices, problem.indices.int())]
+    calls: list[tuple[Any, ...]] = []
+    for form, (output, within_field) in itertools.product(FORMS, MODES):
+        problem = make_problem(form, 3, 4)
+        modes = (output, within_field)
+        seed = grad_output(problem, *modes)
+        if name == "ffm_forward":
+            calls.append((*problem.args, *modes))
+        elif name == "ffm_backward_values":
+            if problem.values is not None:
+                calls.append((seed, *problem.args, *modes))
+        else:
+            calls += [
+                (seed, *problem.args, *modes, values_grad)
+                for values_grad in {False, problem.values is not None}
+            ]
+    return calls
+
+
+def test_these_are_all_operators() -> None:
+    prefix = "ffm_ext::"
+    schemas = torch._C._jit_get_all_schemas()
+    registered = {s.name.removeprefix(prefix) for s in schemas if s.name.startswith(prefix)}
+    assert registered == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str) -> None:
+    operator = getattr(ops, name).default
+    for args in operator_calls(name):
+        torch.library.opcheck(operator, args)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_meta_device(name: str) -> None:
+    """Shapes and dtypes without data are those with data."""
+    operator = getattr(ops, name)
+    if name == "ffm_backward_sparse":
+        pytest.skip("the number of touched rows depends on data")
+    for args in operator_calls(name):
+        meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
+        found, wanted = operator(*meta), operator(*args)
+        if isinstance(wanted, torch.Tensor):
+            found, wanted = [found], [wanted]
+        for f, w in zip(found, wanted, strict=True):
+            assert f.device.type == "meta"
+            assert (f.shape, f.dtype, f.stride()) == (w.shape, w.dtype, w.stride())
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_compile(form: str, output: str) -> None:
+    """``torch.compile`` with the whole graph in one piece, forward and backward."""
+    problem = make_problem(form, 3, 4)
+    seed = grad_output(problem, output, False)
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        out = ffm_ext.functional.ffm_interaction(
+            weight, *problem.args[1:], output=output, grad="dense"
+        )
+        return (out * seed).sum()
+
+    grads = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        weight = problem.weight.clone().requires_grad_()
+        function(weight).backward()
+        grads.append(weight.grad)
+    assert torch.equal(*grads)
+
+
+def test_gather_sum(dtype: torch.dtype, threads: int) -> None:
+    for num_fields, embed_dim in [(1, 1), (2, 3), (7, 5), (39, 16)]:
+        problem = make_problem("one-hot", num_fields, embed_dim, batch_size=300, dtype=dtype)
+        rows = problem.weight[problem.indices].double()
+        found = ops.gather_sum(problem.weight, problem.indices)
+        assert found.dtype == dtype
+        error = (found.double() - rows.sum((1, 2, 3))).abs()
+        terms = rows.abs().sum((1, 2, 3))
+        assert (error <= 4 * torch.finfo(dtype).eps * terms).all()

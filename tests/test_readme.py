@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: MIT
+"""What the pages show runs: the ``python`` blocks of a page, in order, in one namespace."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md"])
+def test_code_blocks_run(page: str) -> None:
+    text = (ROOT / page).read_text()
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python") > 0
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        # Blank lines in front, so that a traceback names the page's own line.
+        line = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], str(ROOT / page), "exec"), namespace)
