@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import importlib
-import itertools
-import runpy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,7 +38,6 @@ class Recipe:
     rank: int
     fm: Adam
     ffm: Adam
-    noise: float  # standard deviation of a target around its prediction, for the posterior
     als: dict[str, Any]
     mcmc: dict[str, Any]
     ridge_alpha: float
@@ -73,7 +69,6 @@ def user_item() -> Data:
         rank=2,
         fm=Adam(60, 256, 0.1, (1e-4, 1e-4)),
         ffm=Adam(60, 256, 0.1, (1e-4, 1e-4)),
-        noise=0.4,
         als={"n_iter": 1000, "init_stdev": 0.1, "l2_reg_w": 0.1, "l2_reg_V": 0.5},
         mcmc={"n_iter": 1000, "init_stdev": 0.1},
         ridge_alpha=1e-3,
@@ -98,7 +93,6 @@ def movielens() -> Data:
         rank=8,
         fm=Adam(8, 1024, 0.05, (1e-4, 3e-4)),
         ffm=Adam(5, 1024, 0.05, (1e-4, 4e-4)),
-        noise=0.9,
         als={"n_iter": 100, "init_stdev": 0.1, "l2_reg_w": 10.0, "l2_reg_V": 10.0},
         mcmc={"n_iter": 200, "init_stdev": 0.1},
         ridge_alpha=10.0,
@@ -175,45 +169,17 @@ class FFM(Learner):
 
     def fit_predict(self, data: Data, effort: float) -> Floats:
         torch.manual_seed(0)
-        return train(_ffm(data), data, data.recipe.ffm, effort)
-
-
-class FFMPosterior(Learner):
-    """The average over draws from the posterior that examples/movielens.py makes, as fastFM's MCMC does it for FM."""
-
-    name = "ffm_ext FFM, posterior"
-
-    def fit_predict(self, data: Data, effort: float) -> Floats:
-        example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "movielens.py"))
-        steps, burn_in = max(3, round(600 * effort)), max(1, round(200 * effort))
-        train, test = _batch(data, data.X_train), _batch(data, data.X_test)
-        mean, std = data.y_train.mean(), data.y_train.std()
-        target = torch.from_numpy((data.y_train - mean) / std).float()
-        precision = float(std / data.recipe.noise) ** 2
-
-        def energy(scores: torch.Tensor) -> torch.Tensor:
-            return (scores - target).square().sum() * (precision / 2)
-
-        torch.manual_seed(0)
-        model = _ffm(data)
-        walk = example["posterior"](model, train, energy, precision, step_size=0.4, friction=0.1)
-        draws = []
-        for _ in itertools.islice(walk, burn_in):
-            pass
-        for _ in itertools.islice(walk, steps - burn_in):
-            with torch.no_grad():
-                draws.append(model(test))
-        return np.asarray(torch.stack(draws).double().mean(0)) * std + mean
+        model = ffm_ext.FFM(
+            data.recipe.rank,
+            num_features=len(data.feature_fields),
+            num_fields=int(data.feature_fields.max()) + 1,
+            grad="dense",
+        )
+        return train(model, data, data.recipe.ffm, effort)
 
 
 def _batch(data: Data, X: sp.csr_matrix) -> ffm_ext.SparseBatch:
     return ffm_ext.SparseBatch.from_scipy(X.astype(np.float32), data.feature_fields)
-
-
-def _ffm(data: Data) -> ffm_ext.FFM:
-    names = [str(field) for field in range(int(data.feature_fields.max()) + 1)]
-    ids = {name: np.flatnonzero(data.feature_fields == int(name)).tolist() for name in names}
-    return ffm_ext.FFM(data.recipe.rank, fields=ids, grad="dense")
 
 
 class FastFMALS(Learner):
@@ -255,7 +221,7 @@ def _scaled(options: dict[str, Any], effort: float) -> dict[str, Any]:
     return {**options, "n_iter": max(2, round(options["n_iter"] * effort))}
 
 
-LEARNERS: tuple[type[Learner], ...] = (FM, FFM, FFMPosterior, FastFMALS, FastFMMCMC, Linear)
+LEARNERS: tuple[type[Learner], ...] = (FM, FFM, FastFMALS, FastFMMCMC, Linear)
 
 
 def scores(data: Data, predicted: Floats) -> dict[str, float]:

@@ -73,7 +73,9 @@ inline Ids ids(const char* op, const char* name, const Tensor& t) {
   if (t.scalar_type() != ScalarType::Int && t.scalar_type() != ScalarType::Long) {
     fail(op, name, " must be int32 or int64, got ", dtype_text(t.scalar_type()));
   }
-  return {t.const_data_ptr(), t.scalar_type() == ScalarType::Long};
+  // An empty list has no memory; any address says that it was given.
+  static const int64_t kNothing = 0;
+  return {t.numel() ? t.const_data_ptr() : &kNothing, t.scalar_type() == ScalarType::Long};
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& weight) {

@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 
 
+def _check_device(op: str, weight: Tensor, **lists: Tensor | None) -> None:
+    """The dispatcher comes here as soon as one argument is on the meta device: then all must be."""
+    for name, tensor in lists.items():
+        if tensor is not None and tensor.device != weight.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, weight is on {weight.device}")
+
+
 def _output_shape(
     weight: Tensor, indices: Tensor, offsets: Tensor | None, output: str, within_field: bool
 ) -> list[int]:
@@ -32,6 +39,14 @@ def _(
     output: str,
     within_field: bool,
 ) -> Tensor:
+    _check_device(
+        "ffm_forward",
+        weight,
+        indices=indices,
+        fields=fields,
+        values=values,
+        offsets=offsets,
+    )
     return weight.new_empty(_output_shape(weight, indices, offsets, output, within_field))
 
 
@@ -47,6 +62,15 @@ def _(
     within_field: bool,
     values_grad: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_device(
+        "ffm_backward",
+        weight,
+        indices=indices,
+        fields=fields,
+        values=values,
+        offsets=offsets,
+        grad_output=grad_output,
+    )
     return weight.new_empty(weight.shape), _grad_values(values, values_grad, weight)
 
 
@@ -62,6 +86,15 @@ def _(
     within_field: bool,
     values_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_device(
+        "ffm_backward_sparse",
+        weight,
+        indices=indices,
+        fields=fields,
+        values=values,
+        offsets=offsets,
+        grad_output=grad_output,
+    )
     rows = torch.library.get_ctx().new_dynamic_size()
     return (
         weight.new_empty(rows, dtype=torch.int64),
@@ -81,9 +114,19 @@ def _(
     output: str,
     within_field: bool,
 ) -> Tensor:
+    _check_device(
+        "ffm_backward_values",
+        weight,
+        indices=indices,
+        fields=fields,
+        values=values,
+        offsets=offsets,
+        grad_output=grad_output,
+    )
     return _grad_values(values, True, weight)
 
 
 @torch.library.register_fake("ffm_ext::gather_sum")
 def _(weight: Tensor, indices: Tensor) -> Tensor:
+    _check_device("gather_sum", weight, indices=indices)
     return weight.new_empty(indices.shape[0])

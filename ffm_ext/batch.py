@@ -174,8 +174,10 @@ class SparseBatch:
                 self.indices[begin:end], self.fields[begin:end], values, offsets - begin
             )
         if isinstance(which, slice):
-            which = torch.arange(len(self))[which]
+            which = range(len(self))[which]
         samples = torch.as_tensor(which, device=self.device)
+        if samples.numel() == 0:
+            samples = samples.long()
         if samples.dtype == torch.bool:
             if samples.shape != (len(self),):
                 raise IndexError(

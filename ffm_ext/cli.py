@@ -51,12 +51,18 @@ class Command:
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, default=Path("demo_results"), metavar="DIR", help="folder of the plots"
+        "--out",
+        type=Path,
+        default=Path("demo_results"),
+        metavar="DIR",
+        help="folder of the plots (default: demo_results)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the initial weights and the shuffling"
+        "--seed", type=int, default=0, help="of the initial weights and the shuffling (default: 0)"
     )
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="default: torch's choice")
+    parser.add_argument(
+        "--threads", type=positive_int, default=1, metavar="N", help="of torch (default: 1)"
+    )
 
 
 def _demo(args: argparse.Namespace) -> None:

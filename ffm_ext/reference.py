@@ -30,7 +30,8 @@ class _GatherRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
-        return torch.sparse_coo_tensor(indices[None], grad_rows, ctx.shape).coalesce(), None
+        rows = grad_rows.reshape(indices.numel(), *ctx.shape[1:])
+        return torch.sparse_coo_tensor(indices.reshape(1, -1), rows, ctx.shape).coalesce(), None
 
 
 def ffm_interaction(

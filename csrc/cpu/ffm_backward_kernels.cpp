@@ -49,6 +49,7 @@ class RowGradients {
 
   RowGradients(const Problem& p, const Gradient& g)
       : g_(g),
+        entries_(p),
         row_size_(p.row_size()),
         rows_(static_cast<T*>(g.grad_rows)),
         sums_(static_cast<A*>(kIsNarrow<T> ? g.sums : g.grad_rows)),
@@ -56,17 +57,18 @@ class RowGradients {
 
   explicit operator bool() const { return rows_ != nullptr; }
 
-  // Entry e contributes x * d.
+  // Entry e contributes x * d. What is staged is d alone: multiplied and added in one step either way, a sum has the
+  // same bits whether or not it was staged.
   void put(int64_t e, A x, const A* d) const {
     if (is_only(e)) return scale_into(rows_ + g_.slots[e] * row_size_, x, d, row_size_);
     if (is_first(e)) return scale_into(sum(e), x, d, row_size_);
-    if (staged_) return scale_into(staged(e), x, d, row_size_);
+    if (staged_) return scale_into(staged(e), A(1), d, row_size_);
     add_scaled(sum(e), x, d, row_size_);
   }
   // The second half of a put() that was staged, by the owner of the row: the part that its slot is congruent to.
   void add_staged(int64_t e, int64_t part, int64_t parts) const {
     if (is_only(e) || is_first(e) || slot(e) % parts != part) return;
-    add_scaled(sum(e), A(1), staged(e), row_size_);
+    add_scaled(sum(e), entries_.value(e), staged(e), row_size_);
   }
   // The rounding of a sum, at its first entry.
   void round(int64_t e) const {
@@ -81,6 +83,7 @@ class RowGradients {
   A* staged(int64_t e) const { return staged_ + (e - g_.staged_begin) * row_size_; }
 
   const Gradient& g_;
+  Entries<T> entries_;
   int64_t row_size_;
   T* rows_;
   A* sums_;

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +78,7 @@ class _SpeedColumn(ProgressColumn):
 def train_ffm(
     dataset: FieldDataset, console: Console, *, epochs: int, seed: int
 ) -> tuple[Fit, History]:
-    """Train an FFM by AdaGrad on sparse gradients; keep the epoch that is best on the validation rows.
-
-    On one thread: batches of this size gain nothing from more, and lose where other programs want the cores.
-    """
+    """Train an FFM by AdaGrad on sparse gradients; keep the epoch that is best on the validation rows."""
     x, y = _split(dataset, "train")
     x_valid, y_valid = _split(dataset, "valid")
     x_test, y_test = _split(dataset, "test")
@@ -107,7 +102,7 @@ def train_ffm(
         disable=not console.is_terminal,
     )
     start = time.perf_counter()
-    with _one_thread(), progress:
+    with progress:
         bar = progress.add_task("", total=epochs * len(y), epoch=1, epochs=epochs, loss="")
         for epoch in range(1, epochs + 1):
             total, seen = 0.0, 0
@@ -156,16 +151,6 @@ def fit_logistic_regression(dataset: FieldDataset) -> Fit:
     best = min(models, key=lambda model: log_loss(y_valid, model.predict_proba(x_valid)[:, 1]))
     setting = f"C = {best.C:g} of {len(models)} tried"
     return Fit("logistic regression", setting, seconds, y_test, best.predict_proba(x_test)[:, 1])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _split(dataset: FieldDataset, name: str) -> tuple[Tensor, Tensor]:
