@@ -16,6 +16,7 @@ settings.load_profile("ffm_ext")
 
 ISAS = ("baseline", "avx2", "avx512")
 
+
 def devices() -> list[str]:
     """Where the operators can run here: the devices that have kernels, and hardware."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key

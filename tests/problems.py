@@ -2,7 +2,8 @@
 """Problems, their exact answers, and the rule by which an answer is accurate. Shared by the tests.
 
 The tolerance rule (:func:`assert_accurate`) compares three computations of the same number: ``truth``, the definition
-in float64, ``plain``, which is :mod:`ffm_ext.reference` in the dtype under test, and ``fused``. An element is accurate where ::
+in float64, ``plain``, which is :mod:`ffm_ext.reference` in the dtype under test, and ``fused``. An element is
+accurate where ::
 
     |fused - truth| <= 2 max |plain - truth| + FLOOR · eps(sum) · terms + eps(dtype) · |truth|
 
@@ -20,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,7 +112,7 @@ def make_problem(
     return _make_problem(form, num_fields, embed_dim, batch_size, num_features).to(dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _make_problem(form: str, F: int, K: int, batch_size: int, num_features: int) -> Problem:
     rng = np.random.default_rng([F, K, batch_size])
 
@@ -198,7 +199,7 @@ def evaluate(
     return Result(out.detach(), grad_weight, None if values is None else values.grad)
 
 
-@lru_cache(maxsize=None)
+@cache
 def entry_pairs(
     fields: Tensor | None, offsets: Tensor | None, shape: torch.Size, num_fields: int, within: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,9 +238,9 @@ def by_definition(
 ) -> Tensor:
     """The interaction as libffm defines it: a loop over all pairs of entries of a sample, quadratic in their number.
 
-    The entries *(a, f, x)* and *(b, g, y)* add ``x y weight[a, g] ∘ weight[b, f]`` to the term of the fields *f, g*; two
-    entries of one field do so only with ``within_field``. Nothing is regrouped by field, so this shares no step with
-    the kernels or with :mod:`ffm_ext.reference`.
+    The entries *(a, f, x)* and *(b, g, y)* add ``x y weight[a, g] ∘ weight[b, f]`` to the term of the fields *f, g*;
+    two entries of one field do so only with ``within_field``. Nothing is regrouped by field, so this shares no step
+    with the kernels or with :mod:`ffm_ext.reference`.
     """
     N, F, K = weight.shape
     left, right, term = entry_pairs(fields, offsets, indices.shape, F, within_field)

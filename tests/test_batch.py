@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -19,11 +21,9 @@ DENSE = np.array([[1, 0, 2, 0, 3, 0], [0, 0, 0, 0, 0, 0], [0, 4, 0, 5, 0, 6]], d
 def lists(batch: SparseBatch) -> list[list[tuple[int, int, float]]]:
     """Every sample's entries, in order."""
     values = torch.ones(batch.nnz) if batch.values is None else batch.values
-    entries = list(
-        zip(batch.fields.tolist(), batch.indices.tolist(), values.tolist(), strict=True)
-    )
+    entries = list(zip(batch.fields.tolist(), batch.indices.tolist(), values.tolist(), strict=True))
     ends = batch.offsets.tolist()
-    return [entries[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [entries[a:b] for a, b in itertools.pairwise(ends)]
 
 
 EXPECTED = [[(0, 0, 1.0), (1, 2, 2.0), (2, 4, 3.0)], [], [(0, 1, 4.0), (2, 3, 5.0), (2, 5, 6.0)]]
@@ -42,7 +42,9 @@ def test_from_scipy_of_integers() -> None:
     assert lists(batch) == EXPECTED
 
 
-@pytest.mark.parametrize("matrix", [DENSE, torch.from_numpy(DENSE), DENSE.astype(int), DENSE.tolist()])
+@pytest.mark.parametrize(
+    "matrix", [DENSE, torch.from_numpy(DENSE), DENSE.astype(int), DENSE.tolist()]
+)
 def test_from_dense(matrix: object) -> None:
     assert lists(SparseBatch.from_dense(matrix, FIELDS)) == EXPECTED
 
@@ -50,7 +52,9 @@ def test_from_dense(matrix: object) -> None:
 @pytest.mark.parametrize("ids", [torch.int32, torch.int64])
 def test_from_torch_csr(ids: torch.dtype) -> None:
     csr = torch.from_numpy(DENSE).to_sparse_csr()
-    csr = torch.sparse_csr_tensor(csr.crow_indices().to(ids), csr.col_indices().to(ids), csr.values(), csr.shape)
+    csr = torch.sparse_csr_tensor(
+        csr.crow_indices().to(ids), csr.col_indices().to(ids), csr.values(), csr.shape
+    )
     batch = SparseBatch.from_torch_csr(csr, torch.tensor(FIELDS))
     assert lists(batch) == EXPECTED
     assert batch.indices.dtype == batch.fields.dtype == batch.offsets.dtype == ids
@@ -88,7 +92,11 @@ def test_sample_out_of_range() -> None:
         batch[torch.tensor([True, False])]
 
 
-@given(st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(-3, 3))), max_size=6))
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(-3, 3))), max_size=6
+    )
+)
 def test_lists_survive_the_round_trip(samples: list[list[tuple[int, int, float]]]) -> None:
     batch = SparseBatch.from_lists(samples)
     assert len(batch) == len(samples)
@@ -108,20 +116,49 @@ def test_to() -> None:
         batch.to(torch.int32)
 
 
-I, F, V, O = torch.tensor([0, 1]), torch.tensor([0, 1]), torch.ones(2), torch.tensor([0, 2])
+INDICES, FIELD, VALUES, OFFSETS = (
+    torch.tensor([0, 1]),
+    torch.tensor([0, 1]),
+    torch.ones(2),
+    torch.tensor([0, 2]),
+)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([0, 1], F, V, O), TypeError, "indices must be a tensor, got list"),
-        ((I.float(), F, V, O), TypeError, "indices must be int32 or int64, got torch.float32"),
-        ((I, F[None], V, O), ValueError, r"fields must have one dimension, got shape \[1, 2\]"),
-        ((I, F[:1], V, O), ValueError, r"fields has shape \[1\], indices has \[2\]"),
-        ((I, F, V[:1], O), ValueError, r"values has shape \[1\], indices has \[2\]"),
-        ((I, F, V.long(), O), TypeError, "values must be floating point, got torch.int64"),
-        ((I, F, V, O[:0]), ValueError, "offsets is empty"),
-        ((I, F, V.to("meta"), O), ValueError, "values is on meta, indices is on cpu"),
+        (([0, 1], FIELD, VALUES, OFFSETS), TypeError, "indices must be a tensor, got list"),
+        (
+            (INDICES.float(), FIELD, VALUES, OFFSETS),
+            TypeError,
+            "indices must be int32 or int64, got torch.float32",
+        ),
+        (
+            (INDICES, FIELD[None], VALUES, OFFSETS),
+            ValueError,
+            r"fields must have one dimension, got shape \[1, 2\]",
+        ),
+        (
+            (INDICES, FIELD[:1], VALUES, OFFSETS),
+            ValueError,
+            r"fields has shape \[1\], indices has \[2\]",
+        ),
+        (
+            (INDICES, FIELD, VALUES[:1], OFFSETS),
+            ValueError,
+            r"values has shape \[1\], indices has \[2\]",
+        ),
+        (
+            (INDICES, FIELD, VALUES.long(), OFFSETS),
+            TypeError,
+            "values must be floating point, got torch.int64",
+        ),
+        ((INDICES, FIELD, VALUES, OFFSETS[:0]), ValueError, "offsets is empty"),
+        (
+            (INDICES, FIELD, VALUES.to("meta"), OFFSETS),
+            ValueError,
+            "values is on meta, indices is on cpu",
+        ),
     ],
 )
 def test_refuses(arguments: tuple[torch.Tensor, ...], error: type[Exception], message: str) -> None:
@@ -130,13 +167,22 @@ def test_refuses(arguments: tuple[torch.Tensor, ...], error: type[Exception], me
 
 
 def test_constructors_refuse() -> None:
-    with pytest.raises(ValueError, match=r"feature_fields has shape \[2\], expected one field .* 6 columns"):
+    with pytest.raises(
+        ValueError, match=r"feature_fields has shape \[2\], expected one field .* 6 columns"
+    ):
         SparseBatch.from_dense(DENSE, [0, 1])
     with pytest.raises(TypeError, match="feature_fields must be integers"):
         SparseBatch.from_dense(DENSE, [0.0] * 6)
-    with pytest.raises(ValueError, match=r"from_dense: X must have two dimensions, got shape \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"from_dense: X must have two dimensions, got shape \[3\]"
+    ):
         SparseBatch.from_dense([1.0, 2.0, 3.0], [0])
-    with pytest.raises(TypeError, match="from_torch_csr: t must be sparse_csr, got torch.strided"):
+    with pytest.raises(
+        TypeError, match=r"from_torch_csr: t must be sparse_csr, got torch\.strided"
+    ):
         SparseBatch.from_torch_csr(torch.ones(2, 6), FIELDS)
-    with pytest.raises(ValueError, match=r"from_lists: samples\[1\]\[0\] = \(0, 1\) is not \(field, feature, value\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"from_lists: samples\[1\]\[0\] = \(0, 1\) is not \(field, feature, value\)",
+    ):
         SparseBatch.from_lists([[], [(0, 1)]])  # type: ignore[list-item]

@@ -27,32 +27,34 @@ class Sparse(torch.autograd.Function):
         return grad.to_dense()
 
 
+@pytest.mark.parametrize(("num_fields", "embed_dim"), [(1, 2), (3, 4)])
 @pytest.mark.parametrize("within_field", [False, True], ids=["", "within"])
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("grad", ["dense", "sparse"])
-def test_gradcheck(form: str, output: str, within_field: bool, grad: str) -> None:
-    for num_fields, embed_dim in [(1, 2), (3, 4)]:
-        problem = make_problem(form, num_fields, embed_dim, num_features=4, dtype=torch.float64)
+def test_gradcheck(
+    form: str, output: str, within_field: bool, grad: str, num_fields: int, embed_dim: int
+) -> None:
+    problem = make_problem(form, num_fields, embed_dim, num_features=4, dtype=torch.float64)
 
-        def interaction(weight: Tensor, values: Tensor | None) -> Tensor:
-            return ffm_interaction(
-                Sparse.apply(weight) if grad == "sparse" else weight,
-                problem.indices,
-                problem.fields,
-                values,
-                problem.offsets,
-                output=output,
-                within_field=within_field,
-                grad=grad,
-            )
+    def interaction(weight: Tensor, values: Tensor | None) -> Tensor:
+        return ffm_interaction(
+            Sparse.apply(weight) if grad == "sparse" else weight,
+            problem.indices,
+            problem.fields,
+            values,
+            problem.offsets,
+            output=output,
+            within_field=within_field,
+            grad=grad,
+        )
 
-        values = problem.values
-        if values is not None:
-            values = values.clone().requires_grad_()
-            assert gradcheck(interaction, (problem.weight, values))
-        weight = problem.weight.clone().requires_grad_()
-        assert gradcheck(interaction, (weight, values))
+    values = problem.values
+    if values is not None:
+        values = values.clone().requires_grad_()
+        assert gradcheck(interaction, (problem.weight, values))
+    weight = problem.weight.clone().requires_grad_()
+    assert gradcheck(interaction, (weight, values))
 
 
 @pytest.mark.parametrize("form", FORMS)

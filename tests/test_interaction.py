@@ -44,9 +44,7 @@ forms = pytest.mark.parametrize("form", FORMS)
 @outputs
 @forms
 @pytest.mark.parametrize("grad", ["dense", "sparse"])
-def test_reference_is_the_definition(
-    form: str, output: str, within_field: bool, grad: str
-) -> None:
+def test_reference_is_the_definition(form: str, output: str, within_field: bool, grad: str) -> None:
     modes = {"output": output, "within_field": within_field}
     for num_fields, embed_dim in SHAPES:
         problem = make_problem(form, num_fields, embed_dim, dtype=torch.float64)
@@ -205,8 +203,12 @@ def test_every_isa(isa: str) -> None:
     """What the kernels compute, on the CPU paths that this process does not run."""
     if isa == ffm_ext.build_info()["isa"]:
         pytest.skip(f"this process runs {isa}")
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("interaction", "determinism")]
+    files = [
+        str(Path(__file__).with_name(f"test_{name}.py")) for name in ("interaction", "determinism")
+    ]
     tests = "(matches_reference and not threaded) or rounded_once or (same_bits and sum and F39)"
-    run = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, *files, FFM_EXT_ISA=isa)
+    run = python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, *files, FFM_EXT_ISA=isa
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"\b[1-9]\d* passed", run.stdout), run.stdout

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +14,13 @@ import ffm_ext
 
 ops = torch.ops.ffm_ext
 
-OPERATORS = ("ffm_forward", "ffm_backward", "ffm_backward_sparse", "ffm_backward_values", "gather_sum")
+OPERATORS = (
+    "ffm_forward",
+    "ffm_backward",
+    "ffm_backward_sparse",
+    "ffm_backward_values",
+    "gather_sum",
+)
 
 # Each output once: opcheck traces every call anew.
 MODES = (("sum", False), ("dot", True), ("hadamard", False))

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""What a call allocates, and that offsets into a table pass 2^31."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import num_threads
+from torch.profiler import ProfilerActivity, profile
+
+from ffm_ext.functional import ffm_interaction
+from ffm_ext.reference import ffm_interaction as reference
+
+B, F, K, N = 512, 39, 4, 1000
+
+
+def allocated(function: object, *args: object, **kwargs: object) -> int:
+    """Bytes that torch's allocator gives out during a call, whether or not they come back."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        function(*args, **kwargs)  # type: ignore[operator]
+    return sum(max(0, event.self_cpu_memory_usage) for event in run.key_averages())
+
+
+def test_forward_allocates_its_output_alone() -> None:
+    weight, indices = torch.randn(N, F, K), torch.randint(N, (B, F))
+    sums = B * F * F * K * 4
+    assert (
+        allocated(reference, weight, indices, grad="dense") > sums
+    )  # the measure sees such a temporary
+    for threads in (1, 2):
+        with num_threads(threads):
+            assert allocated(ffm_interaction, weight, indices) <= 2 * B * 4
+
+
+def test_sparse_step_allocates_its_gradient_alone() -> None:
+    weight = torch.randn(N, F, K, requires_grad=True)
+    indices = torch.randint(N, (B, F))
+    rows = indices.unique().numel()
+
+    def step() -> None:
+        ffm_interaction(weight, indices, grad="sparse").sum().backward()
+
+    step()
+    weight.grad = None
+    assert allocated(step) <= rows * F * K * 4 + rows * 8 + 64 * B
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_offsets_are_64_bit() -> None:
+    n = 2**31 // (F * K) + 10
+    weight = torch.empty(n, F, K)  # 8.6 GB of addresses, of which only a few pages are touched
+    assert weight.numel() > 2**31
+    before = resident()
+    ids = torch.stack([torch.arange(F), torch.arange(n - F, n)])
+    weight[ids.flatten()] = torch.randn(2 * F, F, K)
+    small = weight[ids.flatten()].clone().requires_grad_()
+    for dtype in (torch.int32, torch.int64):
+        weight.requires_grad_()
+        weight.grad = None
+        found = ffm_interaction(weight, ids.to(dtype))
+        expected = reference(small, torch.arange(2 * F).view(2, F), grad="dense")
+        torch.testing.assert_close(found, expected)
+        (found * torch.tensor([1.0, 2.0])).sum().backward()
+        small.grad = None
+        (expected * torch.tensor([1.0, 2.0])).sum().backward()
+        assert weight.grad is not None
+        assert weight.grad._indices()[0].tolist() == ids.flatten().tolist()
+        torch.testing.assert_close(weight.grad._values(), small.grad)
+    if resident() - before > 1 << 30:
+        pytest.fail("rows that no sample has were touched")

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: MIT
+"""The modules: what they compute, how they train, what they save and load."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+from collections.abc import Callable
+
+import pytest
+import scipy.sparse as sp
+import torch
+from problems import batch_of, by_definition, make_problem
+from torch import Tensor, nn
+
+import ffm_ext
+from ffm_ext import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine, SparseBatch
+
+OPTIMIZERS: dict[str, Callable[[object], torch.optim.Optimizer]] = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+    "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.1),
+    "SparseAdam": lambda parameters: torch.optim.SparseAdam(parameters, lr=0.01),
+}
+
+
+class TorchfmLayer(nn.Module):
+    """The layer that the drop-in stands in for: a table a field, a Python loop over pairs."""
+
+    def __init__(self, field_dims: list[int], embed_dim: int) -> None:
+        super().__init__()
+        self.starts = torch.tensor([0, *itertools.accumulate(field_dims[:-1])])
+        self.embeddings = nn.ModuleList(
+            nn.Embedding(sum(field_dims), embed_dim) for _ in field_dims
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.starts
+        tables = [embedding(x) for embedding in self.embeddings]
+        pairs = itertools.combinations(range(len(tables)), 2)
+        return torch.stack([tables[j][:, i] * tables[i][:, j] for i, j in pairs], dim=1)
+
+
+def field_ids(field_dims: list[int], batch_size: int) -> Tensor:
+    return torch.stack([torch.randint(n, (batch_size,)) for n in field_dims], dim=1)
+
+
+@pytest.mark.parametrize("within_field", [False, True])
+@pytest.mark.parametrize("form", ["one-hot values", "csr", "csr values"])
+@pytest.mark.parametrize("output", ["sum", "dot", "hadamard"])
+def test_interaction_layer(form: str, output: str, within_field: bool) -> None:
+    problem = make_problem(form, 3, 4)
+    layer = FFMInteraction(11, 3, 4, output=output, within_field=within_field)  # type: ignore[arg-type]
+    values = problem.values if form == "one-hot values" else None
+    weight = layer.weight.detach().view(11, 3, 4)
+    expected = by_definition(weight, *problem.args[1:], output=output, within_field=within_field)
+    torch.testing.assert_close(layer(batch_of(problem), values), expected)
+
+
+def test_values_take_the_dtype_of_the_table() -> None:
+    problem = make_problem("csr values", 3, 4)
+    layer = FFMInteraction(11, 3, 4, dtype=torch.float64)
+    assert layer(batch_of(problem)).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("F", "K"), [(2, 8), (39, 4), (10, 16)])
+def test_initial_interaction_has_a_deviation_of_a_tenth(F: int, K: int) -> None:
+    torch.manual_seed(0)
+    y = FFMInteraction(2000, F, K)(torch.randint(2000, (4000, F)))
+    assert 0.08 < y.std() < 0.12
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("form", ["one-hot", "csr values"])
+def test_trains_on_sparse_gradients(optimizer: str, form: str) -> None:
+    torch.manual_seed(0)
+    problem = make_problem(form, 3, 4)
+    layer = FFMInteraction(11, 3, 4)
+    step = OPTIMIZERS[optimizer](layer.parameters())
+    target = torch.randn(7)
+    losses = []
+    for _ in range(20):
+        step.zero_grad()
+        loss = (layer(batch_of(problem)) - target).square().mean()
+        loss.backward()
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.is_sparse
+        step.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_sparse_step_is_a_dense_step() -> None:
+    problem = make_problem("csr values", 3, 4)
+    dense = FFMInteraction(11, 3, 4, grad="dense")
+    sparse = FFMInteraction(11, 3, 4, grad="sparse")
+    sparse.load_state_dict(dense.state_dict())
+    for layer in (dense, sparse):
+        layer(batch_of(problem)).square().sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    torch.testing.assert_close(sparse.weight, dense.weight, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("field_dims", [[4, 7], [3, 1, 5, 2]])
+def test_stands_in_for_torchfm(field_dims: list[int]) -> None:
+    old, new = TorchfmLayer(field_dims, 4), FieldAwareFactorizationMachine(field_dims, 4)
+    new.load_state_dict(old.state_dict())
+    x = field_ids(field_dims, 9)
+    expected, found = old(x), new(x)
+    assert found.shape == (9, len(field_dims) * (len(field_dims) - 1) // 2, 4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    grads = torch.stack([embedding.weight.grad for embedding in old.embeddings], dim=1)
+    torch.testing.assert_close(new.interaction.weight.grad, grads.flatten(1))
+
+
+def test_loads_torchfm_inside_a_model() -> None:
+    old = nn.ModuleDict({"ffm": TorchfmLayer([4, 7], 4), "head": nn.Linear(4, 1)})
+    new = nn.ModuleDict({"ffm": FieldAwareFactorizationMachine([4, 7], 4), "head": nn.Linear(4, 1)})
+    saved = old.state_dict()
+    assert "ffm.embeddings.0.weight" in saved
+    new.load_state_dict(saved)
+    assert "ffm.embeddings.0.weight" in saved
+    x = field_ids([4, 7], 5)
+    torch.testing.assert_close(new["ffm"](x), old["ffm"](x))
+    new.load_state_dict(new.state_dict())
+
+
+def test_initial_tables_are_as_wide_as_torchfms() -> None:
+    layer = FieldAwareFactorizationMachine([300, 700], 4).interaction
+    bound = (6 / (1000 + 4)) ** 0.5
+    assert 0.95 * bound < layer.weight.abs().max() <= bound
+
+
+DESCRIPTIONS = {
+    "field_dims": {"field_dims": [4, 7, 2]},
+    "fields": {"fields": {"a": 4, "b": 7, "c": 2}},
+    "ids": {"fields": {"a": range(4), "b": [10, 9, 8, 7, 6, 5, 4], "c": (11, 12)}},
+    "sizes": {"num_features": 13, "num_fields": 3},
+}
+
+
+@pytest.mark.parametrize("within_field", [False, True])
+@pytest.mark.parametrize("how", DESCRIPTIONS)
+def test_ffm(how: str, within_field: bool) -> None:
+    torch.manual_seed(0)
+    model = FFM(4, **DESCRIPTIONS[how], within_field=within_field)  # type: ignore[arg-type]
+    nn.init.normal_(model.linear.weight)
+    nn.init.normal_(model.linear.bias)
+    assert model.field_names == (
+        ["a", "b", "c"] if "fields" in DESCRIPTIONS[how] else ["0", "1", "2"]
+    )
+    fields = torch.tensor([0] * 4 + [1] * 7 + [2] * 2)
+    if how == "sizes":
+        assert model.feature_fields is None
+    else:
+        assert model.feature_fields is not None
+        assert model.feature_fields.tolist() == fields.tolist()
+    X = torch.randn(6, 13) * (torch.rand(6, 13) < 0.5)
+    table = model.interaction.weight.detach().view(13, 3, 4)
+    expected = model.linear.bias + X @ model.linear.weight[:, 0]
+    for a, b in itertools.combinations(range(13), 2):
+        if within_field or fields[a] != fields[b]:
+            expected = expected + X[:, a] * X[:, b] * (table[a, fields[b]] @ table[b, fields[a]])
+    for batch in (
+        SparseBatch.from_dense(X, fields),
+        SparseBatch.from_scipy(sp.csr_matrix(X.numpy()), fields),
+    ):
+        torch.testing.assert_close(model(batch), expected)
+
+
+def test_ffm_takes_ids_that_count_from_zero_in_every_field() -> None:
+    model = FFM(4, field_dims=[4, 7, 2])
+    nn.init.normal_(model.linear.weight)
+    local = field_ids([4, 7, 2], 5)
+    samples = [
+        [(f, int(i) + start, 1.0) for f, (i, start) in enumerate(zip(row, [0, 4, 11]))]
+        for row in local
+    ]
+    torch.testing.assert_close(model(local), model(SparseBatch.from_lists(samples)))
+    values = torch.rand(5, 3)
+    scaled = [[(f, i, float(v)) for (f, i, _), v in zip(row, x)] for row, x in zip(samples, values)]
+    torch.testing.assert_close(model(local, values), model(SparseBatch.from_lists(scaled)))
+    local[2, 0] = 4
+    with pytest.raises(
+        IndexError, match=r"FFM: indices\[2, 0\] = 4 is out of range for field 0 of 4 features"
+    ):
+        model(local)
+    with pytest.raises(
+        ValueError, match=r"FFM: ids must be \[B, 3\], one column a field, got \[5, 2\]"
+    ):
+        model(local[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({}, "exactly one of field_dims, fields, or num_features with num_fields"),
+        ({"field_dims": [2], "fields": {"a": 2}}, "exactly one of"),
+        ({"num_features": 5}, "num_features and num_fields go together"),
+        ({"field_dims": [2, 0]}, r"field_dims\[1\] = 0 must be positive"),
+        (
+            {"fields": {"a": 2, "b": [2, 3]}},
+            "fields\\['a'\\] is a count where other fields list their ids",
+        ),
+        (
+            {"fields": {"a": [0, 1], "b": [1, 2]}},
+            r"must cover 0 … 3 once each; fields\['b'\] has 1",
+        ),
+    ],
+)
+def test_ffm_refuses(description: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"FFM: .*{message}"):
+        FFM(4, **description)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grad", ["dense", "sparse"])
+def test_fm(grad: str) -> None:
+    torch.manual_seed(0)
+    model = FM(13, 4, grad=grad)  # type: ignore[arg-type]
+    nn.init.normal_(model.linear.weight)
+    X = torch.randn(6, 13) * (torch.rand(6, 13) < 0.5)
+    expected = model.linear.bias + X @ model.linear.weight[:, 0]
+    for a, b in itertools.combinations(range(13), 2):
+        expected = expected + X[:, a] * X[:, b] * (model.weight[a] @ model.weight[b])
+    found = model(SparseBatch.from_dense(X, [0] * 13))
+    torch.testing.assert_close(found, expected)
+    expected_grad = torch.autograd.grad(expected.square().sum(), model.weight)[0]
+    found.square().sum().backward()
+    assert model.weight.grad is not None
+    assert model.weight.grad.is_sparse == (grad == "sparse")
+    torch.testing.assert_close(model.weight.grad.to_dense(), expected_grad)
+    ids, values = torch.randint(13, (5, 3)), torch.rand(5, 3)
+    samples = [[(0, int(i), float(x)) for i, x in zip(*row)] for row in zip(ids, values)]
+    torch.testing.assert_close(model(ids, values), model(SparseBatch.from_lists(samples)))
+    torch.testing.assert_close(model(ids), model(ids, torch.ones(5, 3)))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [FFMInteraction(13, 3, 4), FFM(4, fields={"a": 4, "b": 7, "c": 2}), FM(13, 4),
+     FieldAwareFactorizationMachine([4, 7, 2], 4)],
+    ids=lambda model: type(model).__name__,
+)  # fmt: skip
+def test_copies_and_saves(model: nn.Module) -> None:
+    x = field_ids([4, 7, 2], 5)
+    expected = model(x)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    assert not torch.equal(other(x), expected)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for same in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(same(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        copy.deepcopy(model).double()(x), expected.double(), rtol=1e-4, atol=1e-6
+    )
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected.detach(), rtol=0, atol=0)
+
+
+def test_large_tables_lie_on_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+    monkeypatch.setattr(ffm_ext.memory, "advise_huge_pages", lambda table: asked.append(table) or 0)
+    ffm_ext.memory.empty_table(1 << 20, 8)
+    assert len(asked) == 1
+    ffm_ext.memory.empty_table(1 << 10, 8)
+    ffm_ext.memory.empty_table(1 << 20, 8, device="meta")
+    monkeypatch.setenv("FFM_EXT_HUGE_PAGES", "0")
+    ffm_ext.memory.empty_table(1 << 20, 8)
+    assert len(asked) == 1
+
+
+def test_advice_for_huge_pages() -> None:
+    table = torch.zeros(1 << 20, 8)
+    asked = ffm_ext.memory.advise_huge_pages(table)
+    assert asked % (2 << 20) == 0
+    assert (30 << 20) <= asked <= (32 << 20)
+    assert (table == 0).all()
+    with pytest.raises(ValueError, match="advise_huge_pages: tensor must be contiguous on the CPU"):
+        ffm_ext.memory.advise_huge_pages(table.t())
