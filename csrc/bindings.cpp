@@ -21,8 +21,6 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def(
       "advise_huge_pages",
-      [](uintptr_t address, size_t bytes) {
-        return ffm::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
-      },
+      [](uintptr_t address, size_t bytes) { return ffm::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
       py::arg("address"), py::arg("bytes"));
 }

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""``SparseBatch``: its constructors agree, and what it refuses."""
-
 from __future__ import annotations
 
-import itertools
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,177 +14,380 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffm_ext import SparseBatch
+from ffm_ext import FFMInteraction, SparseBatch
 
-FIELDS = [0, 0, 1, 2, 2, 2]
-DENSE = np.array([[1, 0, 2, 0, 3, 0], [0, 0, 0, 0, 0, 0], [0, 4, 0, 5, 0, 6]], dtype=np.float32)
+Samples = list[list[tuple[int, int, float]]]
+
+# Samples as lists of (field, feature, value): ragged, unsorted, features twice, an empty sample in the middle.
+SAMPLES: Samples = [
+    [(0, 1, 1.0), (1, 4, 0.5)],
+    [],
+    [(1, 3, -2.0), (0, 0, 0.25), (1, 3, 4.0)],
+    [(1, 4, 1.0)],
+]
+FEATURE_FIELDS = [0, 0, 0, 1, 1]
 
 
-def lists(batch: SparseBatch) -> list[list[tuple[int, int, float]]]:
-    """Every sample's entries, in order."""
+def entries(batch: SparseBatch) -> Samples:
+    """Back to lists."""
     values = torch.ones(batch.nnz) if batch.values is None else batch.values
-    entries = list(zip(batch.fields.tolist(), batch.indices.tolist(), values.tolist(), strict=True))
-    ends = batch.offsets.tolist()
-    return [entries[a:b] for a, b in itertools.pairwise(ends)]
-
-
-EXPECTED = [[(0, 0, 1.0), (1, 2, 2.0), (2, 4, 3.0)], [], [(0, 1, 4.0), (2, 3, 5.0), (2, 5, 6.0)]]
-
-
-@pytest.mark.parametrize("layout", ["csr", "csc", "coo"])
-def test_from_scipy(layout: str) -> None:
-    batch = SparseBatch.from_scipy(sp.csr_matrix(DENSE).asformat(layout), FIELDS)
-    assert lists(batch) == EXPECTED
-    assert batch.values is not None
-    assert batch.values.dtype == torch.float32
-
-
-def test_from_scipy_of_integers() -> None:
-    batch = SparseBatch.from_scipy(sp.csr_array(DENSE.astype(np.int64)), np.array(FIELDS))
-    assert lists(batch) == EXPECTED
-
-
-@pytest.mark.parametrize(
-    "matrix", [DENSE, torch.from_numpy(DENSE), DENSE.astype(int), DENSE.tolist()]
-)
-def test_from_dense(matrix: object) -> None:
-    assert lists(SparseBatch.from_dense(matrix, FIELDS)) == EXPECTED
-
-
-@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
-def test_from_torch_csr(ids: torch.dtype) -> None:
-    csr = torch.from_numpy(DENSE).to_sparse_csr()
-    csr = torch.sparse_csr_tensor(
-        csr.crow_indices().to(ids), csr.col_indices().to(ids), csr.values(), csr.shape
+    flat = list(
+        zip(batch.fields.tolist(), batch.indices.tolist(), values.tolist(), strict=True)
     )
-    batch = SparseBatch.from_torch_csr(csr, torch.tensor(FIELDS))
-    assert lists(batch) == EXPECTED
-    assert batch.indices.dtype == batch.fields.dtype == batch.offsets.dtype == ids
+    ends = batch.offsets.tolist()
+    assert ends[0] == 0 and ends[-1] == len(flat)
+    return [flat[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def raises(error: type[Exception], message: str) -> Any:
+    return pytest.raises(error, match="^" + re.escape(message))
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> np.ndarray:
+    """Small dense matrices ``[B, 5]`` with many zeros."""
+    B = draw(st.integers(0, 6))
+    numbers = st.one_of(st.just(0.0), st.sampled_from([1.0, -0.5, 3.0, 0.125]))
+    rows = draw(st.lists(st.lists(numbers, min_size=5, max_size=5), min_size=B, max_size=B))
+    return np.array(rows, dtype=np.float32).reshape(B, 5)
+
+
+def of_matrix(X: np.ndarray) -> Samples:
+    return [
+        [(FEATURE_FIELDS[a], a, float(row[a])) for a in range(row.size) if row[a]] for row in X
+    ]
+
+
+@st.composite
+def sample_lists(draw: st.DrawFn) -> Samples:
+    entry = st.tuples(st.integers(0, 3), st.integers(0, 99), st.sampled_from([1.0, -2.0, 0.5]))
+    return draw(st.lists(st.lists(entry, max_size=4), max_size=6))
+
+
+# ----------------------------------------------------------------------------------- constructors
 
 
 def test_from_lists() -> None:
-    assert lists(SparseBatch.from_lists(EXPECTED)) == EXPECTED
-    assert len(SparseBatch.from_lists([])) == 0
-    assert lists(SparseBatch.from_lists([[], []])) == [[], []]
-
-
-@pytest.mark.parametrize(
-    ("which", "picked"),
-    [
-        (slice(1, 3), [1, 2]),
-        (slice(2, 1), []),
-        (slice(None, None, 2), [0, 2]),
-        (slice(None, None, -1), [2, 1, 0]),
-        ([2, 0, 2], [2, 0, 2]),
-        (torch.tensor([-1]), [2]),
-        (np.array([True, False, True]), [0, 2]),
-    ],
-    ids=str,
-)
-def test_some_of_the_samples(which: object, picked: list[int]) -> None:
-    batch = SparseBatch.from_lists(EXPECTED)[which]  # type: ignore[index]
-    assert lists(batch) == [EXPECTED[b] for b in picked]
-
-
-def test_sample_out_of_range() -> None:
-    batch = SparseBatch.from_lists(EXPECTED)
-    with pytest.raises(IndexError, match=r"sample \[1\] = 3 is out of range for 3 samples"):
-        batch[[0, 3]]
-    with pytest.raises(IndexError, match=r"the mask has shape \[2\], the batch has 3 samples"):
-        batch[torch.tensor([True, False])]
-
-
-@given(
-    st.lists(
-        st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(-3, 3))), max_size=6
+    batch = SparseBatch.from_lists(SAMPLES)
+    assert len(batch) == 4
+    assert batch.nnz == 6
+    assert batch.device == torch.device("cpu")
+    assert batch.indices.tolist() == [1, 4, 3, 0, 3, 4]
+    assert batch.fields.tolist() == [0, 1, 1, 0, 1, 1]
+    assert batch.offsets.tolist() == [0, 2, 2, 5, 6]
+    assert batch.values is not None
+    assert batch.values.tolist() == [1.0, 0.5, -2.0, 0.25, 4.0, 1.0]
+    assert batch.values.dtype == torch.float32
+    assert (batch.indices.dtype, batch.fields.dtype, batch.offsets.dtype) == (torch.int64,) * 3
+    assert repr(batch) == (
+        "SparseBatch(4 samples, 6 entries, ids=torch.int64, values=torch.float32, device=cpu)"
     )
-)
-def test_lists_survive_the_round_trip(samples: list[list[tuple[int, int, float]]]) -> None:
+
+
+@given(samples=sample_lists())
+def test_from_lists_round_trip(samples: Samples) -> None:
     batch = SparseBatch.from_lists(samples)
     assert len(batch) == len(samples)
-    assert lists(batch) == samples
-    order = list(range(len(samples)))[::-1]
-    assert lists(batch[order]) == samples[::-1]
+    assert batch.nnz == sum(map(len, samples))
+    assert entries(batch) == samples
+    assert entries(SparseBatch.from_lists(iter(samples))) == samples
 
 
-def test_to() -> None:
-    batch = SparseBatch.from_lists(EXPECTED)
-    double = batch.to(torch.float64)
-    assert double.values is not None
-    assert double.values.dtype == torch.float64
-    assert double.indices.dtype == torch.int64
-    assert batch.to("meta").device.type == "meta"
-    with pytest.raises(TypeError, match=r"SparseBatch\.to: dtype must be floating point"):
-        batch.to(torch.int32)
-
-
-INDICES, FIELD, VALUES, OFFSETS = (
-    torch.tensor([0, 1]),
-    torch.tensor([0, 1]),
-    torch.ones(2),
-    torch.tensor([0, 2]),
-)
+@given(X=matrices())
+def test_constructors_agree(X: np.ndarray) -> None:
+    wanted = of_matrix(X)
+    for build in (
+        lambda: SparseBatch.from_dense(X, FEATURE_FIELDS),
+        lambda: SparseBatch.from_dense(torch.from_numpy(X), torch.tensor(FEATURE_FIELDS)),
+        lambda: SparseBatch.from_dense(torch.from_numpy(X.T.copy()).t(), FEATURE_FIELDS),
+        lambda: SparseBatch.from_scipy(sp.csr_matrix(X), FEATURE_FIELDS),
+        lambda: SparseBatch.from_scipy(sp.csr_array(X), np.array(FEATURE_FIELDS)),
+        lambda: SparseBatch.from_scipy(sp.coo_matrix(X), FEATURE_FIELDS),
+        lambda: SparseBatch.from_scipy(sp.csc_matrix(X), FEATURE_FIELDS),
+        lambda: SparseBatch.from_torch_csr(torch.from_numpy(X).to_sparse_csr(), FEATURE_FIELDS),
+        lambda: SparseBatch.from_lists(wanted),
+    ):
+        batch = build()
+        assert entries(batch) == wanted
+        assert batch.values is not None
+        assert batch.values.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("given_dtype", "dtype"),
     [
-        (([0, 1], FIELD, VALUES, OFFSETS), TypeError, "indices must be a tensor, got list"),
+        (np.float64, torch.float64),
+        (np.float32, torch.float32),
+        (np.float16, torch.float16),
+        (np.int64, torch.float32),
+        (np.uint8, torch.float32),
+        (np.bool_, torch.float32),
+    ],
+)
+def test_dtype_of_values(given_dtype: type, dtype: torch.dtype) -> None:
+    X = np.array([[0, 1, 0, 1, 0]]).astype(given_dtype)
+    batches = [SparseBatch.from_dense(X, FEATURE_FIELDS)]
+    batches.append(SparseBatch.from_dense(torch.from_numpy(X), FEATURE_FIELDS))
+    if given_dtype is not np.float16:  # scipy has no half precision
+        batches.append(SparseBatch.from_scipy(sp.csr_matrix(X), FEATURE_FIELDS))
+    csr = torch.from_numpy(X).to_sparse_csr()
+    batches.append(SparseBatch.from_torch_csr(csr, FEATURE_FIELDS))
+    for batch in batches:
+        assert batch.values is not None
+        assert batch.values.dtype == dtype
+        assert entries(batch) == [[(0, 1, 1.0), (1, 3, 1.0)]]
+
+
+def test_explicit_zeros_of_scipy_stay() -> None:
+    csr = sp.csr_matrix((np.array([0.0, 2.0]), np.array([1, 3]), np.array([0, 2])), shape=(1, 5))
+    assert entries(SparseBatch.from_scipy(csr, FEATURE_FIELDS)) == [[(0, 1, 0.0), (1, 3, 2.0)]]
+
+
+def test_batch_does_not_share_memory_with_scipy_ids() -> None:
+    """int32 ids of scipy become int64: the fields of a table with more than 2^31 columns would not fit."""
+    csr = sp.csr_matrix(np.eye(5, dtype=np.float32))
+    batch = SparseBatch.from_scipy(csr, FEATURE_FIELDS)
+    assert batch.indices.dtype == batch.offsets.dtype == torch.int64
+
+
+def test_values_may_be_none() -> None:
+    ids, offsets = torch.tensor([3, 1]), torch.tensor([0, 1, 2])
+    batch = SparseBatch(ids, ids, None, offsets)
+    assert batch.values is None
+    assert "values=1," in repr(batch)
+    assert batch[1:].values is None
+    assert batch[[1]].values is None
+    assert batch.to(torch.float64).values is None
+
+
+def test_ids_take_the_dtype_of_indices() -> None:
+    long, short = torch.tensor([0]), torch.tensor([0], dtype=torch.int32)
+    offsets = torch.tensor([0, 1])
+    batch = SparseBatch(short, long, None, offsets)
+    assert batch.fields.dtype == batch.offsets.dtype == torch.int32
+    batch = SparseBatch(long, short, None, offsets.int())
+    assert batch.fields.dtype == batch.offsets.dtype == torch.int64
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+def test_errors_of_the_constructor() -> None:
+    ids, offsets, values = torch.tensor([0, 1]), torch.tensor([0, 2]), torch.ones(2)
+    for args, error, message in (
+        (([0, 1], ids, None, offsets), TypeError, "indices must be a tensor, got list"),
+        ((ids, None, None, offsets), TypeError, "fields must be a tensor, got NoneType"),
+        ((ids, ids, None, [0, 2]), TypeError, "offsets must be a tensor, got list"),
+        ((ids, ids, [1.0, 1.0], offsets), TypeError, "values must be a tensor, got list"),
         (
-            (INDICES.float(), FIELD, VALUES, OFFSETS),
+            (ids.float(), ids, None, offsets),
             TypeError,
             "indices must be int32 or int64, got torch.float32",
         ),
         (
-            (INDICES, FIELD[None], VALUES, OFFSETS),
-            ValueError,
-            r"fields must have one dimension, got shape \[1, 2\]",
+            (ids, ids.short(), None, offsets),
+            TypeError,
+            "fields must be int32 or int64, got torch.int16",
         ),
         (
-            (INDICES, FIELD[:1], VALUES, OFFSETS),
-            ValueError,
-            r"fields has shape \[1\], indices has \[2\]",
+            (ids, ids, None, offsets.bool()),
+            TypeError,
+            "offsets must be int32 or int64, got torch.bool",
         ),
         (
-            (INDICES, FIELD, VALUES[:1], OFFSETS),
-            ValueError,
-            r"values has shape \[1\], indices has \[2\]",
-        ),
-        (
-            (INDICES, FIELD, VALUES.long(), OFFSETS),
+            (ids, ids, ids, offsets),
             TypeError,
             "values must be floating point, got torch.int64",
         ),
-        ((INDICES, FIELD, VALUES, OFFSETS[:0]), ValueError, "offsets is empty"),
         (
-            (INDICES, FIELD, VALUES.to("meta"), OFFSETS),
+            (ids[None], ids, None, offsets),
+            ValueError,
+            "indices must have one dimension, got shape [1, 2]",
+        ),
+        (
+            (ids, ids, None, offsets[0]),
+            ValueError,
+            "offsets must have one dimension, got shape []",
+        ),
+        ((ids, ids[:1], None, offsets), ValueError, "fields has shape [1], indices has [2]"),
+        ((ids, ids, values[:1], offsets), ValueError, "values has shape [1], indices has [2]"),
+        (
+            (ids, ids, None, offsets[:0]),
+            ValueError,
+            "offsets is empty; it needs a sample count plus one entries",
+        ),
+        (
+            (ids, ids.to("meta"), None, offsets),
+            ValueError,
+            "fields is on meta, indices is on cpu",
+        ),
+        (
+            (ids, ids, values.to("meta"), offsets),
             ValueError,
             "values is on meta, indices is on cpu",
         ),
+        (
+            (ids, ids, values, offsets.to("meta")),
+            ValueError,
+            "offsets is on meta, indices is on cpu",
+        ),
+    ):
+        with raises(error, f"SparseBatch: {message}"):
+            SparseBatch(*args)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda X, f: SparseBatch.from_dense(X, f),
+        lambda X, f: SparseBatch.from_scipy(sp.csr_matrix(X), f),
+        lambda X, f: SparseBatch.from_torch_csr(torch.from_numpy(X).to_sparse_csr(), f),
     ],
+    ids=["dense", "scipy", "torch csr"],
 )
-def test_refuses(arguments: tuple[torch.Tensor, ...], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"SparseBatch: {message}"):
-        SparseBatch(*arguments)
+def test_errors_of_feature_fields(build: Callable[[np.ndarray, Any], SparseBatch]) -> None:
+    X = np.eye(5, dtype=np.float32)
+    message = (
+        "SparseBatch: feature_fields has shape [3], expected one field for each of the 5 columns"
+    )
+    with raises(ValueError, message):
+        build(X, [0, 0, 1])
+    with raises(TypeError, "SparseBatch: feature_fields must be integers, got torch.float32"):
+        build(X, [0.0, 0.0, 1.0, 1.0, 1.0])
+    with raises(TypeError, "SparseBatch: feature_fields must be integers, got torch.bool"):
+        build(X, [True, False, True, True, True])
 
 
-def test_constructors_refuse() -> None:
-    with pytest.raises(
-        ValueError, match=r"feature_fields has shape \[2\], expected one field .* 6 columns"
+def test_errors_of_the_other_constructors() -> None:
+    with raises(ValueError, "SparseBatch.from_dense: X must have two dimensions, got shape [5]"):
+        SparseBatch.from_dense(np.ones(5), FEATURE_FIELDS)
+    with raises(
+        TypeError, "SparseBatch.from_torch_csr: t must be sparse_csr, got torch.sparse_coo"
     ):
-        SparseBatch.from_dense(DENSE, [0, 1])
-    with pytest.raises(TypeError, match="feature_fields must be integers"):
-        SparseBatch.from_dense(DENSE, [0.0] * 6)
-    with pytest.raises(
-        ValueError, match=r"from_dense: X must have two dimensions, got shape \[3\]"
-    ):
-        SparseBatch.from_dense([1.0, 2.0, 3.0], [0])
-    with pytest.raises(
-        TypeError, match=r"from_torch_csr: t must be sparse_csr, got torch\.strided"
-    ):
-        SparseBatch.from_torch_csr(torch.ones(2, 6), FIELDS)
-    with pytest.raises(
-        ValueError,
-        match=r"from_lists: samples\[1\]\[0\] = \(0, 1\) is not \(field, feature, value\)",
-    ):
-        SparseBatch.from_lists([[], [(0, 1)]])  # type: ignore[list-item]
+        SparseBatch.from_torch_csr(torch.eye(5).to_sparse(), FEATURE_FIELDS)
+    message = "SparseBatch.from_lists: samples[1][0] = (0, 1) is not (field, feature, value)"
+    with raises(ValueError, message):
+        SparseBatch.from_lists([[(0, 1, 1.0)], [(0, 1)]])  # type: ignore[list-item]
+    message = "SparseBatch.from_lists: samples[0][1] = 7 is not (field, feature, value)"
+    with raises(ValueError, message):
+        SparseBatch.from_lists([[(0, 1, 1.0), 7]])  # type: ignore[list-item]
+
+
+# --------------------------------------------------------------------------------------- indexing
+
+
+@given(samples=sample_lists(), data=st.data())
+def test_slices(samples: Samples, data: st.DataObject) -> None:
+    which = data.draw(st.slices(len(samples)).filter(lambda s: s.step is None or s.step > 0))
+    batch = SparseBatch.from_lists(samples)
+    part = batch[which]
+    assert entries(part) == samples[which]
+    assert part.indices.dtype == batch.indices.dtype
+
+
+@given(samples=sample_lists(), data=st.data())
+def test_sample_numbers(samples: Samples, data: st.DataObject) -> None:
+    n = len(samples)
+    which = data.draw(st.lists(st.integers(-n, n - 1), max_size=8) if n else st.just([]))
+    batch = SparseBatch.from_lists(samples)
+    wanted = [samples[b] for b in which]
+    index = np.array(which, dtype=np.int64)
+    for form in (which, index, torch.from_numpy(index), torch.from_numpy(index).int()):
+        assert entries(batch[form]) == wanted
+
+
+@given(samples=sample_lists(), data=st.data())
+def test_masks(samples: Samples, data: st.DataObject) -> None:
+    n = len(samples)
+    mask = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    batch = SparseBatch.from_lists(samples)
+    wanted = [sample for sample, keep in zip(samples, mask, strict=True) if keep]
+    assert entries(batch[torch.tensor(mask, dtype=torch.bool)]) == wanted
+    assert entries(batch[np.array(mask, dtype=bool)]) == wanted
+
+
+def test_ids_keep_their_dtype_when_indexed() -> None:
+    ids = torch.tensor([3, 1, 2], dtype=torch.int32)
+    batch = SparseBatch(ids, ids, torch.ones(3, dtype=torch.float64), torch.tensor([0, 1, 3]))
+    for part in (batch[1:], batch[[1]], batch[::2], batch[torch.tensor([False, True])]):
+        assert part.indices.dtype == part.fields.dtype == part.offsets.dtype == torch.int32
+        assert part.values is not None
+        assert part.values.dtype == torch.float64
+
+
+def test_errors_of_indexing() -> None:
+    batch = SparseBatch.from_lists(SAMPLES)
+    with raises(IndexError, "SparseBatch: sample [1] = 4 is out of range for 4 samples"):
+        batch[[0, 4]]
+    with raises(IndexError, "SparseBatch: sample [0] = -5 is out of range for 4 samples"):
+        batch[torch.tensor([-5])]
+    with raises(IndexError, "SparseBatch: the mask has shape [3], the batch has 4 samples"):
+        batch[torch.tensor([True, False, True])]
+    with pytest.raises(ValueError, match="step must be greater than zero"):  # as tensors have it
+        batch[::-1]
+    # One sample is a batch of one: batch[b : b + 1] or batch[[b]].
+    for which in (1, 9, torch.tensor(1), 1.5, [0.5], [[0, 1]]):
+        with pytest.raises((TypeError, IndexError), match="SparseBatch"):
+            batch[which]  # type: ignore[index]
+
+
+def test_iteration_ends() -> None:
+    """Python iterates over anything with ``__getitem__``; that must not give nonsense."""
+    with pytest.raises((TypeError, IndexError), match="SparseBatch"):
+        list(SparseBatch.from_lists(SAMPLES))  # type: ignore[call-overload]
+
+
+# ---------------------------------------------------------------------------------------- moving
+
+
+def test_to() -> None:
+    batch = SparseBatch.from_lists(SAMPLES)
+    double = batch.to(torch.float64)
+    assert double.values is not None
+    assert double.values.dtype == torch.float64
+    assert double.indices.dtype == torch.int64
+    assert entries(double) == SAMPLES
+    meta = batch.to("meta")
+    assert meta.device == meta.offsets.device == torch.device("meta")
+    assert meta.fields.device == meta.values.device == torch.device("meta")  # type: ignore[union-attr]
+    both = batch.to("meta", torch.float16, non_blocking=True)
+    assert both.values is not None
+    assert (both.device.type, both.values.dtype) == ("meta", torch.float16)
+    assert len(both) == 4
+    assert batch.to(device="cpu").device.type == "cpu"
+    with raises(TypeError, "SparseBatch.to: dtype must be floating point, got torch.int32"):
+        batch.to(torch.int32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs an accelerator")
+def test_pin_memory() -> None:
+    pinned = SparseBatch.from_lists(SAMPLES).pin_memory()
+    assert entries(pinned) == SAMPLES
+    tensors = (pinned.indices, pinned.fields, pinned.values, pinned.offsets)
+    assert all(tensor is not None and tensor.is_pinned() for tensor in tensors)
+
+
+def test_copies() -> None:
+    batch = SparseBatch.from_lists(SAMPLES)
+    for other in (copy.copy(batch), copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))):
+        assert entries(other) == SAMPLES
+    copy.deepcopy(batch).indices[0] = 77
+    assert entries(batch) == SAMPLES
+
+
+def test_data_loader() -> None:
+    """A batch is a map-style data set whose ``__getitem__`` takes the sampler's whole list."""
+    batch = SparseBatch.from_lists(SAMPLES)
+    sampler = torch.utils.data.BatchSampler(
+        torch.utils.data.SequentialSampler(range(len(batch))), batch_size=3, drop_last=False
+    )
+    loader = torch.utils.data.DataLoader(batch, sampler=sampler, batch_size=None)  # type: ignore[arg-type]
+    assert [entries(part) for part in loader] == [SAMPLES[:3], SAMPLES[3:]]
+
+
+def test_the_order_of_entries_does_not_matter() -> None:
+    layer = FFMInteraction(5, 2, 3, within_field=True, dtype=torch.float64)
+    forward = SparseBatch.from_lists(SAMPLES)
+    backward = SparseBatch.from_lists([sample[::-1] for sample in SAMPLES])
+    with torch.no_grad():
+        torch.testing.assert_close(layer(forward), layer(backward), rtol=0, atol=1e-14)
