@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import re
 from collections.abc import Callable
@@ -31,12 +32,10 @@ FEATURE_FIELDS = [0, 0, 0, 1, 1]
 def entries(batch: SparseBatch) -> Samples:
     """Back to lists."""
     values = torch.ones(batch.nnz) if batch.values is None else batch.values
-    flat = list(
-        zip(batch.fields.tolist(), batch.indices.tolist(), values.tolist(), strict=True)
-    )
+    flat = list(zip(batch.fields.tolist(), batch.indices.tolist(), values.tolist(), strict=True))
     ends = batch.offsets.tolist()
     assert ends[0] == 0 and ends[-1] == len(flat)
-    return [flat[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [flat[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
 def raises(error: type[Exception], message: str) -> Any:
@@ -53,9 +52,7 @@ def matrices(draw: st.DrawFn) -> np.ndarray:
 
 
 def of_matrix(X: np.ndarray) -> Samples:
-    return [
-        [(FEATURE_FIELDS[a], a, float(row[a])) for a in range(row.size) if row[a]] for row in X
-    ]
+    return [[(FEATURE_FIELDS[a], a, float(row[a])) for a in range(row.size) if row[a]] for row in X]
 
 
 @st.composite
@@ -278,7 +275,7 @@ def test_errors_of_the_other_constructors() -> None:
 
 @given(samples=sample_lists(), data=st.data())
 def test_slices(samples: Samples, data: st.DataObject) -> None:
-    which = data.draw(st.slices(len(samples)).filter(lambda s: s.step is None or s.step > 0))
+    which = data.draw(st.slices(len(samples)))
     batch = SparseBatch.from_lists(samples)
     part = batch[which]
     assert entries(part) == samples[which]
@@ -309,7 +306,7 @@ def test_masks(samples: Samples, data: st.DataObject) -> None:
 def test_ids_keep_their_dtype_when_indexed() -> None:
     ids = torch.tensor([3, 1, 2], dtype=torch.int32)
     batch = SparseBatch(ids, ids, torch.ones(3, dtype=torch.float64), torch.tensor([0, 1, 3]))
-    for part in (batch[1:], batch[[1]], batch[::2], batch[torch.tensor([False, True])]):
+    for part in (batch[1:], batch[[1]], batch[::-1], batch[torch.tensor([False, True])]):
         assert part.indices.dtype == part.fields.dtype == part.offsets.dtype == torch.int32
         assert part.values is not None
         assert part.values.dtype == torch.float64
@@ -323,8 +320,6 @@ def test_errors_of_indexing() -> None:
         batch[torch.tensor([-5])]
     with raises(IndexError, "SparseBatch: the mask has shape [3], the batch has 4 samples"):
         batch[torch.tensor([True, False, True])]
-    with pytest.raises(ValueError, match="step must be greater than zero"):  # as tensors have it
-        batch[::-1]
     # One sample is a batch of one: batch[b : b + 1] or batch[[b]].
     for which in (1, 9, torch.tensor(1), 1.5, [0.5], [[0, 1]]):
         with pytest.raises((TypeError, IndexError), match="SparseBatch"):

@@ -70,14 +70,15 @@ def test_gradients_accumulate(form: str, grad: str) -> None:
     torch.testing.assert_close(weight.grad.to_dense(), 2 * once.grad.to_dense(), rtol=0, atol=0)
 
 
-def test_no_second_derivative() -> None:
-    """It is refused, not wrong: the reference has it."""
-    problem = make_problem("one-hot", 3, 4)
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_are_refused(form: str) -> None:
+    """A gradient penalty raises: it must not lose its own gradient in silence."""
+    problem = make_problem(form, 3, 4)
     weight = problem.weight.clone().requires_grad_()
-    out = ffm_interaction(weight, problem.indices, grad="dense")
+    out = ffm_interaction(weight, *problem.args[1:], grad="dense")
     (grad,) = torch.autograd.grad(out.sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError):
+        (out.sum() + grad.square().sum()).backward()
 
 
 def test_weight_changed_between_forward_and_backward() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import num_threads
+from problems import num_threads, python
 from torch.profiler import ProfilerActivity, profile
 
 from ffm_ext.functional import ffm_interaction
@@ -43,6 +43,49 @@ def test_sparse_step_allocates_its_gradient_alone() -> None:
     step()
     weight.grad = None
     assert allocated(step) <= rows * F * K * 4 + rows * 8 + 64 * B
+
+
+# Prints by how many bytes the process has grown at most, after a small call of the same kind, for each way to call.
+PEAK = """
+import re, torch
+from ffm_ext.functional import ffm_interaction
+
+B, F, K, N = 4000, 39, 16, 1000
+
+def peak():
+    with open("/proc/self/status") as file:
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", file.read())[1]) << 10
+
+weight = torch.randn(N, F, K, requires_grad=True)
+indices = torch.randint(N, (B, 2 * F))
+fields = torch.arange(F).repeat(2 * B)
+offsets = torch.arange(B + 1) * 2 * F
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for csr in (False, True):
+        for backward in (False, True):
+            grown = []
+            for b in (4, B):
+                before = peak()
+                batch = indices[:b, :F].contiguous(), None, None, None
+                if csr:
+                    batch = indices[:b].flatten(), fields[: b * 2 * F], None, offsets[: b + 1]
+                out = ffm_interaction(weight, *batch, grad="sparse")
+                if backward:
+                    torch.autograd.grad(out.sum(), weight)
+                grown.append(peak() - before)
+            print(grown[-1])
+"""
+
+
+def test_scratch_does_not_grow_with_the_batch() -> None:
+    """The resident size sees what torch's allocator does not: the kernels' own scratch."""
+    run = python("-c", PEAK)
+    assert run.returncode == 0, run.stderr
+    grown = [int(line) for line in run.stdout.split()]
+    sums = 4000 * 39 * 39 * 16 * 4
+    assert len(grown) == 8
+    assert max(grown) < sums / 8, f"{grown} bytes, where the field sums would be {sums}"
 
 
 def resident() -> int:

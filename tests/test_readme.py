@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What the pages show runs: the ``python`` blocks of a page, in order, in one namespace."""
+"""What the pages show runs: the ``python`` blocks of a page, in order, in one namespace.
+
+A block that is not to run is of another kind (``text``, ``sh``).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [
+    "README.md",
+    *(
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "docs").glob("**/*.md"))
+        if "```python" in path.read_text()
+    ),
+]
 
 
-@pytest.mark.parametrize("page", ["README.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_code_blocks_run(page: str) -> None:
     text = (ROOT / page).read_text()
     blocks = list(BLOCK.finditer(text))

@@ -322,13 +322,13 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
   std::vector<SumOf<T>> sums, stage;
   if (kind != Rows::kNone) {
     // Rows are numbered in the order in which they first occur, and so are those that several entries share.
-    std::vector<int64_t> row_of(p.num_features, -1), sum_row_of(p.num_features, -1);
+    std::vector<int64_t> row_of(p.num_features, -1), sum_row_of(p.num_features, -1), count(p.num_features);
     int64_t num_rows = 0, num_sums = 0;
+    for (int64_t i : indices) ++count[i];
     for (int64_t e = 0; e < nnz; ++e) {
       is_first[e] = row_of[indices[e]] < 0;
       if (is_first[e]) row_of[indices[e]] = num_rows++;
-      if (is_first[e] && std::count(indices.begin(), indices.end(), indices[e]) > 1)
-        sum_row_of[indices[e]] = num_sums++;
+      if (is_first[e] && count[indices[e]] > 1) sum_row_of[indices[e]] = num_sums++;
       sparse_slots.push_back(row_of[indices[e]]);
       sum_slots.push_back(sum_row_of[indices[e]]);
     }
@@ -412,10 +412,10 @@ bool is_rounded(T y, double exact) {
   return true;
 }
 
-// Every number of a half-precision type times `factor`: widened and rounded as vectors.
+// Every number of a half-precision type times `factor`, in rows of 2 K: as vectors, or one by one where K is 1.
 template <typename T>
-void test_conversions(ScalarKind dtype, double factor) {
-  constexpr int64_t kRow = 8, kSamples = 65536 / kRow;
+void test_conversions(ScalarKind dtype, int64_t K, double factor) {
+  const int64_t num_samples = 65536 / K;
   const T one = {static_cast<uint16_t>(kBias<T> << kMantissaBits<T>)};
   T x = {0};
   while (decode(x) < factor) ++x.bits;
@@ -425,12 +425,12 @@ void test_conversions(ScalarKind dtype, double factor) {
   Problem& p = batch.problem;
   p.dtype = dtype;
   p.num_fields = 2;
-  p.embed_dim = kRow;
-  p.batch_size = kSamples;
-  p.num_features = p.num_entries = 2 * kSamples;
+  p.embed_dim = K;
+  p.batch_size = num_samples;
+  p.num_features = p.num_entries = 2 * num_samples;
   batch.weight.assign(p.num_features * p.row_size(), one);
   for (int64_t i = 0; i < 65536; ++i) {
-    batch.weight[(2 * (i / kRow) + 1) * p.row_size() + i % kRow] = {static_cast<uint16_t>(i)};
+    batch.weight[(2 * (i / K) + 1) * p.row_size() + i % K] = {static_cast<uint16_t>(i)};
   }
   std::vector<int64_t> indices(p.num_entries);
   std::iota(indices.begin(), indices.end(), 0);
@@ -440,12 +440,12 @@ void test_conversions(ScalarKind dtype, double factor) {
   p.indices = batch.indices.as(true);
   p.weight = batch.weight.data();
   p.values = batch.values.data();
-  const std::vector<T> grad_output(kSamples, one);
+  const std::vector<T> grad_output(num_samples, one);
   const Gradients<T> found = run_backward(batch, grad_output, Rows::kDense, false);
 
   for (int64_t i = 0; i < 65536; ++i) {
     const T given = {static_cast<uint16_t>(i)};
-    const T product = found.rows[2 * (i / kRow) * p.row_size() + kRow + i % kRow];
+    const T product = found.rows[2 * (i / K) * p.row_size() + K + i % K];
     if (is_rounded(product, decode(given) * decode(x))) continue;
     char what[160];
     std::snprintf(what, sizeof(what), "0x%04x = %.9g times %.9g: 0x%04x = %.9g", given.bits, decode(given), decode(x),
@@ -482,8 +482,10 @@ void test_all(uint64_t stride) {
         }
       }
       if constexpr (kIsHalf<T>) {
-        test_conversions<T>(dtype, 0.7);
-        test_conversions<T>(dtype, 1.7);
+        for (int64_t K : {1, 8}) {
+          test_conversions<T>(dtype, K, 0.7);
+          test_conversions<T>(dtype, K, 1.7);
+        }
       }
     });
   }
