@@ -47,7 +47,7 @@ def execute(path: Path, folder: Path) -> NotebookNode:
 
 
 def main() -> None:
-    for path in map(Path, sys.argv[1:] or sorted(EXAMPLES.glob("*.ipynb"))):
+    for path in [Path(name) for name in sys.argv[1:]] or sorted(EXAMPLES.glob("*.ipynb")):
         with tempfile.TemporaryDirectory() as folder:
             nbformat.write(execute(path, Path(folder)), path)
         print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")

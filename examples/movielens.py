@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
+from torch.optim.swa_utils import AveragedModel
 
 import ffm_ext
 from ffm_ext.datasets import fetch_movielens_100k
@@ -148,8 +149,12 @@ def draw_predictions(
     train_rows: Tensor,
     held_out_rows: Tensor,
     args: argparse.Namespace,
-) -> Tensor:
-    """What each draw after the burn-in predicts for the held-out rows, ``[draws, n]``."""
+) -> tuple[Tensor, Tensor]:
+    """Predictions for the n held-out rows, of each draw after the burn-in and of the mean of their weights.
+
+    Returns:
+        ``[draws, n]``, and ``[n]`` of the one model whose weights are the means.
+    """
     batch, rating, held_out = ds.data[train_rows], ds.target[train_rows], ds.data[held_out_rows]
     assert isinstance(batch, ffm_ext.SparseBatch)
     liked = (rating >= LIKED).float()
@@ -175,14 +180,20 @@ def draw_predictions(
         friction=args.friction,
         warm_up=args.warm_up,
     )
+    mean = AveragedModel(model)
+
+    @torch.no_grad()
+    def predict(predictor: torch.nn.Module) -> Tensor:
+        scores: Tensor = predictor(held_out)
+        return scores.clamp(1, 5) if metric == "RMSE" else scores.sigmoid()
+
     predictions = []
     began = time.perf_counter()
     for step in range(1, args.steps + 1):
         loss = next(walk)
         if step > args.burn_in:
-            with torch.no_grad():
-                scores = model(held_out)
-            predictions.append(scores.clamp(1, 5) if metric == "RMSE" else scores.sigmoid())
+            predictions.append(predict(model))
+            mean.update_parameters(model)
         if step % 100 == 0 or step == args.steps:
             seconds = time.perf_counter() - began
             print(
@@ -190,7 +201,7 @@ def draw_predictions(
                 f"energy a training sample {loss / len(batch):.4f}",
                 flush=True,
             )
-    return torch.stack(predictions)
+    return torch.stack(predictions), predict(mean)
 
 
 def score(metric: str, prediction: Tensor, rating: Tensor) -> float:
@@ -248,12 +259,13 @@ def main() -> int:
     rating = ds.target[held_out]
     print(f"{ds.name}: train on {len(train)} ratings, score {len(held_out)} {part} ratings")
 
-    draws = {metric: draw_predictions(metric, ds, train, held_out, args) for metric in PEERS}
+    results = {metric: draw_predictions(metric, ds, train, held_out, args) for metric in PEERS}
     missed = False
-    for metric, predictions in draws.items():
+    for metric, (predictions, point) in results.items():
         average = score(metric, predictions.mean(0), rating)
         print(f"\n{part} {metric}")
         print(f"  {f'FFM, average of {len(predictions)} draws':<28}{average:.4f}")
+        print(f"  {'FFM, mean of their weights':<28}{score(metric, point, rating):.4f}")
         print(f"  {'FFM, last draw alone':<28}{score(metric, predictions[-1], rating):.4f}")
         if not args.validate:  # the peers' figures are for the test rows
             for peer, value in PEERS[metric].items():
@@ -262,7 +274,7 @@ def main() -> int:
                 print("  misses the first of these", file=sys.stderr)
                 missed = True
     if args.plot:
-        plot(draws, rating, args.plot)
+        plot({metric: draws for metric, (draws, _) in results.items()}, rating, args.plot)
     return int(missed)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Output = Literal["sum", "dot", "hadamard"]
@@ -51,3 +52,50 @@ def table_shape(
             f"which is no multiple of num_fields = {F}"
         )
     return weight.shape[0], F, weight.shape[1] // F
+
+
+def check_contents(
+    where: str, indices: Tensor, values: Tensor | None, offsets: Tensor | None, num_features: int
+) -> None:
+    """What the operators check by themselves, for modules made of PyTorch's own, which trust their lists.
+
+    Only on the CPU: elsewhere it would wait for the device.
+
+    Raises:
+        IndexError: an id is outside ``[0, num_features)``.
+        ValueError: offsets do not rise from 0 to nnz, or a value is not finite.
+    """
+    if indices.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+
+    def place(name: str, at: Tensor) -> str:
+        return f"{name}[{', '.join(map(str, at.tolist()))}]"
+
+    if offsets is not None:
+        B = offsets.numel() - 1
+        if offsets[0] != 0:
+            raise ValueError(f"{where}: offsets[0] = {int(offsets[0])} must be 0")
+        falls = (offsets.diff() < 0).nonzero()
+        if falls.numel():
+            b = int(falls[0])
+            raise ValueError(
+                f"{where}: offsets[{b + 1}] = {int(offsets[b + 1])} is less than "
+                f"offsets[{b}] = {int(offsets[b])}"
+            )
+        if offsets[B] != indices.numel():
+            raise ValueError(
+                f"{where}: offsets[{B}] = {int(offsets[B])} must be the number of entries, "
+                f"{indices.numel()}"
+            )
+    outside = (indices < 0) | (indices >= num_features)
+    if outside.any():
+        at = outside.nonzero()[0]
+        raise IndexError(
+            f"{where}: {place('indices', at)} = {int(indices[tuple(at)])} is out of range for a table "
+            f"of {num_features} features"
+        )
+    if values is not None and not values.isfinite().all():
+        at = (~values.isfinite()).nonzero()[0]
+        raise ValueError(
+            f"{where}: {place('values', at)} = {float(values[tuple(at)])} is not finite"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._arguments import GradMode, Output, check_modes
+from ._arguments import GradMode, Output, check_contents, check_modes
 from .batch import SparseBatch
 from .functional import ffm_interaction
 from .memory import empty_table
@@ -289,6 +289,7 @@ class FM(nn.Module):
     def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
         """``[B, F]`` ids of the whole table (with ``values [B, F]`` or without), or a :class:`SparseBatch`."""
         indices, _, values, offsets = _entries("FM", x, values, self.weight.dtype)
+        check_contents("FM", indices, values, offsets, self.weight.shape[0])
         rows = nn.functional.embedding(indices, self.weight, sparse=self.grad == "sparse")
         if values is not None:
             rows = rows * values.unsqueeze(-1)

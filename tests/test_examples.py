@@ -60,6 +60,8 @@ def test_kept_outputs_say_nothing_of_the_machine(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert all(cell.metadata == {} for cell in notebook.cells)
-    text = path.read_text(encoding="utf-8")
+    for out in outputs(notebook):
+        out.get("data", {}).pop("image/png", None)  # base64 may spell anything
+    text = nbformat.writes(notebook)
     for place in ("/home/", "/root/", "/tmp/", "/usr/", "site-packages", " at 0x", str(ROOT)):
         assert place not in text, place

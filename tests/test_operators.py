@@ -63,12 +63,10 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(operator, args)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "ffm_backward_sparse"])
 def test_meta_device(name: str) -> None:
-    """Shapes and dtypes without data are those with data."""
+    """Shapes and dtypes without data are those with data, where they do not depend on it."""
     operator = getattr(ops, name)
-    if name == "ffm_backward_sparse":
-        pytest.skip("the number of touched rows depends on data")
     for args in operator_calls(name):
         meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
         found, wanted = operator(*meta), operator(*args)
