@@ -210,8 +210,8 @@ def score(metric: str, prediction: Tensor, rating: Tensor) -> float:
     return binary_cross_entropy(prediction, (rating >= LIKED).float()).item()
 
 
-def plot(draws: dict[str, Tensor], rating: Tensor, file: Path) -> None:
-    """The score of the average of the first n draws, over n, beside the peers."""
+def plot(draws: dict[str, Tensor], rating: Tensor, file: Path, *, peers: bool) -> None:
+    """The score of the average of the first n draws, over n, beside the peers' where those are for the same rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -223,7 +223,7 @@ def plot(draws: dict[str, Tensor], rating: Tensor, file: Path) -> None:
         averages = predictions.cumsum(0) / number[:, None]
         ax.plot(number, [score(metric, p, rating) for p in averages], label="FFM, average of draws")
         for peer, value in PEERS[metric].items():
-            if peer != "constant":  # far above all others
+            if peers and peer != "constant":  # far above all others
                 ax.axhline(value, color="gray", linestyle="--")
                 ax.text(len(number), value, f"{peer} {value:.4f}", ha="right", va="bottom")
         ax.set(xlabel="draws", ylabel=metric)
@@ -274,7 +274,12 @@ def main() -> int:
                 print("  misses the first of these", file=sys.stderr)
                 missed = True
     if args.plot:
-        plot({metric: draws for metric, (draws, _) in results.items()}, rating, args.plot)
+        plot(
+            {metric: draws for metric, (draws, _) in results.items()},
+            rating,
+            args.plot,
+            peers=not args.validate,
+        )
     return int(missed)
 
 

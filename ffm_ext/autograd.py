@@ -7,6 +7,7 @@
     FFMFunction.backward   ->  ffm_backward            grad="dense":  gradient [N, F, K] and that of values
                                ffm_backward_sparse     grad="sparse": touched rows, their gradient, that of values
                                ffm_backward_values     the table is frozen, values are not
+                               reference.py            create_graph=True: gradients of gradients
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import reference
 
 __all__ = ["FFMFunction"]
 
@@ -26,6 +29,35 @@ def _table(weight: Tensor, num_fields: int) -> Tensor:
     if weight.dim() == 3:
         return weight
     return weight.view(weight.shape[0], num_fields, weight.shape[1] // num_fields)
+
+
+def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients for ``create_graph=True``: those of the reference, which can be differentiated again."""
+    weight, indices, fields, values, offsets = ctx.saved_tensors
+    needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    if needs_weight and ctx.grad == "sparse":
+        raise RuntimeError(
+            "ffm_interaction: create_graph=True needs grad='dense': "
+            "a sparse gradient cannot be differentiated again"
+        )
+    out = reference.ffm_interaction(
+        weight,
+        indices,
+        fields,
+        values,
+        offsets,
+        num_fields=ctx.num_fields,
+        output=ctx.output,
+        within_field=ctx.within_field,
+        grad="dense",
+    )
+    inputs = [
+        tensor for tensor, needed in ((weight, needs_weight), (values, needs_values)) if needed
+    ]
+    grads = iter(torch.autograd.grad(out, inputs, grad_output, create_graph=True))
+    grad_weight = next(grads) if needs_weight else None
+    grad_values = next(grads) if needs_values else None
+    return grad_weight, None, None, grad_values, *(None,) * 5
 
 
 class FFMFunction(torch.autograd.Function):
@@ -55,9 +87,10 @@ class FFMFunction(torch.autograd.Function):
         ctx.num_fields, ctx.output, ctx.within_field, ctx.grad = modes
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``weight`` and ``values``, whichever are needed."""
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, grad_output)
         weight, indices, fields, values, offsets = ctx.saved_tensors
         table = _table(weight, ctx.num_fields)
         problem = (

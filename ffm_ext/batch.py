@@ -176,7 +176,14 @@ class SparseBatch:
         if isinstance(which, slice):
             which = range(len(self))[which]
         samples = torch.as_tensor(which, device=self.device)
-        if samples.numel() == 0:
+        if samples.dim() != 1 or (
+            samples.numel() and (samples.is_floating_point() or samples.is_complex())
+        ):
+            raise TypeError(
+                f"SparseBatch: {which!r} is not a slice, a list of sample numbers or a mask "
+                "(one sample is batch[b : b + 1])"
+            )
+        if samples.numel() == 0 and samples.dtype != torch.bool:
             samples = samples.long()
         if samples.dtype == torch.bool:
             if samples.shape != (len(self),):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from problems import FORMS, OUTPUTS, make_problem
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from ffm_ext.functional import ffm_interaction
 
@@ -70,19 +70,37 @@ def test_gradients_accumulate(form: str, grad: str) -> None:
     torch.testing.assert_close(weight.grad.to_dense(), 2 * once.grad.to_dense(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("within_field", [False, True], ids=["", "within"])
+@pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("form", FORMS)
-def test_second_derivatives_are_refused(form: str) -> None:
-    """A gradient penalty raises: it must not lose its own gradient in silence."""
+def test_second_derivatives(form: str, output: str, within_field: bool) -> None:
+    problem = make_problem(form, 3, 2, batch_size=6, num_features=4, dtype=torch.float64)
+
+    def interaction(weight: Tensor, values: Tensor | None) -> Tensor:
+        return ffm_interaction(
+            weight,
+            problem.indices,
+            problem.fields,
+            values,
+            problem.offsets,
+            output=output,
+            within_field=within_field,
+            grad="dense",
+        )
+
+    weight = problem.weight.clone().requires_grad_()
+    values = None if problem.values is None else problem.values.clone().requires_grad_()
+    assert gradgradcheck(interaction, (weight, values))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_of_a_sparse_gradient_are_refused(form: str) -> None:
+    """A gradient penalty must not lose its own gradient in silence."""
     problem = make_problem(form, 3, 4)
     weight = problem.weight.clone().requires_grad_()
-    out = ffm_interaction(weight, *problem.args[1:], grad="dense")
-
-    def penalised() -> None:
-        (grad,) = torch.autograd.grad(out.sum(), weight, create_graph=True)
-        (out.sum() + grad.square().sum()).backward()
-
-    with pytest.raises(RuntimeError):
-        penalised()
+    out = ffm_interaction(weight, *problem.args[1:], grad="sparse")
+    with pytest.raises(RuntimeError, match=r"create_graph=True needs grad='dense'"):
+        torch.autograd.grad(out.sum(), weight, create_graph=True)
 
 
 def test_weight_changed_between_forward_and_backward() -> None:
