@@ -34,6 +34,7 @@ def kinds(notebook: Any) -> list[tuple[str, list[str]]]:
     ]
 
 
+@pytest.mark.slow
 @each_notebook
 def test_notebook_runs(path: Path, tmp_path: Path) -> None:
     # Cells hold the assertions. They run where no source of the package lies about.
