@@ -234,9 +234,9 @@ inline A dot(const T* a, const A* b, int64_t n) {
   return sum<A, L>(wide) + rest;
 }
 
-// Asks for the cache lines of n elements.
+// Asks for the cache lines of n elements: into the second level, since the first has no room for two samples.
 template <typename T>
 inline void prefetch(const T* p, int64_t n) {
   const char* bytes = reinterpret_cast<const char*>(p);
-  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += kCacheLine) __builtin_prefetch(bytes + i);
+  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += kCacheLine) __builtin_prefetch(bytes + i, 0, 2);
 }
