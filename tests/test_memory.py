@@ -45,6 +45,14 @@ def test_sparse_step_allocates_its_gradient_alone() -> None:
     assert allocated(step) <= rows * F * K * 4 + rows * 8 + 64 * B
 
 
+def test_frozen_table_has_no_gradient_made() -> None:
+    weight, indices = torch.randn(N, F, K), torch.randint(N, (B, F))
+    values = torch.rand(B, F, requires_grad=True)
+    for grad in ("dense", "sparse"):
+        out = ffm_interaction(weight, indices, values=values, grad=grad).sum()
+        assert allocated(out.backward) <= 2 * B * F * 4 + 64 * B < weight.numel() * 4
+
+
 # Prints by how many bytes the process has grown at most, after a small call of the same kind, for each way to call.
 PEAK = """
 import re, torch
