@@ -18,6 +18,8 @@ from sklearn.model_selection import train_test_split
 
 import ffm_ext
 
+from .peer import Peer
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -105,21 +107,10 @@ def movielens() -> Data:
 DATA = {"user-item": user_item, "MovieLens-100K": movielens}
 
 
-class Learner(ABC):
+class Learner(Peer, ABC):
     """Fits and predicts in one call, as fastFM's MCMC must. A new learner is a class here."""
 
     name: ClassVar[str]
-    module: ClassVar[str | None] = None
-
-    @classmethod
-    def missing(cls) -> str | None:
-        """Why it cannot run here; None if it can."""
-        try:
-            if cls.module:
-                importlib.import_module(cls.module)
-        except ImportError as error:
-            return f"missing: {error}"
-        return None
 
     @abstractmethod
     def fit_predict(self, data: Data, effort: float) -> Floats:
@@ -182,31 +173,36 @@ def _batch(data: Data, X: sp.csr_matrix) -> ffm_ext.SparseBatch:
     return ffm_ext.SparseBatch.from_scipy(X.astype(np.float32), data.feature_fields)
 
 
-class FastFMALS(Learner):
+class FastFM(Learner):
+    """One of fastFM's regressors, by its module."""
+
+    module: ClassVar[str]
+
+    def regression(self, data: Data, options: dict[str, Any], effort: float) -> Any:
+        """The estimator, its number of iterations scaled by ``effort``."""
+        options = {**options, "n_iter": max(2, round(options["n_iter"] * effort))}
+        estimator = importlib.import_module(self.module).FMRegression
+        return estimator(rank=data.recipe.rank, random_state=0, **options)
+
+
+class FastFMALS(FastFM):
     name = "fastFM ALS"
     module = "fastFM.als"
 
     def fit_predict(self, data: Data, effort: float) -> Floats:
-        options = _scaled(data.recipe.als, effort)
-        model = importlib.import_module(self.module).FMRegression(
-            rank=data.recipe.rank, random_state=0, **options
-        )
+        model = self.regression(data, data.recipe.als, effort)
         model.fit(data.X_train.tocsc(), data.y_train)
         return np.asarray(model.predict(data.X_test.tocsc()))
 
 
-class FastFMMCMC(Learner):
+class FastFMMCMC(FastFM):
     name = "fastFM MCMC"
     module = "fastFM.mcmc"
 
     def fit_predict(self, data: Data, effort: float) -> Floats:
-        options = _scaled(data.recipe.mcmc, effort)
-        model = importlib.import_module(self.module).FMRegression(
-            rank=data.recipe.rank, random_state=0, **options
-        )
-        return np.asarray(
-            model.fit_predict(data.X_train.tocsc(), data.y_train, data.X_test.tocsc())
-        )
+        model = self.regression(data, data.recipe.mcmc, effort)
+        X_train, X_test = data.X_train.tocsc(), data.X_test.tocsc()
+        return np.asarray(model.fit_predict(X_train, data.y_train, X_test))
 
 
 class Linear(Learner):
@@ -215,10 +211,6 @@ class Linear(Learner):
     def fit_predict(self, data: Data, effort: float) -> Floats:
         model = Ridge(alpha=data.recipe.ridge_alpha).fit(data.X_train, data.y_train)
         return np.asarray(model.predict(data.X_test))
-
-
-def _scaled(options: dict[str, Any], effort: float) -> dict[str, Any]:
-    return {**options, "n_iter": max(2, round(options["n_iter"] * effort))}
 
 
 LEARNERS: tuple[type[Learner], ...] = (FM, FFM, FastFMALS, FastFMMCMC, Linear)

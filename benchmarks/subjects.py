@@ -21,34 +21,24 @@ from torch import Tensor
 
 import ffm_ext
 
+from .peer import Peer
 from .workloads import DIRECTIONS, Direction, Workload
 
 Role = Literal["ours", "peer", "roof"]
 
 
-class Subject(ABC):
+class Subject(Peer, ABC):
     """One way to compute the interaction of a batch, and its gradient with respect to the table."""
 
     name: ClassVar[str]
     role: ClassVar[Role] = "peer"
     directions: ClassVar[tuple[Direction, ...]] = DIRECTIONS
-    module: ClassVar[str | None] = None  # what it needs to import
     copies: ClassVar[float] = 0.0  # memory that it keeps, in sizes of the float32 table
 
     def __init__(self, workload: Workload, weight: Tensor) -> None:
         self.workload = workload
         # [N, F·K], a leaf of its own over the same memory
         self.weight = weight.detach().requires_grad_()
-
-    @classmethod
-    def missing(cls) -> str | None:
-        """Why it cannot run here; None if it can."""
-        try:
-            if cls.module:
-                importlib.import_module(cls.module)
-        except ImportError as error:
-            return f"missing: {error}"
-        return None
 
     def prepare(self, indices: Tensor) -> Any:
         """What `forward` takes for the global ids ``indices`` [B, F]."""

@@ -67,8 +67,7 @@ struct Problem {
 
 // Gradients of a Problem. The gradient of entry e's row goes to row slots[e] of `grad_rows`:
 //   - stored there where is_first[e]: it is the first of its row in the batch;
-//   - else added there, or, where `staged` is given, stored (without its factor x) to row (e - staged_begin) of
-//   `staged`
+//   - else added there; or, where `staged` is given, stored without its factor x to row (e - staged_begin) of it,
 //     for a later pass that adds in the order of the entries.
 // So every row is summed in the order of its entries, whatever the number of threads.
 //

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
-from problems import FORMS, OUTPUTS, make_problem
+from problems import FORMS, OUTPUTS, Problem, make_problem
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -27,15 +28,10 @@ class Sparse(torch.autograd.Function):
         return grad.to_dense()
 
 
-@pytest.mark.parametrize(("num_fields", "embed_dim"), [(1, 2), (3, 4)])
-@pytest.mark.parametrize("within_field", [False, True], ids=["", "within"])
-@pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("grad", ["dense", "sparse"])
-def test_gradcheck(
-    form: str, output: str, within_field: bool, grad: str, num_fields: int, embed_dim: int
-) -> None:
-    problem = make_problem(form, num_fields, embed_dim, num_features=4, dtype=torch.float64)
+def interaction_of(
+    problem: Problem, output: str, within_field: bool, grad: str
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The interaction as a function of what has gradients, the table and the values."""
 
     def interaction(weight: Tensor, values: Tensor | None) -> Tensor:
         return ffm_interaction(
@@ -49,6 +45,20 @@ def test_gradcheck(
             grad=grad,
         )
 
+    return interaction
+
+
+@pytest.mark.parametrize(("num_fields", "embed_dim"), [(1, 2), (3, 4)])
+@pytest.mark.parametrize("within_field", [False, True], ids=["", "within"])
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("grad", ["dense", "sparse"])
+def test_gradcheck(
+    form: str, output: str, within_field: bool, grad: str, num_fields: int, embed_dim: int
+) -> None:
+    problem = make_problem(form, num_fields, embed_dim, num_features=4, dtype=torch.float64)
+
+    interaction = interaction_of(problem, output, within_field, grad)
     values = problem.values
     if values is not None:
         values = values.clone().requires_grad_()
@@ -76,18 +86,7 @@ def test_gradients_accumulate(form: str, grad: str) -> None:
 def test_second_derivatives(form: str, output: str, within_field: bool) -> None:
     problem = make_problem(form, 3, 2, batch_size=6, num_features=4, dtype=torch.float64)
 
-    def interaction(weight: Tensor, values: Tensor | None) -> Tensor:
-        return ffm_interaction(
-            weight,
-            problem.indices,
-            problem.fields,
-            values,
-            problem.offsets,
-            output=output,
-            within_field=within_field,
-            grad="dense",
-        )
-
+    interaction = interaction_of(problem, output, within_field, "dense")
     weight = problem.weight.clone().requires_grad_()
     values = None if problem.values is None else problem.values.clone().requires_grad_()
     assert gradgradcheck(interaction, (weight, values))

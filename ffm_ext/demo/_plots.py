@@ -75,6 +75,13 @@ def _plot_history(ax: Axes, history: History) -> None:
     ax.legend()
 
 
+def _unit_square(ax: Axes, *, diagonal: str) -> None:
+    """Axes for two shares, with the line of those that are equal."""
+    ax.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=":", label=diagonal)
+    ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+    ax.grid(alpha=0.3)
+
+
 def _plot_roc(ax: Axes, fits: Sequence[Fit]) -> None:
     # The curves lie close together: their bend once more, enlarged.
     inset = ax.inset_axes((0.42, 0.33, 0.5, 0.5), xlim=(0.08, 0.22), ylim=(0.74, 0.9))
@@ -86,21 +93,13 @@ def _plot_roc(ax: Axes, fits: Sequence[Fit]) -> None:
         ax.plot(false_rate, true_rate, color=color, label=f"{fit.name}, AUC {fit.auc:.4f}")
         inset.plot(false_rate, true_rate, color=color, linewidth=1)
     ax.indicate_inset_zoom(inset, edgecolor=_GREY)
-    ax.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=":", label="chance")
-    ax.set(
-        title="ROC, test rows",
-        xlabel="false positive rate",
-        ylabel="true positive rate",
-        xlim=(-0.01, 1.01),
-        ylim=(-0.01, 1.01),
-        aspect="equal",
-    )
-    ax.grid(alpha=0.3)
+    _unit_square(ax, diagonal="chance")
+    ax.set(title="ROC, test rows", xlabel="false positive rate", ylabel="true positive rate")
     ax.legend(loc="lower right")
 
 
 def _plot_calibration(ax: Axes, fits: Sequence[Fit]) -> None:
-    ax.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=":", label="perfect")
+    _unit_square(ax, diagonal="perfect")
     for fit, color, marker in zip(fits, (_OURS, _THEIRS), "os", strict=True):
         rate, predicted = calibration_curve(
             fit.target, fit.probability, n_bins=20, strategy="quantile"
@@ -112,11 +111,7 @@ def _plot_calibration(ax: Axes, fits: Sequence[Fit]) -> None:
         title="Calibration, test rows",
         xlabel="predicted probability (20 equal groups)",
         ylabel="share above 50,000 dollars",
-        xlim=(-0.01, 1.01),
-        ylim=(-0.01, 1.01),
-        aspect="equal",
     )
-    ax.grid(alpha=0.3)
     ax.legend(loc="lower right")
 
 
