@@ -78,15 +78,42 @@ inline Ids ids(const char* op, const char* name, const Tensor& t) {
   return {t.numel() ? t.const_data_ptr() : &kNothing, t.scalar_type() == ScalarType::Long};
 }
 
-inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& weight) {
+inline void check_same_device(const char* op, const char* name, const Tensor& t, const Tensor& weight,
+                              const char* weight_name = "weight") {
   auto text = [](const Tensor& x) {
     return x.is_cpu() ? std::string("the CPU")
                       : (x.is_cuda() ? "CUDA device " : "device ") + std::to_string(x.get_device_index());
   };
   if (t.is_cpu() != weight.is_cpu() || t.is_cuda() != weight.is_cuda() ||
       t.get_device_index() != weight.get_device_index()) {
-    fail(op, name, " is on ", text(t), ", weight is on ", text(weight));
+    fail(op, name, " is on ", text(t), ", ", weight_name, " is on ", text(weight));
   }
+}
+
+// A table, the name of its argument, and what it says of a Problem.
+struct Table {
+  Tensor tensor;
+  const char* name = "weight";
+  ScalarType dtype;  // of values and outputs
+  Problem problem;
+};
+
+inline Table float_table(const char* op, const Tensor& weight) {
+  Table table{weight, "weight", weight.scalar_type(), {}};
+  Problem& p = table.problem;
+  if (weight.dim() != 3) fail(op, "weight must be [N, F, K], got shape ", shape_text(weight));
+  p.dtype = scalar_kind(op, weight);
+  p.num_features = weight.size(0);
+  p.num_fields = weight.size(1);
+  p.embed_dim = weight.size(2);
+  if (p.num_fields == 0 || p.embed_dim == 0)
+    fail(op, "weight has shape ", shape_text(weight), ": F and K must be positive");
+  if (!weight.is_contiguous()) {
+    fail(op, "weight is not contiguous (strides ", weight.stride(0), ", ", weight.stride(1), ", ", weight.stride(2),
+         "); call .contiguous() once where it is made");
+  }
+  p.weight = weight.const_data_ptr();
+  return table;
 }
 
 // Tensors of one call, dense in memory, and what they say. The table is never copied; the lists are where they are not
@@ -99,30 +126,23 @@ struct Batch {
   Batch(const char* op, const Tensor& weight_, const Tensor& indices_, const std::optional<Tensor>& fields_,
         const std::optional<Tensor>& values_, const std::optional<Tensor>& offsets_, const std::string& output,
         bool within_field)
-      : weight(weight_), indices(torch::stable::contiguous(indices_)) {
+      : Batch(op, float_table(op, weight_), indices_, fields_, values_, offsets_, output, within_field) {}
+
+  Batch(const char* op, const Table& table, const Tensor& indices_, const std::optional<Tensor>& fields_,
+        const std::optional<Tensor>& values_, const std::optional<Tensor>& offsets_, const std::string& output,
+        bool within_field)
+      : weight(table.tensor), indices(torch::stable::contiguous(indices_)), problem(table.problem), table_(table.name) {
     Problem& p = problem;
-    if (weight.dim() != 3) fail(op, "weight must be [N, F, K], got shape ", shape_text(weight));
-    p.dtype = scalar_kind(op, weight);
-    p.num_features = weight.size(0);
-    p.num_fields = weight.size(1);
-    p.embed_dim = weight.size(2);
-    if (p.num_fields == 0 || p.embed_dim == 0)
-      fail(op, "weight has shape ", shape_text(weight), ": F and K must be positive");
-    if (!weight.is_contiguous()) {
-      fail(op, "weight is not contiguous (strides ", weight.stride(0), ", ", weight.stride(1), ", ", weight.stride(2),
-           "); call .contiguous() once where it is made");
-    }
-    p.weight = weight.const_data_ptr();
     p.output = output_kind(op, output);
     p.within_field = within_field;
 
-    check_same_device(op, "indices", indices, weight);
+    check_same_device(op, "indices", indices, weight, table_);
     p.indices = ids(op, "indices", indices);
     p.num_entries = indices.numel();
     if (indices.dim() == 2) {
       if (fields_ || offsets_) fail(op, "indices is [B, F], so ", fields_ ? "fields" : "offsets", " must be None");
       if (indices.size(1) != p.num_fields) {
-        fail(op, "indices has shape ", shape_text(indices), ", but weight has ", p.num_fields, " fields");
+        fail(op, "indices has shape ", shape_text(indices), ", but ", table_, " has ", p.num_fields, " fields");
       }
       p.batch_size = indices.size(0);
     } else if (indices.dim() == 1) {
@@ -141,9 +161,10 @@ struct Batch {
     }
     if (values_) {
       values = torch::stable::contiguous(*values_);
-      check_same_device(op, "values", *values, weight);
-      if (values->scalar_type() != weight.scalar_type()) {
-        fail(op, "values is ", dtype_text(values->scalar_type()), ", weight is ", dtype_text(weight.scalar_type()));
+      check_same_device(op, "values", *values, weight, table_);
+      if (values->scalar_type() != table.dtype) {
+        fail(op, "values is ", dtype_text(values->scalar_type()), ", ", table_,
+             table.dtype == weight.scalar_type() ? " is " : " takes ", dtype_text(table.dtype));
       }
       if (shape_text(*values) != shape_text(indices)) {
         fail(op, "values has shape ", shape_text(*values), ", indices has ", shape_text(indices));
@@ -176,10 +197,12 @@ struct Batch {
 
  private:
   Tensor list(const char* op, const char* name, const Tensor& t) const {
-    check_same_device(op, name, t, weight);
+    check_same_device(op, name, t, weight, table_);
     if (t.dim() != 1) fail(op, name, " must have one dimension, got shape ", shape_text(t));
     return torch::stable::contiguous(t);
   }
+
+  const char* table_;
 };
 
 }  // namespace ffm

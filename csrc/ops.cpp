@@ -6,6 +6,8 @@
 //     backward:  ffm_backward | ffm_backward_sparse | ffm_backward_values
 //   each dispatched to  cpu/ffm.cpp : checks.h, tensors -> params.h -> cpu/ffm_*_kernels.cpp, built once an ISA
 //
+//   QuantizedFFMInteraction (quantized.py): ffm_quantize once, then ffm_forward_int8, by way of cpu/ffm_int8.cpp
+//
 // Shapes: weight [N, F, K]; indices [B, F] alone, or indices [nnz] with fields [nnz] and offsets [B + 1]; values of the
 // shape of indices. output is "sum" | "dot" | "hadamard". Gradients of values are empty where they are not asked for.
 
@@ -31,6 +33,17 @@ STABLE_TORCH_LIBRARY(ffm_ext, m) {
   m.def(
       "ffm_backward_values(Tensor grad_output, Tensor weight, Tensor indices, Tensor? fields, Tensor values, "
       "Tensor? offsets, str output, bool within_field) -> Tensor");
+
+  // weight [N, F, K] of any dtype -> packed [N, R] uint8, R = packed_row_bytes(F, K) (params.h)
+  m.def("ffm_quantize(Tensor weight) -> Tensor");
+
+  // packed [N, R] -> float32 [N, F, K]
+  m.def("ffm_dequantize(Tensor packed, int num_fields, int embed_dim) -> Tensor");
+
+  // ffm_forward on a packed table; values and result are float32
+  m.def(
+      "ffm_forward_int8(Tensor packed, Tensor indices, Tensor? fields, Tensor? values, Tensor? offsets, "
+      "int num_fields, int embed_dim, str output, bool within_field) -> Tensor");
 
   // The roof that benchmarks compare with: the same rows read and summed, nothing else. indices [B, F] -> [B]
   m.def("gather_sum(Tensor weight, Tensor indices) -> Tensor");

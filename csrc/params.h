@@ -65,6 +65,22 @@ struct Problem {
   __attribute__((always_inline)) inline int64_t row_size() const { return num_fields * embed_dim; }
 };
 
+// A packed table holds int8 numbers with a bfloat16 scale for each K-vector: weight[a, g, k] = scale[a, g] * number[a,
+// g, k]. A row is one piece of memory: its F scales, then its F vectors, filled up with zeros to packed_embed_dim(K)
+// numbers. A Problem on such a table has it as `weight`, and float32, the type of values and outputs, as `dtype`.
+__attribute__((always_inline)) constexpr int64_t packed_embed_dim(int64_t embed_dim) {
+  return embed_dim <= 4 ? 4 : embed_dim <= 8 ? 8 : (embed_dim + 15) / 16 * 16;
+}
+
+// Rows begin at multiples of the smallest power of two that holds what a row leaves for its last cache line: then no
+// row touches one line more than it must, wherever it lies in a table that begins on a line.
+__attribute__((always_inline)) constexpr int64_t packed_row_bytes(int64_t num_fields, int64_t embed_dim) {
+  const int64_t bytes = num_fields * (2 + packed_embed_dim(embed_dim)), rest = (bytes - 1) % 64 + 1;
+  int64_t step = 1;
+  while (step < rest) step *= 2;
+  return (bytes + step - 1) / step * step;
+}
+
 // Gradients of a Problem. The gradient of entry e's row goes to row slots[e] of `grad_rows`:
 //   - stored there where is_first[e]: it is the first of its row in the batch;
 //   - else added there; or, where `staged` is given, stored without its factor x to row (e - staged_begin) of it,

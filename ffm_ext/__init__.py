@@ -7,17 +7,20 @@ from . import _C, _fake, datasets, functional, memory, reference  # noqa: F401
 from ._build_info import __version__, build_info
 from .batch import SparseBatch
 from .modules import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine
+from .quantized import QuantizedFFMInteraction, quantize
 
 __all__ = [
     "FFM",
     "FM",
     "FFMInteraction",
     "FieldAwareFactorizationMachine",
+    "QuantizedFFMInteraction",
     "SparseBatch",
     "__version__",
     "build_info",
     "datasets",
     "functional",
     "memory",
+    "quantize",
     "reference",
 ]

@@ -3,21 +3,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def _check_device(op: str, weight: Tensor, **lists: Tensor | None) -> None:
+def _check_device(
+    op: str, weight: Tensor, weight_name: str = "weight", **lists: Tensor | None
+) -> None:
     """The dispatcher comes here as soon as one argument is on the meta device: then all must be."""
     for name, tensor in lists.items():
         if tensor is not None and tensor.device != weight.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, weight is on {weight.device}")
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, {weight_name} is on {weight.device}"
+            )
 
 
 def _output_shape(
-    weight: Tensor, indices: Tensor, offsets: Tensor | None, output: str, within_field: bool
+    vectors: Sequence[int],
+    indices: Tensor,
+    offsets: Tensor | None,
+    output: str,
+    within_field: bool,
 ) -> list[int]:
-    F, K = weight.shape[1], weight.shape[2]
+    F, K = vectors
     B = indices.shape[0] if offsets is None else offsets.shape[0] - 1
     terms = F * (F - 1) // 2 + (F if within_field else 0)
     return {"sum": [B], "dot": [B, terms], "hadamard": [B, terms, K]}[output]
@@ -47,7 +57,7 @@ def _(
         values=values,
         offsets=offsets,
     )
-    return weight.new_empty(_output_shape(weight, indices, offsets, output, within_field))
+    return weight.new_empty(_output_shape(weight.shape[1:], indices, offsets, output, within_field))
 
 
 @torch.library.register_fake("ffm_ext::ffm_backward")
@@ -124,6 +134,49 @@ def _(
         grad_output=grad_output,
     )
     return _grad_values(values, True, weight)
+
+
+def packed_row_bytes(F: int, K: int) -> int:
+    """``packed_row_bytes`` of ``csrc/params.h``."""
+    size = F * (2 + (4 if K <= 4 else 8 if K <= 8 else -(-K // 16) * 16))
+    step = 1 << ((size - 1) % 64).bit_length()
+    return -(-size // step) * step
+
+
+@torch.library.register_fake("ffm_ext::ffm_quantize")
+def _(weight: Tensor) -> Tensor:
+    row_bytes = packed_row_bytes(int(weight.shape[1]), int(weight.shape[2]))
+    return weight.new_empty(weight.shape[0], row_bytes, dtype=torch.uint8)
+
+
+@torch.library.register_fake("ffm_ext::ffm_dequantize")
+def _(packed: Tensor, num_fields: int, embed_dim: int) -> Tensor:
+    return packed.new_empty(packed.shape[0], num_fields, embed_dim, dtype=torch.float32)
+
+
+@torch.library.register_fake("ffm_ext::ffm_forward_int8")
+def _(
+    packed: Tensor,
+    indices: Tensor,
+    fields: Tensor | None,
+    values: Tensor | None,
+    offsets: Tensor | None,
+    num_fields: int,
+    embed_dim: int,
+    output: str,
+    within_field: bool,
+) -> Tensor:
+    _check_device(
+        "ffm_forward_int8",
+        packed,
+        "packed",
+        indices=indices,
+        fields=fields,
+        values=values,
+        offsets=offsets,
+    )
+    shape = _output_shape((num_fields, embed_dim), indices, offsets, output, within_field)
+    return packed.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("ffm_ext::gather_sum")

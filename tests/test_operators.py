@@ -19,6 +19,9 @@ OPERATORS = (
     "ffm_backward",
     "ffm_backward_sparse",
     "ffm_backward_values",
+    "ffm_quantize",
+    "ffm_dequantize",
+    "ffm_forward_int8",
     "gather_sum",
 )
 
@@ -31,6 +34,9 @@ def operator_calls(name: str) -> list[tuple[Any, ...]]:
     if name == "gather_sum":
         problem = make_problem("one-hot", 3, 4)
         return [(problem.weight, ids) for ids in (problem.indices, problem.indices.int())]
+    if name in ("ffm_quantize", "ffm_dequantize"):
+        weight = make_problem("one-hot", 3, 5).weight
+        return [(weight,)] if name == "ffm_quantize" else [(ops.ffm_quantize(weight), 3, 5)]
     calls: list[tuple[Any, ...]] = []
     for form, (output, within_field) in itertools.product(FORMS, MODES):
         problem = make_problem(form, 3, 4)
@@ -38,6 +44,9 @@ def operator_calls(name: str) -> list[tuple[Any, ...]]:
         seed = grad_output(problem, *modes)
         if name == "ffm_forward":
             calls.append((*problem.args, *modes))
+        elif name == "ffm_forward_int8":
+            packed = ops.ffm_quantize(problem.weight)
+            calls.append((packed, *problem.args[1:], 3, 4, *modes))
         elif name == "ffm_backward_values":
             if problem.values is not None:
                 calls.append((seed, *problem.args, *modes))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The CPU kernels as tables of functions, one pair of tables an ISA (see isa.h). Each works on a range of samples or
+// The CPU kernels as tables of functions, one of each kind an ISA (see isa.h). Each works on a range of samples or
 // entries and calls nothing but itself: threads are the adapter's.
 #pragma once
 
@@ -32,6 +32,25 @@ struct BackwardKernels {
 
   // Half precision only: rounds the sums of the rows that the entries [begin, end) are the first of.
   void (*round_sums)(const Problem&, const Gradient&, int64_t begin, int64_t end);
+};
+
+// On a packed table (packed_row_bytes).
+struct Int8Kernels {
+  // Whether `forward` takes a Problem; of its samples, those that have one entry a field, in the order of the fields.
+  bool (*has_forward)(const Problem&);
+
+  // Bytes of scratch, aligned to 64, that a thread needs for `forward` or `field_sums`.
+  size_t (*scratch_bytes)(const Problem&);
+
+  // Samples [begin, end) -> their part of out.
+  void (*forward)(const Problem&, float* out, int64_t begin, int64_t end, void* scratch);
+
+  // Sample b -> how many entries each field has, counts [F]; the field sums S[f] of those that have any, sums [F, F,
+  // K]; and, with within_field, the products of the pairs inside each field, within [F, K].
+  void (*field_sums)(const Problem&, int64_t b, int64_t* counts, float* sums, float* within, void* scratch);
+
+  // Rows [begin, end) of the table -> rows [end - begin, F, K].
+  void (*dequantize)(const Problem&, float* rows, int64_t begin, int64_t end);
 };
 
 }  // namespace ffm

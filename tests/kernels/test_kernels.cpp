@@ -394,6 +394,76 @@ void test_problem(const Batch<T>& batch) {
   }
 }
 
+// ---- Kernels on packed tables.
+
+// A random packed table; batch.weight becomes what it stands for.
+std::vector<char> pack_table(Batch<float>& batch) {
+  const Problem& p = batch.problem;
+  const int64_t F = p.num_fields, K = p.embed_dim;
+  std::vector<char> packed(p.num_features * packed_row_bytes(F, K));
+  for (int64_t i = 0; i < p.num_features * F; ++i) {
+    char* const row = packed.data() + i / F * packed_row_bytes(F, K);
+    BFloat16 scale = random_number<BFloat16>();
+    scale.bits &= 0x7fff;
+    std::memcpy(row + 2 * (i % F), &scale, sizeof(scale));
+    for (int64_t k = 0; k < K; ++k) {
+      const auto number = static_cast<signed char>(static_cast<int>(random_bits() % 255) - 127);
+      row[2 * F + i % F * packed_embed_dim(K) + k] = static_cast<char>(number);
+      batch.weight[i * K + k] = static_cast<float>(decode(scale) * number);
+    }
+  }
+  return packed;
+}
+
+void test_int8(const Batch<float>& given) {
+  Batch<float> batch = given;
+  Problem& p = batch.problem;
+  const int64_t F = p.num_fields, K = p.embed_dim, row_size = p.row_size();
+  const std::vector<char> packed = pack_table(batch);
+  const Truth truth = find_truth(batch, std::vector<float>(batch.output_size(), 1.0f));
+  p.weight = packed.data();
+  const Int8Kernels& kernels = int8_kernels();
+
+  std::vector<float> rows = unwritten<float>(p.num_features * row_size);
+  kernels.dequantize(p, rows.data(), 0, 2);
+  kernels.dequantize(p, rows.data() + 2 * row_size, 2, p.num_features);
+  check(rows == batch.weight, "int8 dequantize" + batch.name);
+
+  const auto scratch = new_scratch(kernels.scratch_bytes(p));
+  if (!p.fields && kernels.has_forward(p)) {
+    std::vector<float> out = unwritten<float>(batch.output_size());
+    kernels.forward(p, out.data(), 0, kMiddle, scratch.get());
+    kernels.forward(p, out.data(), kMiddle, p.batch_size, scratch.get());
+    compare("int8 forward" + batch.name, out, truth.out);
+  }
+
+  for (int64_t b = 0; b < p.batch_size; ++b) {
+    std::vector<int64_t> counts(F, -1), true_counts(F);
+    std::vector<float> sums = unwritten<float>(F * row_size), within = unwritten<float>(row_size);
+    std::vector<Number> true_sums(F * row_size), true_within(row_size);
+    kernels.field_sums(p, b, counts.data(), sums.data(), within.data(), scratch.get());
+    for (int64_t e = p.entries_begin(b); e < p.entries_begin(b + 1); ++e) {
+      const int64_t f = batch.field(e);
+      ++true_counts[f];
+      for (int64_t i = 0; i < row_size; ++i) {
+        const double term = (p.values ? batch.values[e] : 1.0) * rows[batch.indices.wide[e] * row_size + i];
+        Number& sum = true_sums[f * row_size + i];
+        if (i / K == f) {
+          true_within[i].value += sum.value * term;
+          true_within[i].size += sum.size * std::abs(term);
+        }
+        sum.add(term);
+      }
+    }
+    check(counts == true_counts, "int8 field counts" + batch.name);
+    for (int64_t f = 0; f < F; ++f) {
+      if (counts[f] == 0) std::fill_n(sums.begin() + f * row_size, row_size, 0.0f);
+    }
+    compare("int8 field sums" + batch.name, sums, true_sums);
+    if (p.within_field) compare("int8 within fields" + batch.name, within, true_within);
+  }
+}
+
 // Whether y is the nearest to `exact`, the even one of two that are as near.
 template <typename T>
 bool is_rounded(T y, double exact) {
@@ -478,6 +548,7 @@ void test_all(uint64_t stride) {
                          (has_values ? ", values" : "") + (batch.problem.within_field ? ", within" : "") + ", " +
                          outputs[variant / 8] + ")";
             test_problem(batch);
+            if constexpr (std::is_same_v<T, float>) test_int8(batch);
           }
         }
       }
