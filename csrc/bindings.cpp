@@ -5,6 +5,7 @@
 
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/kept_memory.h"
 
 namespace py = pybind11;
 
@@ -23,4 +24,6 @@ PYBIND11_MODULE(_C, m) {
       "advise_huge_pages",
       [](uintptr_t address, size_t bytes) { return ffm::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
       py::arg("address"), py::arg("bytes"));
+  m.def("kept_bytes", &ffm::kept_bytes);
+  m.def("release_kept_memory", &ffm::release_kept_memory);
 }

@@ -81,24 +81,30 @@ __attribute__((always_inline)) constexpr int64_t packed_row_bytes(int64_t num_fi
   return (bytes + step - 1) / step * step;
 }
 
-// Gradients of a Problem. The gradient of entry e's row goes to row slots[e] of `grad_rows`:
-//   - stored there where is_first[e]: it is the first of its row in the batch;
-//   - else added there; or, where `staged` is given, stored without its factor x to row (e - staged_begin) of it,
-//     for a later pass that adds in the order of the entries.
-// So every row is summed in the order of its entries, whatever the number of threads.
+// What is done with the gradient of an entry's row.
+enum class Put : uint8_t {
+  kStore,  // stored: the entry is the first of its row in the batch
+  kAdd,    // added
+  kStage,  // stored elsewhere, without its factor x, for a later pass that adds: another thread is at work on the row
+};
+
+// Gradients of a Problem. The gradient of entry e's row goes to row slots[e] of `grad_rows`, as put[e] says; what is
+// staged to row stage_slots[e] of `stage`. Every row is summed in the order of its entries, whatever the number of
+// threads.
 //
 // Half-precision rows are summed in float32: a row with one entry is stored as above; of any other, the sum is made in
 // row sum_slots[e] of `sums`, and rounded once at the end.
 struct Gradient {
-  const void* grad_output = nullptr;   // the shape that the output has
-  void* grad_rows = nullptr;           // [R, F, K], or none
-  Ids slots;                           // [nnz]: entry -> row of grad_rows
-  const bool* is_first = nullptr;      // [nnz], or none: no entry is
-  void* sums = nullptr;                // [., F, K] float32, half precision only
-  const int64_t* sum_slots = nullptr;  // [nnz]: entry -> row of sums, -1 for the only entry of a row
-  void* staged = nullptr;              // [., F, K] in the type of sums
-  int64_t staged_begin = 0;
-  void* grad_values = nullptr;  // [nnz], or none
+  const void* grad_output = nullptr;     // the shape that the output has
+  void* grad_rows = nullptr;             // [R, F, K], or none
+  Ids slots;                             // [nnz]: entry -> row of grad_rows
+  const Put* put = nullptr;              // [nnz], with grad_rows
+  bool is_streamed = false;              // whether rows are stored past the caches
+  void* sums = nullptr;                  // [., F, K] float32, half precision only
+  const int64_t* sum_slots = nullptr;    // [nnz]: entry -> row of sums, -1 for the only entry of a row
+  void* stage = nullptr;                 // [., F, K] in the type of sums
+  const int64_t* stage_slots = nullptr;  // [nnz], where put[e] is kStage
+  void* grad_values = nullptr;           // [nnz], or none
 };
 
 }  // namespace ffm

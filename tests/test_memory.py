@@ -123,3 +123,54 @@ def test_offsets_are_64_bit() -> None:
         torch.testing.assert_close(weight.grad._values(), small.grad)
     if resident() - before > 1 << 30:
         pytest.fail("rows that no sample has were touched")
+
+
+# Prints the address of a large gradient and what is kept, after each of several steps.
+KEPT = """
+import torch
+from ffm_ext import memory
+from ffm_ext.functional import ffm_interaction
+
+weight = torch.randn(40_000, 39, 4, requires_grad=True)
+small = torch.randn(100, 39, 4, requires_grad=True)
+
+def step(table, n):
+    indices = torch.arange(n * 39).view(n, 39) % table.shape[0]
+    (gradient,) = torch.autograd.grad(ffm_interaction(table, indices, grad="dense").sum(), table)
+    assert gradient.abs().sum() > 0
+    return gradient
+
+addresses = []
+for n in (500, 510, 490):
+    gradient = step(weight, n)
+    addresses.append(gradient.data_ptr())
+    in_use = memory.kept_bytes()
+    del gradient
+print(len(set(addresses)), in_use, memory.kept_bytes())
+two = [step(weight, 500), step(weight, 500)]
+print(two[0].data_ptr() == two[1].data_ptr(), memory.kept_bytes())
+del two
+for _ in range(40):
+    step(weight, 500)
+print(memory.kept_bytes())
+step(small, 10)
+memory.release()
+print(memory.kept_bytes())
+"""
+
+
+def test_memory_of_gradients_is_kept() -> None:
+    run = python("-c", KEPT)
+    assert run.returncode == 0, run.stderr
+    steps, two, later, released = run.stdout.splitlines()
+    size = 40_000 * 39 * 4 * 4
+    addresses, in_use, kept = map(int, steps.split())
+    assert addresses == 1 and in_use == 0
+    assert size <= kept <= size * 1.2
+    assert two == "False 0"
+    assert int(later) == kept  # of two blocks, the one that is no longer used was given back
+    assert int(released) == 0
+
+    run = python("-c", KEPT, FFM_EXT_KEEP_MEMORY="0")
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[-1] for line in run.stdout.splitlines()] == ["0"] * 4

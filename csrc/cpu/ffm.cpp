@@ -4,68 +4,114 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
+#include <memory>
 #include <tuple>
+#include <vector>
 
 #include "batch.h"
 #include "group_rows.h"
-#include "huge_pages.h"
 #include "isa.h"
+#include "new_result.h"
 #include "parallel.h"
 
 namespace ffm {
 namespace {
 
-// Staged rows of a block of samples: few enough to stay in the caches.
-constexpr int64_t kStagedBytes = 2 << 20;
+// Several threads work on a block of samples at a time, which contributes so many bytes to gradients. Fewer need more
+// pauses, more find more rows that two threads share.
+constexpr int64_t kBlockBytes = 8 << 20;
 
-int64_t sum_bytes(ScalarKind dtype) { return dtype == ScalarKind::kFloat64 ? 8 : 4; }
+// Gradients from this size on are written past the caches, which would have lost them before they are read again.
+constexpr int64_t kStreamedBytes = 16 << 20;
+
 bool is_narrow(ScalarKind dtype) { return dtype == ScalarKind::kBFloat16 || dtype == ScalarKind::kFloat16; }
+int64_t sum_bytes(ScalarKind dtype) { return dtype == ScalarKind::kFloat64 ? 8 : 4; }
+int64_t element_bytes(ScalarKind dtype) { return is_narrow(dtype) ? 2 : sum_bytes(dtype); }
 
-void run_samples(const Problem& p, Gradient grad) {
+// Samples that several threads work on, and the entries among them that are staged.
+struct Block {
+  int64_t begin, end;
+  std::vector<int64_t> staged;
+};
+
+std::vector<Block> cut_blocks(const Problem& p) {
+  const int64_t block_entries = std::max<int64_t>(1, kBlockBytes / (p.row_size() * sum_bytes(p.dtype)));
+  std::vector<Block> blocks;
+  for (int64_t b = 0, begin = 0; b < p.batch_size; ++b) {
+    if (p.entries_begin(b + 1) - p.entries_begin(begin) < block_entries && b + 1 < p.batch_size) continue;
+    blocks.push_back({begin, b + 1, {}});
+    begin = b + 1;
+  }
+  return blocks;
+}
+
+int64_t block_part_begin(const Problem& p, const Block& block, int64_t part, int64_t parts) {
+  return part_begin(p, block.begin, block.end, part, parts);
+}
+
+// Stages every entry whose row an earlier part of its block touches, so that no row has two threads at work on it, and
+// each is added to in the order of its entries.
+void stage_entries(const Problem& p, const RowGroups& groups, int64_t parts, std::vector<Block>& blocks,
+                   int64_t* stage_slots) {
+  const int64_t num_blocks = static_cast<int64_t>(blocks.size()), shares = std::min(parts, num_blocks);
+  parallel_parts(shares, [&](int64_t share) {
+    // The part that touched a row first, counted through all blocks.
+    std::vector<int64_t> first_part(groups.num_rows, -1);
+    for (int64_t i = num_blocks * share / shares; i < num_blocks * (share + 1) / shares; ++i) {
+      Block& block = blocks[i];
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t end = p.entries_begin(block_part_begin(p, block, part + 1, parts));
+        for (int64_t e = p.entries_begin(block_part_begin(p, block, part, parts)); e < end; ++e) {
+          int64_t& first = first_part[groups.slots[e]];
+          if (first < i * parts) first = i * parts + part;
+          if (first == i * parts + part) continue;
+          groups.put[e] = Put::kStage;
+          stage_slots[e] = static_cast<int64_t>(block.staged.size());
+          block.staged.push_back(e);
+        }
+      }
+    }
+  });
+}
+
+// `groups`, where there are gradients of rows.
+void run_samples(const Problem& p, Gradient grad, const RowGroups* groups) {
   const BackwardKernels& kernels = backward_kernels();
   const int64_t parts = sample_parts(p, 0, p.batch_size);
   const Scratch scratch(parts, kernels.scratch_bytes(p));
-  auto run = [&](int64_t begin, int64_t end, int64_t parts_) {
-    parallel_parts(parts_, [&](int64_t part) {
-      kernels.backward(p, grad, part_begin(p, begin, end, part, parts_), part_begin(p, begin, end, part + 1, parts_),
+  std::vector<Block> blocks = {{0, p.batch_size, {}}};
+  std::unique_ptr<int64_t[]> stage_slots;
+  size_t staged = 0;
+  if (parts > 1 && groups) {
+    blocks = cut_blocks(p);
+    stage_slots = std::make_unique_for_overwrite<int64_t[]>(p.num_entries);
+    stage_entries(p, *groups, parts, blocks, stage_slots.get());
+    for (const Block& block : blocks) staged = std::max(staged, block.staged.size());
+  }
+  const AlignedBuffer stage(staged * p.row_size() * sum_bytes(p.dtype));
+  grad.stage = stage.data();
+  grad.stage_slots = stage_slots.get();
+  for (const Block& block : blocks) {
+    parallel_parts(parts, [&](int64_t part) {
+      kernels.backward(p, grad, block_part_begin(p, block, part, parts), block_part_begin(p, block, part + 1, parts),
                        scratch.of(part));
     });
-  };
-  if (parts == 1 || grad.grad_rows == nullptr) return run(0, p.batch_size, parts);
-
-  // Several threads: a block of samples at a time, rows that other entries share are staged, and then added by the one
-  // thread that owns the row, in the order of the entries.
-  const int64_t row_bytes = p.row_size() * sum_bytes(p.dtype);
-  const int64_t block_entries = std::max<int64_t>(1, kStagedBytes / row_bytes);
-  int64_t staged_entries = 0;
-  std::vector<int64_t> blocks = {0};
-  for (int64_t b = 0, start = 0; b < p.batch_size; ++b) {
-    const int64_t entries = p.entries_begin(b + 1) - start;
-    if (entries >= block_entries || b + 1 == p.batch_size) {
-      blocks.push_back(b + 1);
-      staged_entries = std::max(staged_entries, entries);
-      start = p.entries_begin(b + 1);
-    }
-  }
-  const AlignedBuffer staged(static_cast<size_t>(staged_entries) * row_bytes);
-  grad.staged = staged.data();
-  for (size_t i = 0; i + 1 < blocks.size(); ++i) {
-    const int64_t first = p.entries_begin(blocks[i]), last = p.entries_begin(blocks[i + 1]);
-    grad.staged_begin = first;
-    run(blocks[i], blocks[i + 1], std::min(parts, std::max<int64_t>(1, blocks[i + 1] - blocks[i])));
-    parallel_parts(parts, [&](int64_t part) { kernels.add_staged(p, grad, first, last, part, parts); });
+    if (block.staged.empty()) continue;
+    parallel_parts(parts, [&](int64_t part) {
+      kernels.add_staged(p, grad, block.staged.data(), static_cast<int64_t>(block.staged.size()), part, parts);
+    });
   }
 }
 
-// `groups` is given for half precision, and wherever the slots are those of the touched rows.
-void run_backward(const Problem& p, Gradient grad, const RowGroups* groups) {
-  if (groups) grad.is_first = reinterpret_cast<const bool*>(groups->is_first.data());
-  if (!is_narrow(p.dtype) || grad.grad_rows == nullptr) return run_samples(p, grad);
-  const SharedRows shared = shared_rows(*groups);
+void run_backward(const Problem& p, Gradient grad, const RowGroups& groups) {
+  grad.put = groups.put.get();
+  grad.is_streamed = groups.num_rows * p.row_size() * element_bytes(p.dtype) >= kStreamedBytes;
+  if (!is_narrow(p.dtype)) return run_samples(p, grad, &groups);
+  const SharedRows shared = shared_rows(groups, p.num_entries);
   const AlignedBuffer sums(static_cast<size_t>(shared.count * p.row_size() * sum_bytes(p.dtype)));
   grad.sums = sums.data();
-  grad.sum_slots = shared.slots.data();
-  run_samples(p, grad);
+  grad.sum_slots = shared.slots.get();
+  run_samples(p, grad, &groups);
   const BackwardKernels& kernels = backward_kernels();
   const int64_t parts = num_parts(p.num_entries * p.row_size(), kGrainElements);
   parallel_parts(parts, [&](int64_t part) {
@@ -80,7 +126,7 @@ Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTe
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
   const Problem& p = batch.problem;
   check_contents(op, p);
-  Tensor out = torch::stable::new_empty(weight, batch.output_shape());
+  Tensor out = new_result(weight, batch.output_shape());
   const ForwardKernels& kernels = forward_kernels();
   const int64_t parts = sample_parts(p, 0, p.batch_size);
   const Scratch scratch(parts, kernels.scratch_bytes(p));
@@ -92,21 +138,22 @@ Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTe
   return out;
 }
 
-// Room for gradients of `rows` rows. It is new memory on every call, so its page faults are part of the cost.
 Tensor new_grad_rows(const Batch& batch, int64_t rows) {
-  const Problem& p = batch.problem;
-  Tensor grad = torch::stable::new_empty(batch.weight, std::vector<int64_t>{rows, p.num_fields, p.embed_dim});
-  advise_huge_pages(grad.mutable_data_ptr(), static_cast<size_t>(grad.numel()) * grad.element_size());
-  return grad;
+  return new_result(batch.weight, {rows, batch.problem.num_fields, batch.problem.embed_dim});
 }
 
-void zero(Tensor& t) {
-  const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
-  char* const data = static_cast<char*>(t.mutable_data_ptr());
-  const int64_t parts = num_parts(bytes, kHugePage);
+// Zeros in the rows of a dense gradient that the batch does not touch.
+void zero_other_rows(const Problem& p, const RowGroups& groups, void* grad_rows) {
+  const int64_t row_bytes = p.row_size() * element_bytes(p.dtype);
+  const int64_t parts = num_parts((p.num_features - groups.num_rows) * p.row_size(), kGrainElements);
   parallel_parts(parts, [&](int64_t part) {
-    const int64_t begin = bytes * part / parts;
-    std::memset(data + begin, 0, bytes * (part + 1) / parts - begin);
+    // Before each of its touched rows, and, the last part, behind all of them.
+    const int64_t begin = groups.num_rows * part / parts, end = groups.num_rows * (part + 1) / parts;
+    for (int64_t r = begin; r < end + (part + 1 == parts); ++r) {
+      const int64_t from = r == 0 ? 0 : groups.rows[r - 1] + 1;
+      const int64_t to = r == groups.num_rows ? p.num_features : groups.rows[r];
+      std::memset(static_cast<char*>(grad_rows) + from * row_bytes, 0, (to - from) * row_bytes);
+    }
   });
 }
 
@@ -128,16 +175,15 @@ std::tuple<Tensor, Tensor> ffm_backward(const Tensor& grad_output, const Tensor&
   const Problem& p = batch.problem;
   check_contents(op, p);
   const Tensor grad_out = batch.checked_grad_output(op, grad_output);
+  const RowGroups groups = group_rows(p.indices, p.num_entries, p.num_features);
   Tensor grad_weight = new_grad_rows(batch, p.num_features);
-  zero(grad_weight);
+  zero_other_rows(p, groups, grad_weight.mutable_data_ptr());
   Gradient grad;
   grad.grad_output = grad_out.const_data_ptr();
   grad.grad_rows = grad_weight.mutable_data_ptr();
   grad.slots = p.indices;
   Tensor grad_values = new_grad_values(op, batch, values_grad, grad);
-  std::optional<RowGroups> groups;
-  if (is_narrow(p.dtype)) groups = group_rows(p.indices, p.num_entries, p.num_features);
-  run_backward(p, grad, groups ? &*groups : nullptr);
+  run_backward(p, grad, groups);
   return {grad_weight, grad_values};
 }
 
@@ -151,16 +197,16 @@ std::tuple<Tensor, Tensor, Tensor> ffm_backward_sparse(const Tensor& grad_output
   check_contents(op, p);
   const Tensor grad_out = batch.checked_grad_output(op, grad_output);
   const RowGroups groups = group_rows(p.indices, p.num_entries, p.num_features);
-  const int64_t R = static_cast<int64_t>(groups.rows.size());
+  const int64_t R = groups.num_rows;
   Tensor rows = torch::stable::new_empty(weight, std::vector<int64_t>{R}, ScalarType::Long);
-  if (R > 0) std::memcpy(rows.mutable_data_ptr(), groups.rows.data(), R * sizeof(int64_t));
+  if (R > 0) std::memcpy(rows.mutable_data_ptr(), groups.rows.get(), R * sizeof(int64_t));
   Tensor grad_rows = new_grad_rows(batch, R);
   Gradient grad;
   grad.grad_output = grad_out.const_data_ptr();
   grad.grad_rows = grad_rows.mutable_data_ptr();
-  grad.slots = {groups.slots.data(), true};
+  grad.slots = {groups.slots.get(), true};
   Tensor grad_values = new_grad_values(op, batch, values_grad, grad);
-  run_backward(p, grad, &groups);
+  run_backward(p, grad, groups);
   return {rows, grad_rows, grad_values};
 }
 
@@ -175,7 +221,7 @@ Tensor ffm_backward_values(const Tensor& grad_output, const Tensor& weight, cons
   Gradient grad;
   grad.grad_output = grad_out.const_data_ptr();
   Tensor grad_values = new_grad_values(op, batch, true, grad);
-  run_backward(p, grad, nullptr);
+  run_samples(p, grad, nullptr);
   return grad_values;
 }
 

@@ -2,6 +2,8 @@
 // The gradient of the interaction, a sample at a time (see field_sums.h): for an entry of field f,
 //   d[g] = dL/dS[f, g] = grad_output(f, g) * S[g, f],   grad_row = x * d,   grad_x = <row, d>.
 
+#include <algorithm>
+#include <bit>
 #include <type_traits>
 #include <utility>
 
@@ -53,76 +55,107 @@ class RowGradients {
         row_size_(p.row_size()),
         rows_(static_cast<T*>(g.grad_rows)),
         sums_(static_cast<A*>(kIsNarrow<T> ? g.sums : g.grad_rows)),
-        staged_(static_cast<A*>(g.staged)) {}
+        stage_(static_cast<A*>(g.stage)) {}
 
   explicit operator bool() const { return rows_ != nullptr; }
 
   // Entry e contributes x * d. What is staged is d alone: multiplied and added in one step either way, a sum has the
   // same bits whether or not it was staged.
   void put(int64_t e, A x, const A* d) const {
-    if (is_only(e)) return scale_into(rows_ + g_.slots[e] * row_size_, x, d, row_size_);
-    if (is_first(e)) return scale_into(sum(e), x, d, row_size_);
-    if (staged_) return scale_into(staged(e), A(1), d, row_size_);
+    if (is_only(e)) return store_first(rows_ + g_.slots[e] * row_size_, x, d);
+    if (is_first(e)) return kIsNarrow<T> ? scale_into(sum(e), x, d, row_size_) : store_first(sum(e), x, d);
+    if (g_.put[e] == Put::kStage) return scale_into(staged(e), A(1), d, row_size_);
     add_scaled(sum(e), x, d, row_size_);
   }
-  // The second half of a put() that was staged, by the owner of the row: the part that its slot is congruent to.
-  void add_staged(int64_t e, int64_t part, int64_t parts) const {
-    if (is_only(e) || is_first(e) || slot(e) % parts != part) return;
-    add_scaled(sum(e), entries_.value(e), staged(e), row_size_);
-  }
+  // The second half of a put() that was staged.
+  void add_staged(int64_t e) const { add_scaled(sum(e), entries_.value(e), staged(e), row_size_); }
+  // Whether the row of entry e is one of the given part.
+  bool is_of(int64_t e, int64_t part, int64_t parts) const { return slot(e) % parts == part; }
   // The rounding of a sum, at its first entry.
   void round(int64_t e) const {
     if (!is_only(e) && is_first(e)) scale_into(rows_ + g_.slots[e] * row_size_, A(1), sum(e), row_size_);
   }
 
+  // Asks for the row that entry e will be added to. Inlined by force, as prefetch is.
+  __attribute__((always_inline)) void prefetch_sum(int64_t e) const {
+    if (rows_ && g_.put[e] == Put::kAdd) prefetch(sum(e), row_size_);
+  }
+
  private:
+  template <typename To>
+  void store_first(To* row, A x, const A* d) const {
+    g_.is_streamed ? stream_into(row, x, d, row_size_) : scale_into(row, x, d, row_size_);
+  }
   bool is_only(int64_t e) const { return kIsNarrow<T> && g_.sum_slots[e] < 0; }
-  bool is_first(int64_t e) const { return g_.is_first && g_.is_first[e]; }
+  bool is_first(int64_t e) const { return g_.put[e] == Put::kStore; }
   int64_t slot(int64_t e) const { return kIsNarrow<T> ? g_.sum_slots[e] : g_.slots[e]; }
   A* sum(int64_t e) const { return sums_ + slot(e) * row_size_; }
-  A* staged(int64_t e) const { return staged_ + (e - g_.staged_begin) * row_size_; }
+  A* staged(int64_t e) const { return stage_ + g_.stage_slots[e] * row_size_; }
 
   const Gradient& g_;
   Entries<T> entries_;
   int64_t row_size_;
   T* rows_;
   A* sums_;
-  A* staged_;
+  A* stage_;
 };
 
 // d = dL/dS[f]: for every field g that has entries, grad_output(f, g) * S[g, f]; zero at f itself.
-template <int kEmbedDim, Output kOutput, typename T, typename R>
+template <Output kOutput, typename T, typename R>
 void field_gradient(const FieldSums<T>& s, const OutputGradient<T, kOutput>& terms, const R* const* rows, int64_t f,
-                    int64_t embed_dim, Sum<T>* d) {
-  using A = Sum<T>;
+                    int64_t K, Sum<T>* d) {
   using Terms = OutputGradient<T, kOutput>;
-  constexpr int L = kLanes<A>;
-  const int64_t K = kEmbedDim ? kEmbedDim : embed_dim;
-  const int64_t m = s.num_active(), column = f * K;
-  int64_t i = 0;
-  if constexpr (kOutput == Output::kSum && kEmbedDim > 0 && kEmbedDim < L) {
-    // One factor for all pairs, and registers that hold several of them.
-    constexpr int kPairs = L / kEmbedDim;
-    if (s.is_dense()) {
-      const A factor = Terms::at(terms.pair(f, f), 0);
-      for (; i + kPairs <= m; i += kPairs) {
-        Vec<A, L> v = factor * load_column<kEmbedDim, kPairs>(rows + i, column);
-        if (s.entries().has_values()) v *= load<L>(s.wide_scale() + i * K);
-        store<L>(d + i * K, v);
-      }
-    }
-  }
-  for (; i < m; ++i) {
+  for (int64_t i = 0; i < s.num_active(); ++i) {
     const int64_t g = s.active(i);
     if (g == f) continue;
     const T* const term = terms.pair(f, g);
+    const R* const column = rows[g] + f * K;
     if constexpr (kOutput == Output::kHadamard) {
-      for (int64_t k = 0; k < K; ++k) d[g * K + k] = Terms::at(term, k) * (s.scale(g) * load(rows[g] + column + k));
+      for (int64_t k = 0; k < K; ++k) d[g * K + k] = Terms::at(term, k) * (s.scale(g) * load(column + k));
     } else {
-      scale_into(d + g * K, Terms::at(term, 0) * s.scale(g), rows[g] + column, K);
+      scale_into(d + g * K, Terms::at(term, 0) * s.scale(g), column, K);
     }
   }
   for (int64_t k = 0; k < K; ++k) d[f * K + k] = 0;
+}
+
+// The same for kSum, where all fields have entries: d[r] = dL/dS[f + r] for `kFields` fields, a register at a time.
+// What the last register of a K-vector has too much, the next one overwrites. See dispatch_registers.
+template <int kEmbedDim, int kRest, int kFields, typename T, typename R>
+void field_gradients(const FieldSums<T>& s, Sum<T> grad_output, const R* const* rows, int64_t f, int64_t F,
+                     int64_t embed_dim, Sum<T>* d, int64_t stride) {
+  using A = Sum<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t K = kEmbedDim ? kEmbedDim : embed_dim;
+  const bool has_values = s.entries().has_values();
+  int64_t g = 0;
+  if constexpr (kFields > 1) {
+    // A square of K-vectors at a time, read along the rows g and transposed.
+    const auto load_pairs = [](const auto* p) { return load_first<L>(p, kFields * kEmbedDim); };
+    for (; g + kFields <= F; g += kFields) {
+      Vec<A, L> columns[kFields];
+      for (int r = 0; r < kFields; ++r) columns[r] = load_pairs(rows[g + r] + f * K);
+      transpose<kEmbedDim>(columns);
+      for (int r = 0; r < kFields; ++r) {
+        columns[r] *= grad_output;
+        if (has_values) columns[r] *= load_pairs(s.wide_scale() + g * K);
+        store<L>(d + r * stride + g * K, columns[r]);
+      }
+    }
+  }
+  for (; g < F; ++g) {
+    for (int r = 0; r < kFields; ++r) {
+      const R* const column = rows[g] + (f + r) * K;
+      A* const to = d + r * stride + g * K;
+      const A x = grad_output * s.scale(g);
+      int64_t k = 0;
+      for (; k + L <= K; k += L) store<L>(to + k, x * load<L>(column + k));
+      if constexpr (kRest > 0) store<kRest>(to + k, x * load_first<kRest>(column + k, K - k));
+    }
+  }
+  for (int r = 0; r < kFields; ++r) {
+    for (int64_t k = 0; k < K; ++k) d[r * stride + (f + r) * K + k] = 0;
+  }
 }
 
 template <typename T, int kEmbedDim, Output kOutput>
@@ -135,28 +168,52 @@ void backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end
   Arena arena(scratch);
   FieldSums<T> s(p, arena);
   const Entries<T>& entries = s.entries();
-  // dS[f], the gradient of the field sum that the current entry belongs to; zero at fields that have no entry.
-  A* const d = arena.take<A>(row_size);
-  NextSample<T> next(p, end);
+  // dL/dS of the fields that are worked on; zero at fields that have no entry.
+  A* const d = take_gradient_rows<A>(p, arena);
+  const int64_t stride = gradient_stride<A>(p);
+  const auto put = [&](int64_t e, A x, const A* gradient) {
+    if (grad_rows) grad_rows.put(e, x, gradient);
+    if (grad_values) store(grad_values + e, dot(entries.row(e), gradient, row_size));
+  };
+  const auto prefetch_sum = [&](int64_t e) __attribute__((always_inline)) { grad_rows.prefetch_sum(e); };
+  RowsAhead<T, decltype(prefetch_sum)> ahead(p, begin, end, prefetch_sum);
 
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = p.entries_begin(b), last = p.entries_begin(b + 1);
     s.load_sample(first, last);
-    next.after(b);
+    ahead.at_sample(b, last - first);
     const Terms terms(p, grad, b);
     if (b == begin || !s.is_dense()) {
       for (int64_t i = 0; i < row_size; ++i) d[i] = 0;
     }
     s.with_rows([&](auto rows) {
+      if constexpr (kOutput == Output::kSum) {
+        if (s.is_in_order()) {
+          dispatch_registers<kEmbedDim, kLanes<A>>(K, [&](auto embed_dim, auto rest) {
+            constexpr int kFields = kPairsPerRegister<embed_dim(), kLanes<A>>;
+            const A grad_output = Terms::at(terms.within(0), 0);
+            int64_t f = 0;
+            const auto put_fields = [&](auto fields) {
+              field_gradients<embed_dim(), rest(), fields()>(s, grad_output, rows, f, p.num_fields, K, d, stride);
+              for (int64_t r = 0; r < fields(); ++r) put(first + f + r, entries.value(first + f + r), d + r * stride);
+              ahead.step(fields());
+              f += fields();
+            };
+            while (f + kFields <= p.num_fields) put_fields(std::integral_constant<int, kFields>{});
+            while (f < p.num_fields) put_fields(std::integral_constant<int, 1>{});
+          });
+          return;
+        }
+      }
       int64_t current = -1;
       for (int64_t e = first; e < last; ++e) {
-        next.prefetch_one();
+        ahead.step(1);
         const int64_t f = entries.field(e, first);
         const A x = entries.value(e);
         const T* const row = entries.row(e);
         if (f != current) {
           current = f;
-          field_gradient<kEmbedDim, kOutput>(s, terms, rows, f, K, d);
+          field_gradient<kOutput>(s, terms, rows, f, K, d);
         }
         if (p.within_field && s.count(f) > 1) {
           const T* const term = terms.within(f);
@@ -165,12 +222,12 @@ void backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end
             d[f * K + k] = Terms::at(term, k) * (own_sum[k] - x * load(row + f * K + k));
           }
         }
-        if (grad_rows) grad_rows.put(e, x, d);
-        if (grad_values) store(grad_values + e, dot(row, d, row_size));
+        put(e, x, d);
       }
     });
-    next.prefetch_rest();
+    ahead.after_sample();
   }
+  fence_streams();
 }
 
 void dispatch_backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end, void* scratch) {
@@ -180,11 +237,13 @@ void dispatch_backward(const Problem& p, const Gradient& grad, int64_t begin, in
   });
 }
 
-void dispatch_add_staged(const Problem& p, const Gradient& grad, int64_t begin, int64_t end, int64_t part,
+void dispatch_add_staged(const Problem& p, const Gradient& grad, const int64_t* entries, int64_t n, int64_t part,
                          int64_t parts) {
   dispatch_dtype(p.dtype, [&](auto scalar) {
     const RowGradients<typename decltype(scalar)::type> grad_rows(p, grad);
-    for (int64_t e = begin; e < end; ++e) grad_rows.add_staged(e, part, parts);
+    for (int64_t i = 0; i < n; ++i) {
+      if (grad_rows.is_of(entries[i], part, parts)) grad_rows.add_staged(entries[i]);
+    }
   });
 }
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The interaction, a sample at a time (see field_sums.h), and the roof that it is measured against.
 
+#include <algorithm>
+#include <bit>
 #include <type_traits>
 #include <utility>
 
@@ -15,82 +17,81 @@ namespace {
 // after vec.h, which it uses
 #include "field_sums.h"
 
-// Sum over the pairs of a sample, in registers until its end. R is what its rows are stored in.
-template <typename R, int kEmbedDim>
+// Sum over the pairs of a sample, in registers until its end. R is what its rows are stored in; see dispatch_registers.
+template <typename R, int kEmbedDim, int kRest>
 class PairSum {
  public:
   using A = Sum<R>;
   static constexpr int L = kLanes<A>;
-  // A register holds the factors of kPairs pairs, or one pair needs one or more registers.
-  static constexpr bool kJoin = kEmbedDim > 0 && kEmbedDim < L;
-  static constexpr int kPairs = kJoin ? L / kEmbedDim : 1;
+  static constexpr int kPairs = kPairsPerRegister<kEmbedDim, L>;
 
-  // The pairs of field active(i) with all later ones.
-  template <bool kScaled, typename T>
-  void add_row(const FieldSums<T>& s, const R* const* rows, int64_t i, int64_t embed_dim) {
-    const int64_t K = kEmbedDim ? kEmbedDim : embed_dim;
-    const int64_t m = s.num_active(), f = s.active(i), column = f * K;
-    const R* const left = rows[f];
-    const A scale = kScaled ? s.scale(f) : A(1);
-    int64_t j = i + 1;
-    if constexpr (kJoin) {
-      if (s.is_dense()) {
-        int parity = 0;
-        for (; j + kPairs <= m; j += kPairs, parity ^= 1) {
-          Vec<A, L> right = load_column<kEmbedDim, kPairs>(rows + j, column);
-          if (kScaled) right *= scale * load<L>(s.wide_scale() + j * K);
-          wide_[parity] += load<L>(left + j * K) * right;
+  // All pairs of the fields that have entries. step(n) is called after every few rows, with the number of their pairs.
+  template <bool kScaled, typename T, typename Step>
+  void add_pairs(const FieldSums<T>& s, const R* const* rows, int64_t embed_dim, const Step& step) {
+    const int64_t K = kEmbedDim ? kEmbedDim : embed_dim, m = s.num_active();
+    int64_t i = 0;
+    if constexpr (kPairs > 1) {
+      for (; s.is_dense() && i + kPairs <= m; i += kPairs) {
+        int64_t j = i + kPairs;
+        for (; j + kPairs <= m; j += kPairs) add_tile<kScaled>(s, rows, i, j);
+        for (int64_t f = i; f < i + kPairs; ++f) {
+          for (int64_t g = f + 1; g < i + kPairs; ++g) add_pair<kScaled>(s, rows, f, g, K);
+          for (int64_t g = j; g < m; ++g) add_pair<kScaled>(s, rows, f, g, K);
         }
+        step(kPairs * (m - i) - kPairs * (kPairs + 1) / 2);
       }
     }
-    for (; j < m; ++j) {
-      const int64_t g = s.active(j);
-      const R* const a = left + g * K;
-      const R* const b = rows[g] + column;
-      const A x = kScaled ? scale * s.scale(g) : A(1);
-      int64_t k = 0;
-      for (; k + L <= K; k += L) {
-        Vec<A, L> product = load<L>(a + k) * load<L>(b + k);
-        if (kScaled) product *= x;
-        wide_[(k / L) & 1] += product;
+    for (; i < m; ++i) {
+      const int64_t f = s.active(i);
+      int64_t j = i + 1;
+      for (; j + 1 < m; j += 2) {
+        add_pair<kScaled>(s, rows, f, s.active(j), K);
+        add_pair<kScaled, kSums / 2>(s, rows, f, s.active(j + 1), K);
       }
-      add_rest<kScaled, L / 2>(a + k, b + k, x, K - k);
+      if (j < m) add_pair<kScaled>(s, rows, f, s.active(j), K);
+      step(m - 1 - i);
     }
   }
 
   A total() const {
-    A result = sum<A, L>(wide_[0] + wide_[1]) + rest1_;
-    if constexpr (L > 2) result += rest2_[0] + rest2_[1];
-    if constexpr (L > 4) result += sum<A, 4>(rest4_);
-    if constexpr (L > 8) result += sum<A, 8>(rest8_);
-    return result;
+    return sum<A, L>((wide_[0] + wide_[1]) + (wide_[2] + wide_[3])) + sum<A, kRest ? kRest : L>(rest_[0] + rest_[1]);
   }
 
  private:
-  // The n < L factors that do not fill a register, by halves.
-  template <bool kScaled, int W>
-  void add_rest(const R* a, const R* b, A x, int64_t n) {
-    if constexpr (W > 1) {
-      if (n & W) {
-        Vec<A, W> product = load<W>(a) * load<W>(b);
-        if (kScaled) product *= x;
-        if constexpr (W == 8) rest8_ += product;
-        if constexpr (W == 4) rest4_ += product;
-        if constexpr (W == 2) rest2_ += product;
-        a += W;
-        b += W;
-      }
-      add_rest<kScaled, W / 2>(a, b, x, n);
-    } else if (n & 1) {
-      rest1_ += x * load(a) * load(b);
+  // The pairs of kPairs fields from f on with as many from g on: rows are read a register at a time, those of g are
+  // then transposed.
+  template <bool kScaled, typename T>
+  void add_tile(const FieldSums<T>& s, const R* const* rows, int64_t f, int64_t g) {
+    constexpr int K = kEmbedDim;
+    const auto load_pairs = [](const auto* p) { return load_first<L>(p, kPairs * K); };
+    Vec<A, L> right[kPairs];
+    for (int r = 0; r < kPairs; ++r) right[r] = load_pairs(rows[g + r] + f * K);
+    transpose<K>(right);
+    for (int r = 0; r < kPairs; ++r) {
+      if (kScaled) right[r] *= s.scale(f + r) * load_pairs(s.wide_scale() + g * K);
+      wide_[r % kSums] += load_pairs(rows[f + r] + g * K) * right[r];
     }
   }
 
-  Vec<A, L> wide_[2] = {};
-  Vec<A, 8> rest8_ = {};
-  Vec<A, 4> rest4_ = {};
-  Vec<A, 2> rest2_ = {};
-  A rest1_ = 0;
+  template <bool kScaled, int kFirstSum = 0, typename T>
+  __attribute__((always_inline)) void add_pair(const FieldSums<T>& s, const R* const* rows, int64_t f, int64_t g,
+                                               int64_t K) {
+    const R* const a = rows[f] + g * K;
+    const R* const b = rows[g] + f * K;
+    const A x = kScaled ? s.scale(f) * s.scale(g) : A(1);
+    int64_t k = 0;
+    auto add = [&](Vec<A, L> product) { wide_[(kFirstSum + k / L) % kSums] += kScaled ? x * product : product; };
+    for (; k + L <= K; k += L) add(load<L>(a + k) * load<L>(b + k));
+    if constexpr (kRest > 0) {
+      const auto product = load_first<kRest>(a + k, K - k) * load_first<kRest>(b + k, K - k);
+      rest_[kFirstSum / (kSums / 2)] += kScaled ? x * product : product;
+    }
+  }
+
+  // Several, so that an addition need not wait for the one before it.
+  static constexpr int kSums = 4;
+  Vec<A, L> wide_[kSums] = {};
+  Vec<A, kRest ? kRest : L> rest_[2] = {};
 };
 
 template <typename T, int kEmbedDim, Output kOutput>
@@ -100,23 +101,23 @@ void forward(const Problem& p, T* out, int64_t begin, int64_t end, void* scratch
   const int64_t P = F * (F - 1) / 2, num_terms = P + (p.within_field ? F : 0);
   Arena arena(scratch);
   FieldSums<T> s(p, arena);
-  NextSample<T> next(p, end);
+  RowsAhead<T> ahead(p, begin, end);
   for (int64_t b = begin; b < end; ++b) {
     s.load_sample(p.entries_begin(b), p.entries_begin(b + 1));
-    next.after(b);
+    ahead.at_sample(b, s.num_active() * (s.num_active() - 1) / 2);
     s.with_rows([&](auto rows) {
       using R = std::remove_const_t<std::remove_pointer_t<std::remove_pointer_t<decltype(rows)>>>;
       if constexpr (kOutput == Output::kSum) {
-        PairSum<R, kEmbedDim> pairs;
-        for (int64_t i = 0; i < s.num_active(); ++i) {
-          next.prefetch_one();
+        const auto step = [&](int64_t work) { ahead.step(work); };
+        A y = dispatch_registers<kEmbedDim, kLanes<A>>(K, [&](auto embed_dim, auto rest) {
+          PairSum<R, embed_dim(), rest()> pairs;
           if (p.values) {
-            pairs.template add_row<true>(s, rows, i, K);
+            pairs.template add_pairs<true>(s, rows, K, step);
           } else {
-            pairs.template add_row<false>(s, rows, i, K);
+            pairs.template add_pairs<false>(s, rows, K, step);
           }
-        }
-        A y = pairs.total();
+          return pairs.total();
+        });
         if (p.within_field) {
           for (int64_t i = 0; i < s.num_active(); ++i) {
             for (int64_t k = 0; k < K; ++k) y += s.within(s.active(i))[k];
@@ -131,7 +132,7 @@ void forward(const Problem& p, T* out, int64_t begin, int64_t end, void* scratch
           for (int64_t i = 0; i < num_terms * width; ++i) store(terms + i, A(0));
         }
         for (int64_t i = 0; i < s.num_active(); ++i) {
-          next.prefetch_one();
+          ahead.step(s.num_active() - 1 - i);
           const int64_t f = s.active(i);
           for (int64_t j = i + 1; j < s.num_active(); ++j) {
             const int64_t g = s.active(j);
@@ -160,7 +161,7 @@ void forward(const Problem& p, T* out, int64_t begin, int64_t end, void* scratch
         }
       }
     });
-    next.prefetch_rest();
+    ahead.after_sample();
   }
 }
 
@@ -170,13 +171,13 @@ void gather_sum(const Problem& p, T* out, int64_t begin, int64_t end) {
   constexpr int L = kLanes<A>;
   const int64_t row_size = p.row_size();
   const Entries<T> entries(p);
-  NextSample<T> next(p, end);
+  RowsAhead<T> ahead(p, begin, end);
   for (int64_t b = begin; b < end; ++b) {
-    next.after(b);
+    ahead.at_sample(b, p.entries_begin(b + 1) - p.entries_begin(b));
     Vec<A, L> wide[2] = {};
     A rest = 0;
     for (int64_t e = p.entries_begin(b); e < p.entries_begin(b + 1); ++e) {
-      next.prefetch_one();
+      ahead.step(1);
       const T* const row = entries.row(e);
       int64_t i = 0;
       for (; i + 2 * L <= row_size; i += 2 * L) {
@@ -186,6 +187,7 @@ void gather_sum(const Problem& p, T* out, int64_t begin, int64_t end) {
       for (; i + L <= row_size; i += L) wide[0] += load<L>(row + i);
       for (; i < row_size; ++i) rest += load(row + i);
     }
+    ahead.after_sample();
     store(out + b, sum<A, L>(wide[0] + wide[1]) + rest);
   }
 }

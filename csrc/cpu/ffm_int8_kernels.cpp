@@ -5,6 +5,8 @@
 // the rows f, and once along the rows g and transposed. Products of numbers are summed exactly, in int32, before they
 // meet the two scales of their pair.
 
+#include <algorithm>
+#include <bit>
 #include <type_traits>
 #include <utility>
 

@@ -87,6 +87,8 @@ class FieldSums {
   int64_t num_active() const { return num_active_; }
   int64_t active(int64_t i) const { return active_[i]; }
   bool is_dense() const { return num_active_ == p_.num_fields; }
+  // Whether every field has one entry, and the entries come in the order of the fields.
+  bool is_in_order() const { return is_in_order_; }
 
   // How many entries field f has, its own sum S[f, f, :] where they are several, and the products of their pairs, [K].
   int64_t count(int64_t f) const { return count_[f]; }
@@ -98,6 +100,7 @@ class FieldSums {
       load_ragged(begin, end);
     } else {
       num_active_ = p_.num_fields;
+      is_in_order_ = true;
       for (int64_t f = 0; f < num_active_; ++f) {
         set_row(f, begin + f);
         count_[f] = 1;
@@ -130,8 +133,10 @@ class FieldSums {
     const int64_t K = p_.embed_dim, row_size = p_.row_size();
     for (int64_t i = 0; i < num_active_; ++i) count_[active_[i]] = 0;
     is_summed_ = false;
+    is_in_order_ = end - begin == p_.num_fields;
     for (int64_t e = begin; e < end; ++e) {
       const int64_t f = p_.fields[e];
+      is_in_order_ &= f == e - begin;
       if (count_[f]++ == 0) {
         set_row(f, e);
         continue;
@@ -170,41 +175,84 @@ class FieldSums {
   A* within_;
   A* sums_;
   int64_t num_active_ = 0;
-  bool is_summed_ = false;
+  bool is_summed_ = false, is_in_order_ = false;
 };
 
-// Asks for the rows of the next sample while this one is worked on, a row at a time.
-template <typename T>
-class NextSample {
+// Asks for the rows of later samples while this one is worked on: all of the next one, and more where samples are
+// small. They are asked for in bursts: a core keeps more lines in flight when no loads stand between the requests.
+// Given also(e), entry e needs another row, which that asks for.
+struct NoOtherRow {
+  void operator()(int64_t) const {}
+};
+template <typename T, typename Also = NoOtherRow>
+class RowsAhead {
  public:
-  NextSample(const Problem& p, int64_t end) : p_(p), entries_(p), last_(end) {}
+  RowsAhead(const Problem& p, int64_t begin, int64_t end, const Also& also = {})
+      : p_(p),
+        also_(also),
+        entries_(p),
+        end_(end),
+        last_(p.entries_begin(end)),
+        burst_(rows_of(kBurstBytes)),
+        window_(rows_of(kWindowBytes)),
+        requested_(p.entries_begin(begin)) {
+    if (begin < end) request(p.entries_begin(begin + 1));
+  }
 
-  void after(int64_t b) {
-    begin_ = b + 1 < last_ ? p_.entries_begin(b + 1) : 0;
-    end_ = b + 1 < last_ ? p_.entries_begin(b + 2) : 0;
+  // Sample b is next, and takes `work` units of step().
+  void at_sample(int64_t b, int64_t work) {
+    work_a_burst_ = burst_ * work / std::max<int64_t>(1, p_.entries_begin(b + 1) - p_.entries_begin(b));
+    next_sample_end_ = b + 2 <= end_ ? p_.entries_begin(b + 2) : last_;
+    limit_ = std::min(last_, std::max(next_sample_end_, p_.entries_begin(b) + window_));
   }
-  void prefetch_one() {
-    if (begin_ < end_) prefetch(entries_.row(begin_++), p_.row_size());
+  void step(int64_t work) {
+    work_done_ += work;
+    if (work_done_ < work_a_burst_) return;
+    work_done_ -= work_a_burst_;
+    request(std::min(limit_, requested_ + burst_));
   }
-  void prefetch_rest() {
-    while (begin_ < end_) prefetch_one();
-  }
+  void after_sample() { request(next_sample_end_); }
 
  private:
+  static constexpr int64_t kRowsPerEntry = std::is_same_v<Also, NoOtherRow> ? 1 : 2;
+  static constexpr int64_t kBurstBytes = (8 << 10) / kRowsPerEntry, kWindowBytes = 24 << 10;
+
+  int64_t rows_of(int64_t bytes) const {
+    return std::max<int64_t>(1, bytes / (p_.row_size() * static_cast<int64_t>(sizeof(T))));
+  }
+  void request(int64_t limit) {
+    for (; requested_ < limit; ++requested_) {
+      prefetch(entries_.row(requested_), p_.row_size());
+      also_(requested_);
+    }
+  }
+
   const Problem& p_;
+  const Also also_;
   Entries<T> entries_;
-  int64_t last_;
-  int64_t begin_ = 0, end_ = 0;
+  int64_t end_, last_, burst_, window_, requested_;
+  int64_t next_sample_end_ = 0, limit_ = 0, work_done_ = 0, work_a_burst_ = 0;
 };
 
-// Bytes of scratch for the field sums and one more row.
+// The gradients of as many fields as are worked on together are each kept in a row of scratch, with room for a register
+// behind it.
+template <typename A>
+int64_t gradient_stride(const Problem& p) {
+  return (p.row_size() + 2 * kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+template <typename A>
+A* take_gradient_rows(const Problem& p, Arena& arena) {
+  return arena.take<A>(std::max<int64_t>(1, kLanes<A> / p.embed_dim) * gradient_stride<A>(p));
+}
+
+// Bytes of scratch for the field sums and the gradients of fields.
 inline size_t field_sums_bytes(const Problem& p) {
   size_t bytes = 0;
   dispatch_dtype(p.dtype, [&](auto scalar) {
     using T = typename decltype(scalar)::type;
     Arena arena(nullptr);
     FieldSums<T> s(p, arena);
-    arena.take<Sum<T>>(p.row_size());
+    take_gradient_rows<Sum<T>>(p, arena);
     bytes = arena.used();
   });
   return bytes;
@@ -218,4 +266,30 @@ inline void dispatch_all(const Problem& p, Fn&& fn) {
       dispatch_output(p.output, [&](auto output) { fn(scalar, embed_dim, output); });
     });
   });
+}
+
+// How K-vectors lie in registers of L lanes: kPairs of them side by side where several fit, and for that embed_dim has
+// to be a constant; else one in several registers, the last of which may be partly filled.
+template <int kEmbedDim, int L>
+constexpr int kPairsPerRegister = kEmbedDim > 0 && kEmbedDim < L ? L / kEmbedDim : 1;
+
+// Calls fn(embed_dim, rest), both as constants: embed_dim 0 where it is none, and the width of what a K-vector leaves
+// for its last register, 0 where it leaves nothing, else rounded up to one of a few widths.
+template <int kEmbedDim, int L, int kTry = 2, typename Fn>
+auto dispatch_registers(int64_t K, const Fn& fn) {
+  using std::integral_constant;
+  if constexpr (kEmbedDim > 0) {
+    constexpr unsigned kRest = kEmbedDim % L;
+    return fn(integral_constant<int, kEmbedDim>{}, integral_constant<int, kRest ? std::bit_ceil(kRest) : 0>{});
+  } else if constexpr (kTry <= L / 2) {
+    if (K == kTry) return dispatch_registers<kTry, L>(K, fn);
+    return dispatch_registers<kEmbedDim, L, kTry + 1>(K, fn);
+  } else {
+    constexpr integral_constant<int, 0> kAny;
+    const int64_t rest = K % L;
+    if (rest == 0) return fn(kAny, integral_constant<int, 0>{});
+    if (L > 8 && rest > 8) return fn(kAny, integral_constant<int, L>{});
+    if (L > 4 && rest > 4) return fn(kAny, integral_constant < int, L<8 ? L : 8>{});
+    return fn(kAny, integral_constant < int, L<4 ? L : 4>{});
+  }
 }

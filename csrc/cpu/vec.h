@@ -145,6 +145,30 @@ inline void store(T* p, Vec<Sum<T>, N> v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
+// Stores past the caches, where the CPU can: for what is not read again soon. p is a multiple of the size of v. Other
+// threads see it after fence_streams.
+template <int N, typename T>
+inline void stream(T* p, Vec<Sum<T>, N> v) {
+  const Vec<Bits<T>, N> bits = narrow<T, N>(v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(bits) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_copy<__m512i>(bits));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(bits) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_copy<__m256i>(bits));
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(bits) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_copy<__m128i>(bits));
+  if constexpr (sizeof(bits) == 8) return _mm_stream_si64(reinterpret_cast<long long*>(p), bit_copy<long long>(bits));
+  if constexpr (sizeof(bits) == 4) return _mm_stream_si32(reinterpret_cast<int*>(p), bit_copy<int>(bits));
+#endif
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+inline void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <typename T>
 inline Sum<T> load(const T* p) {
   if constexpr (std::is_same_v<T, BFloat16>)
@@ -170,6 +194,42 @@ inline Vec<B, 2 * N> concat(Vec<B, N> low, Vec<B, N> high, std::integer_sequence
   return __builtin_shufflevector(low, high, I...);
 }
 
+// The first n <= N elements at p, and zeros; nothing behind them is read.
+template <int N, typename T>
+inline Vec<Bits<T>, N> load_first_bits(const T* p, int64_t n) {
+  using V = Vec<Bits<T>, N>;
+  if (__builtin_constant_p(n) && n == N) return load_bits<N>(p);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 2 && N == 8) return bit_copy<V>(_mm_maskz_loadu_epi16(mask, p));
+  if constexpr (sizeof(T) == 2 && N == 16) return bit_copy<V>(_mm256_maskz_loadu_epi16(mask, p));
+  if constexpr (sizeof(T) == 4 && N == 4) return bit_copy<V>(_mm_maskz_loadu_epi32(mask, p));
+  if constexpr (sizeof(T) == 4 && N == 8) return bit_copy<V>(_mm256_maskz_loadu_epi32(mask, p));
+  if constexpr (sizeof(T) == 4 && N == 16) return bit_copy<V>(_mm512_maskz_loadu_epi32(mask, p));
+  if constexpr (sizeof(T) == 8 && N == 4) return bit_copy<V>(_mm256_maskz_loadu_epi64(mask, p));
+  if constexpr (sizeof(T) == 8 && N == 8) return bit_copy<V>(_mm512_maskz_loadu_epi64(mask, p));
+#elif defined(__AVX2__)
+  const auto mask = [n]<int... I>(std::integer_sequence<int, I...>) {
+    return Vec<int32_t, N>{I...} < static_cast<int32_t>(n);
+  }(std::make_integer_sequence<int, N>{});
+  const int* const words = reinterpret_cast<const int*>(p);
+  if constexpr (sizeof(T) == 4 && N == 4) return bit_copy<V>(_mm_maskload_epi32(words, bit_copy<__m128i>(mask)));
+  if constexpr (sizeof(T) == 4 && N == 8) return bit_copy<V>(_mm256_maskload_epi32(words, bit_copy<__m256i>(mask)));
+#endif
+  if constexpr (N == 1) {
+    return n ? load_bits<1>(p) : V{};
+  } else {
+    constexpr int kHalf = N / 2;
+    constexpr auto kAll = std::make_integer_sequence<int, N>{};
+    if (n <= kHalf) return concat<Bits<T>, kHalf>(load_first_bits<kHalf>(p, n), Vec<Bits<T>, kHalf>{}, kAll);
+    return concat<Bits<T>, kHalf>(load_bits<kHalf>(p), load_first_bits<kHalf>(p + kHalf, n - kHalf), kAll);
+  }
+}
+template <int N, typename T>
+inline Vec<Sum<T>, N> load_first(const T* p, int64_t n) {
+  return widen<T, N>(load_first_bits<N>(p, n));
+}
+
 // N elements from each of the `Rows` rows, at the same column, side by side; joined before they are widened.
 template <int N, int Rows, typename T>
 inline Vec<Bits<T>, N * Rows> load_column_bits(const T* const* rows, int64_t column) {
@@ -187,9 +247,54 @@ inline Vec<Sum<T>, N * Rows> load_column(const T* const* rows, int64_t column) {
   return widen<T, N * Rows>(load_column_bits<N, Rows>(rows, column));
 }
 
+// A square of pieces of N elements, a row a vector: exchanges rows and columns, by halves of ever larger squares.
+template <int N, int kSpan = 1, typename V, int Rows>
+__attribute__((always_inline)) inline void transpose_halves(V (&rows)[Rows]) {
+  if constexpr (kSpan < Rows) {
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+      for (int r = 0; r < Rows; ++r) {
+        if (r & kSpan) continue;
+        const V a = rows[r], b = rows[r + kSpan];
+        rows[r] = __builtin_shufflevector(a, b, (I / N & kSpan ? I - kSpan * N + Rows * N : I)...);
+        rows[r + kSpan] = __builtin_shufflevector(a, b, (I / N & kSpan ? I + Rows * N : I + kSpan * N)...);
+      }
+    }(std::make_integer_sequence<int, Rows * N>{});
+    transpose_halves<N, 2 * kSpan>(rows);
+  }
+}
+// The column kColumn of such a square, from the piece kPiece on; what comes behind the last piece stays as it is.
+template <int N, int kColumn, int kPiece = 1, typename V, int Rows>
+__attribute__((always_inline)) inline V column_of(const V (&rows)[Rows], V column) {
+  if constexpr (kPiece == Rows) {
+    return column;
+  } else {
+    constexpr int kLength = sizeof(V) / sizeof(column[0]);
+    column = [&]<int... I>(std::integer_sequence<int, I...>) {
+      return __builtin_shufflevector(column, rows[kPiece],
+                                     (I / N == kPiece        ? kLength + kColumn * N + I % N
+                                      : kPiece == 1 && I < N ? kColumn * N + I
+                                                             : I)...);
+    }(std::make_integer_sequence<int, kLength>{});
+    return column_of<N, kColumn, kPiece + 1>(rows, column);
+  }
+}
+template <int N, typename V, int Rows>
+__attribute__((always_inline)) inline void transpose(V (&rows)[Rows]) {
+  if constexpr (Rows * N == sizeof(V) / sizeof(rows[0][0])) {
+    transpose_halves<N>(rows);
+  } else {
+    [&]<int... R>(std::integer_sequence<int, R...>) {
+      const V columns[] = {column_of<N, R>(rows, rows[0])...};
+      ((rows[R] = columns[R]), ...);
+    }(std::make_integer_sequence<int, Rows>{});
+  }
+}
+
 template <typename A, int N>
 inline A sum(Vec<A, N> v) {
-  if constexpr (N == 2) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else if constexpr (N == 2) {
     return v[0] + v[1];
   } else {
     constexpr int kHalf = N / 2;
@@ -214,13 +319,36 @@ inline void scale_into(To* dst, Sum<To> x, const From* src, int64_t n) {
   for (; i < n; ++i) store(dst + i, x * load(src + i));
 }
 
+// Cuts n elements at p into registers that begin at a multiple of their size, and smaller pieces before and behind
+// them: no access of a piece touches two cache lines. Calls fn(its size as a constant, where it begins).
+template <int L, typename T, typename Fn>
+__attribute__((always_inline)) inline void for_aligned(const T* p, int64_t n, const Fn& fn) {
+  constexpr int kSmall = std::min<int>(L, 16 / sizeof(T));
+  const auto is_multiple = [p](int64_t i, int64_t size) {
+    return reinterpret_cast<uintptr_t>(p + i) % (size * sizeof(T)) == 0;
+  };
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, kSmall> small;
+  int64_t i = 0;
+  for (; i < n && !is_multiple(i, kSmall); ++i) fn(one, i);
+  for (; i + kSmall <= n && !is_multiple(i, L); i += kSmall) fn(small, i);
+  for (; i + L <= n; i += L) fn(std::integral_constant<int, L>{}, i);
+  for (; i + kSmall <= n; i += kSmall) fn(small, i);
+  for (; i < n; ++i) fn(one, i);
+}
+
+// dst = x * src, past the caches
+template <typename To, typename From>
+inline void stream_into(To* dst, Sum<To> x, const From* src, int64_t n) {
+  for_aligned<kLanes<Sum<To>>>(dst, n,
+                               [&](auto size, int64_t i) { stream<size()>(dst + i, x * load<size()>(src + i)); });
+}
+
 // dst += x * src
 template <typename A, typename From>
 inline void add_scaled(A* dst, A x, const From* src, int64_t n) {
-  constexpr int L = kLanes<A>;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) store<L>(dst + i, load<L>(dst + i) + x * load<L>(src + i));
-  for (; i < n; ++i) dst[i] += x * load(src + i);
+  for_aligned<kLanes<A>>(
+      dst, n, [&](auto size, int64_t i) { store<size()>(dst + i, load<size()>(dst + i) + x * load<size()>(src + i)); });
 }
 
 template <typename T, typename A>
@@ -235,8 +363,12 @@ inline A dot(const T* a, const A* b, int64_t n) {
 }
 
 // Asks for the cache lines of n elements: into the second level, since the first has no room for two samples.
+// Inlined by force: GCC takes a function that does nothing else for one without effect, and drops its calls.
 template <typename T>
-inline void prefetch(const T* p, int64_t n) {
-  const char* bytes = reinterpret_cast<const char*>(p);
-  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += kCacheLine) __builtin_prefetch(bytes + i, 0, 2);
+__attribute__((always_inline)) inline void prefetch(const T* p, int64_t n) {
+  const char* const end = reinterpret_cast<const char*>(p + n);
+  for (const char* line = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(p) / kCacheLine * kCacheLine);
+       line < end; line += kCacheLine) {
+    __builtin_prefetch(line, 0, 2);
+  }
 }

@@ -303,9 +303,10 @@ struct Gradients {
   std::vector<T> values;       // [nnz]
 };
 
-// `staged`: as several threads do it, in blocks and parts.
+// `is_staged`: as several threads do it, in blocks and parts.
 template <typename T>
-Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_output, Rows kind, bool staged) {
+Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_output, Rows kind, bool is_staged,
+                          bool is_streamed) {
   const Problem& p = batch.problem;
   const std::vector<int64_t>& indices = batch.indices.wide;
   const int64_t nnz = p.num_entries;
@@ -317,7 +318,8 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
     result.values = unwritten<T>(nnz);
     grad.grad_values = result.values.data();
   }
-  auto is_first = std::make_unique<bool[]>(nnz);
+  std::vector<Put> put(nnz, Put::kAdd);
+  std::vector<int64_t> stage_slots(nnz);
   std::vector<int64_t> sparse_slots, sum_slots;
   std::vector<SumOf<T>> sums, stage;
   if (kind != Rows::kNone) {
@@ -326,18 +328,24 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
     int64_t num_rows = 0, num_sums = 0;
     for (int64_t i : indices) ++count[i];
     for (int64_t e = 0; e < nnz; ++e) {
-      is_first[e] = row_of[indices[e]] < 0;
-      if (is_first[e]) row_of[indices[e]] = num_rows++;
-      if (is_first[e] && count[indices[e]] > 1) sum_row_of[indices[e]] = num_sums++;
+      const bool is_first = row_of[indices[e]] < 0;
+      if (is_first) put[e] = Put::kStore;
+      if (is_first) row_of[indices[e]] = num_rows++;
+      if (is_first && count[indices[e]] > 1) sum_row_of[indices[e]] = num_sums++;
       sparse_slots.push_back(row_of[indices[e]]);
       sum_slots.push_back(sum_row_of[indices[e]]);
     }
     const bool is_sparse = kind == Rows::kSparse;
     result.slots = is_sparse ? sparse_slots : indices;
-    result.rows = is_sparse ? unwritten<T>(num_rows * p.row_size()) : std::vector<T>(p.num_features * p.row_size());
+    result.rows = unwritten<T>((is_sparse ? num_rows : p.num_features) * p.row_size());
+    for (int64_t i = 0; !is_sparse && i < p.num_features; ++i) {
+      if (count[i] == 0) std::fill_n(result.rows.begin() + i * p.row_size(), p.row_size(), T{});
+    }
     grad.grad_rows = result.rows.data();
     grad.slots = is_sparse ? Ids{sparse_slots.data(), true} : p.indices;
-    if (is_sparse || kIsHalf<T>) grad.is_first = is_first.get();
+    grad.put = put.data();
+    grad.stage_slots = stage_slots.data();
+    grad.is_streamed = is_streamed;
     if (kIsHalf<T>) {
       sums = unwritten<SumOf<T>>(num_sums * p.row_size());
       grad.sums = sums.data();
@@ -349,13 +357,19 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
   const auto scratch = new_scratch(kernels.scratch_bytes(p));
   for (auto [begin, end] : {std::pair(int64_t{0}, kMiddle), std::pair(kMiddle, p.batch_size)}) {
     const int64_t first = p.entries_begin(begin), last = p.entries_begin(end);
-    if (staged) {
-      stage = unwritten<SumOf<T>>((last - first) * p.row_size());
-      grad.staged = stage.data();
-      grad.staged_begin = first;
+    std::vector<int64_t> staged;
+    for (int64_t e = first; is_staged && e < last; ++e) {
+      if (put[e] != Put::kAdd) continue;
+      put[e] = Put::kStage;
+      stage_slots[e] = static_cast<int64_t>(staged.size());
+      staged.push_back(e);
     }
+    stage = unwritten<SumOf<T>>(static_cast<int64_t>(staged.size()) * p.row_size());
+    grad.stage = stage.data();
     kernels.backward(p, grad, begin, end, scratch.get());
-    for (int64_t part = 0; staged && part < 3; ++part) kernels.add_staged(p, grad, first, last, part, 3);
+    for (int64_t part = 0; is_staged && part < 3; ++part) {
+      kernels.add_staged(p, grad, staged.data(), static_cast<int64_t>(staged.size()), part, 3);
+    }
   }
   if (kIsHalf<T> && kind != Rows::kNone) {
     kernels.round_sums(p, grad, 0, nnz / 2);
@@ -373,12 +387,12 @@ void test_problem(const Batch<T>& batch) {
   compare("gather_sum" + batch.name, run_gather_sum(batch), truth.row_sums);
 
   if (p.values) {
-    const Gradients<T> found = run_backward(batch, grad_output, Rows::kNone, false);
+    const Gradients<T> found = run_backward(batch, grad_output, Rows::kNone, false, false);
     compare("backward, values only" + batch.name, found.values, truth.grad_values);
   }
   for (Rows kind : {Rows::kDense, Rows::kSparse}) {
     const std::string what = kind == Rows::kDense ? "backward, dense" : "backward, sparse";
-    const Gradients<T> direct = run_backward(batch, grad_output, kind, false);
+    const Gradients<T> direct = run_backward(batch, grad_output, kind, false, false);
     std::vector<Number> rows(direct.rows.size());
     for (size_t i = 0; i < truth.grad_rows.size(); ++i) {
       const int64_t e = static_cast<int64_t>(i) / p.row_size(), column = static_cast<int64_t>(i) % p.row_size();
@@ -387,10 +401,15 @@ void test_problem(const Batch<T>& batch) {
     compare(what + batch.name, direct.rows, rows);
     if (p.values) compare(what + ", values" + batch.name, direct.values, truth.grad_values);
 
-    const Gradients<T> staged = run_backward(batch, grad_output, kind, true);
+    const Gradients<T> staged = run_backward(batch, grad_output, kind, true, false);
     compare(what + ", staged" + batch.name, staged.rows, rows);
     check(std::memcmp(staged.rows.data(), direct.rows.data(), staged.rows.size() * sizeof(T)) == 0,
           what + batch.name + ": not the same bits when staged");
+    for (bool is_staged : {false, true}) {
+      const Gradients<T> streamed = run_backward(batch, grad_output, kind, is_staged, true);
+      check(std::memcmp(streamed.rows.data(), direct.rows.data(), streamed.rows.size() * sizeof(T)) == 0,
+            what + batch.name + ": not the same bits when streamed");
+    }
   }
 }
 
@@ -511,7 +530,7 @@ void test_conversions(ScalarKind dtype, int64_t K, double factor) {
   p.weight = batch.weight.data();
   p.values = batch.values.data();
   const std::vector<T> grad_output(num_samples, one);
-  const Gradients<T> found = run_backward(batch, grad_output, Rows::kDense, false);
+  const Gradients<T> found = run_backward(batch, grad_output, Rows::kDense, false, false);
 
   for (int64_t i = 0; i < 65536; ++i) {
     const T given = {static_cast<uint16_t>(i)};

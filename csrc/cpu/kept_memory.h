@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: MIT
+// Blocks of memory for large results, kept when they are freed and given to the next one. A training step makes a
+// gradient of about the same size as the step before; in new memory, the system would first clear every page of it.
+#pragma once
+
+#include <cstddef>
+
+namespace ffm {
+
+struct KeptBlock {
+  void* data;
+  size_t bytes;
+};
+
+// At least so many bytes, on huge pages, as they come; throws std::bad_alloc.
+KeptBlock take_block(size_t bytes);
+void give_back(KeptBlock block);
+
+// What is kept and not in use: at most what was in use at the same time lately.
+size_t kept_bytes();
+void release_kept_memory();
+
+}  // namespace ffm

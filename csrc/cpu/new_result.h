@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: MIT
+// Tensors for results, the large ones in memory that is kept (see kept_memory.h).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "../checks.h"
+#include "huge_pages.h"
+#include "kept_memory.h"
+
+// Part of the stable ABI from torch 2.11 on; null before.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* deleter_context);
+
+namespace ffm {
+
+// torch's allocator keeps smaller blocks itself.
+constexpr size_t kSmallestBlock = 16 << 20;
+
+inline bool keeps_memory() {
+  const char* setting = std::getenv("FFM_EXT_KEEP_MEMORY");
+  return torch_from_blob != nullptr && (setting == nullptr || std::strcmp(setting, "0") != 0);
+}
+
+// An uninitialised tensor on the CPU with the dtype of `like`. From 16 MiB on it is made from kept memory, unless
+// FFM_EXT_KEEP_MEMORY=0 or torch is older than 2.11.
+inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes) {
+  size_t bytes = like.element_size();
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  if (bytes < kSmallestBlock || !keeps_memory()) {
+    Tensor result = torch::stable::new_empty(like, sizes);
+    advise_huge_pages(result.mutable_data_ptr(), bytes);
+    return result;
+  }
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  const KeptBlock block = take_block(bytes);
+  AtenTensorHandle tensor = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+      block.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, dtype,
+      aoti_torch_device_type_cpu(), -1, &tensor, aoti_torch_layout_strided(), nullptr, 0,
+      [](void* data, void* capacity) { give_back({data, reinterpret_cast<size_t>(capacity)}); },
+      reinterpret_cast<void*>(block.bytes)));
+  return Tensor(tensor);
+}
+
+}  // namespace ffm
