@@ -280,7 +280,13 @@ __attribute__((always_inline)) inline V column_of(const V (&rows)[Rows], V colum
 }
 template <int N, typename V, int Rows>
 __attribute__((always_inline)) inline void transpose(V (&rows)[Rows]) {
-  if constexpr (Rows * N == sizeof(V) / sizeof(rows[0][0])) {
+  if constexpr (sizeof(rows[0][0]) == 2 && N % 2 == 0) {
+    // Larger pieces are cheaper to move.
+    Vec<uint32_t, sizeof(V) / 4> words[Rows];
+    __builtin_memcpy(&words, &rows, sizeof(rows));
+    transpose<N / 2>(words);
+    __builtin_memcpy(&rows, &words, sizeof(rows));
+  } else if constexpr (Rows * N == sizeof(V) / sizeof(rows[0][0])) {
     transpose_halves<N>(rows);
   } else {
     [&]<int... R>(std::integer_sequence<int, R...>) {
@@ -309,6 +315,16 @@ inline A sum(Vec<A, N> v) {
 }
 
 // The loops over n contiguous elements that everything but the pairs is made of.
+
+// sums + the products of bfloat16 a and b, those of two neighbours into one sum. A pair of bfloat16 is 32 bits, and its
+// halves are floats by a shift and by a mask.
+template <typename Floats, typename Bits16>
+inline Floats add_bfloat16_products(Floats sums, Bits16 a, Bits16 b) {
+  using Words = Vec<uint32_t, sizeof(Floats) / 4>;
+  const auto low = [](Bits16 v) { return bit_copy<Floats>(bit_copy<Words>(v) << 16); };
+  const auto high = [](Bits16 v) { return bit_copy<Floats>(bit_copy<Words>(v) & 0xffff0000u); };
+  return sums + low(a) * low(b) + high(a) * high(b);
+}
 
 // dst = x * src
 template <typename To, typename From>
