@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m benchmarks`, from the root of the repository: run a suite, print its table, save table and plot."""
+"""`python -m benchmarks`, from the root of the repository: run a suite, print its tables, save tables and plots."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from . import report
 
 HERE = Path(__file__).parent
+FILES = ("bench_interaction.py", "bench_quality.py", "bench_kernels.py")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only",
         metavar="EXPR",
         help="pytest's -k over names such as t1-N100k-K4-zipf-forward-torchfm-0: "
-        "'K4 and forward', 'ffm_ext or torchfm', 'quality'",
+        "'interaction and K4', 'ffm_ext or torchfm', 'quality', 'kernels', 'kernels and roof'",
     )
     parser.add_argument("--threads", metavar="1,2", help="thread counts instead of the suite's")
     parser.add_argument(
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         command = [
-            *(str(HERE / file) for file in ("bench_interaction.py", "bench_quality.py")),
+            *(str(HERE / file) for file in FILES),
             *("-q", "--disable-warnings", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="),
             *("--benchmark-quiet", "--benchmark-disable-gc", f"--benchmark-json={raw}"),
             *("--suite", name),

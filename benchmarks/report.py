@@ -1,170 +1,48 @@
 # SPDX-License-Identifier: MIT
-"""From pytest-benchmark's JSON to the table, the notes and the plot.
-
-The table has a line for each workload, thread count and kind of step, and a column for each subject.
-"""
+"""From pytest-benchmark's JSON to tables, notes and plots: printed, and saved as .json, .md and .png."""
 
 from __future__ import annotations
 
 import json
-import statistics
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich import table as rich_table
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
+from . import report_interaction, report_kernels
 from .machine import slug
-from .workloads import short
-
-Record = dict[str, Any]
-
-# What identifies a line of the table.
-LINE = ("threads", "num_features", "num_fields", "embed_dim", "batch_size", "ids", "direction")
-STEPS = {"forward": "forward", "dense": "+ dense grad", "sparse": "+ sparse grad"}
+from .tables import Record, Section, Table, reasons
 
 
 def collect(raw: Record) -> Record:
-    """The results of a run: machine, timings, quality, and what was not timed and why."""
-    timings: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-    roles: dict[str, str] = {}
-    quality = []
+    """The results of a run: machine, timings, quality, kernels, and what was not timed and why."""
+    runs: dict[str, list[Record]] = {"interaction": [], "quality": [], "kernels": []}
+    not_timed: dict[str, list[Record]] = {"interaction": [], "quality": [], "kernels": []}
     for run in raw["benchmarks"]:
-        info = run["extra_info"]
-        if "learner" in info:
-            quality.append({**info, "seconds": run["stats"]["median"]})
-        else:
-            roles[info["subject"]] = info["role"]
-            timings[_key(info)] += run["stats"]["data"]
-    untimed: dict[tuple[Any, ...], str] = {}
-    no_quality = []
+        runs[_subject(run["extra_info"])].append(run)
     for what in raw["not_timed"]:
-        if "learner" in what:
-            no_quality.append(what)
-        else:
-            roles[what["subject"]] = what["role"]
-            untimed[_key(what)] = what["reason"]
-
-    lines: dict[tuple[Any, ...], Record] = {}
-    for key in dict.fromkeys([*timings, *untimed]):
-        line = lines.setdefault(key[:-1], {**dict(zip(LINE, key, strict=False)), "subjects": {}})
-        # A result that was wrong in one pass has no time in any.
-        if key in untimed:
-            line["subjects"][key[-1]] = {"reason": untimed[key]}
-        else:
-            line["subjects"][key[-1]] = _timing(line, timings[key])
-    for line in lines.values():
-        _compare(line, lines, roles)
+        not_timed[_subject(what)].append(what)
+    roles, lines = report_interaction.collect(runs["interaction"], not_timed["interaction"])
+    quality = [{**run["extra_info"], "seconds": run["stats"]["median"]} for run in runs["quality"]]
     return {
         "machine": raw["machine_info"],
         "commit": raw.get("commit_info", {}).get("id", "")[:10] or None,
         "roles": roles,
-        "lines": sorted(lines.values(), key=_order),
-        "quality": quality + no_quality,
+        "lines": lines,
+        "quality": quality + not_timed["quality"],
+        "kernels": report_kernels.collect(runs["kernels"], not_timed["kernels"]),
     }
 
 
-def _key(info: Record) -> tuple[Any, ...]:
-    return *(info[name] for name in LINE), info["subject"]
+def _subject(info: Record) -> str:
+    return "quality" if "learner" in info else "kernels" if "part" in info else "interaction"
 
 
-def _order(line: Record) -> tuple[Any, ...]:
-    step = list(STEPS).index(line["direction"])
-    return *(line[key] for key in ("threads", "embed_dim", "num_features", "ids")), step
-
-
-def _timing(line: Record, seconds: list[float]) -> Record:
-    median = statistics.median(seconds)
-    low, _, high = statistics.quantiles(seconds, n=4)
-    table_bytes = 4 * line["batch_size"] * line["num_fields"] ** 2 * line["embed_dim"]
-    return {
-        "seconds": median,
-        "spread": (high - low) / 2 / median,
-        "rounds": len(seconds),
-        "samples_per_second": line["batch_size"] / median,
-        "gigabytes_per_second": table_bytes / median / 1e9,
-    }
-
-
-def _compare(line: Record, lines: dict[tuple[Any, ...], Record], roles: dict[str, str]) -> None:
-    """Adds to each timing its share of the roof and its ratio to the best peer.
-
-    The roof is the fastest gather. A step with a sparse gradient competes with the dense ones too: whoever trains
-    takes the faster.
-    """
-    key = [line[name] for name in LINE]
-
-    def rates(direction: str, role: str) -> dict[str, float]:
-        other = lines.get((*key[:-1], direction), {"subjects": {}})
-        return {
-            name: timing["samples_per_second"]
-            for name, timing in other["subjects"].items()
-            if roles[name] == role and "samples_per_second" in timing
-        }
-
-    roof = max(rates("forward", "roof").values(), default=None)
-    peers = rates(line["direction"], "peer")
-    if line["direction"] == "sparse":
-        dense = rates("dense", "peer")
-        peers = {name: max(peers.get(name, 0), dense.get(name, 0)) for name in {**dense, **peers}}
-    best = max(peers, key=lambda name: peers[name], default=None)
-    line["best_peer"] = best
-    for timing in line["subjects"].values():
-        if rate := timing.get("samples_per_second"):
-            timing["roof_share"] = rate / roof if roof else None
-            timing["to_best_peer"] = rate / peers[best] if best else None
-
-
-def rows(results: Record) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table."""
-    names = [name for name, role in results["roles"].items() if role == "peer"]
-    ours = next((name for name, role in results["roles"].items() if role == "ours"), "ffm_ext")
-    header = ["thr", "N", "K", "ids", "step", ours, "GB/s", "of roof", "× best peer", *names]
-    body = []
-    for line in results["lines"]:
-        mine = line["subjects"].get(ours, {})
-        share, ratio = mine.get("roof_share"), mine.get("to_best_peer")
-        cells = [
-            str(line["threads"]),
-            short(line["num_features"]),
-            str(line["embed_dim"]),
-            line["ids"],
-            STEPS[line["direction"]],
-            _cell(mine),
-            f"{mine['gigabytes_per_second']:.1f}" if "seconds" in mine else "–",
-            f"{share:.0%}" if share else "–",
-            f"{ratio:.1f} ({line['best_peer']})" if ratio else "–",
-        ]
-        for name in names:
-            timing, is_dense = _figure(line, results["lines"], name)
-            cells.append(_cell(timing) + (" (dense)" if is_dense and "seconds" in timing else ""))
-        body.append(cells)
-    return header, body
-
-
-def _figure(line: Record, lines: list[Record], name: str) -> tuple[Record, bool]:
-    """A subject's timing on a line, and whether it is that of a dense gradient in place of a sparse one."""
-    if name not in line["subjects"] and line["direction"] == "sparse":
-        wanted = {**line, "direction": "dense"}
-        for other in lines:
-            if all(other[key] == wanted[key] for key in LINE) and name in other["subjects"]:
-                return other["subjects"][name], True
-    return line["subjects"].get(name, {}), False
-
-
-def _cell(timing: Record) -> str:
-    """'391k ±2%', or one word for why there is no figure."""
-    if not timing:
-        return "–"
-    if "reason" in timing:
-        return str(timing["reason"]).partition(":")[0]
-    return f"{short(timing['samples_per_second'])} ±{timing['spread']:.0%}"
-
-
-def quality_rows(results: Record) -> tuple[list[str], list[list[str]]]:
+def _quality_table(results: Record) -> Table:
     body = []
     for record in results["quality"]:
         if "reason" in record:
@@ -176,7 +54,8 @@ def quality_rows(results: Record) -> tuple[list[str], list[list[str]]]:
                 f"{record['seconds']:.1f}",
             ]
         body.append([record["data"], record["learner"], *figures])
-    return ["data", "model", "test RMSE", "test R²", "fit + predict, s"], body
+    header = ["data", "model", "test RMSE", "test R²", "fit + predict, s"]
+    return Table(header, body, left=("data", "model"), section=1)
 
 
 def title(results: Record) -> str:
@@ -189,158 +68,75 @@ def title(results: Record) -> str:
     )
 
 
-def notes(results: Record) -> list[str]:
-    """How to read the table, and a line for everything that has no time."""
-    lines = results["lines"]
-    found = []
+def sections(results: Record) -> list[Section]:
+    """The interaction beside its peers with quality, and a section for each question about the kernels."""
+    lines, quality = results["lines"], results["quality"]
+    section = Section(None, [], [])
     if lines:
-        rounds = [t["rounds"] for line in lines for t in line["subjects"].values() if "rounds" in t]
-        sizes = sorted({(line["num_fields"], line["batch_size"]) for line in lines})
-        found += [
-            "Samples a second: batch size over the median time of a step, "
-            f"{min(rounds, default=0)} to {max(rounds, default=0)} timings; ± half the interquartile "
-            f"range. {', '.join(f'F = {f}, B = {b}' for f, b in sizes)}, float32. "
-            "'+ … grad' is forward and backward.",
-            "GB/s: bytes of table rows that a forward reads, over the time of the whole step. Of roof: "
-            "share of the samples a second of the faster gather of those rows "
-            f"({', '.join(n for n, role in results['roles'].items() if role == 'roof')}). "
-            "(dense): it has no sparse gradient; the figure is that of its dense one.",
-        ]
-    reasons = Counter(
-        f"{name}: {timing['reason']}"
-        for line in lines
-        for name, timing in line["subjects"].items()
-        if "reason" in timing
-    )
-    reasons.update(
-        f"{record['data']}, {record['learner']}: {record['reason']}"
-        for record in results["quality"]
-        if "reason" in record
-    )
-    return found + [f"{reason} ({count}×)" for reason, count in reasons.items()]
+        section.tables.append(report_interaction.table(results))
+        section.notes += report_interaction.notes(results)
+    if quality:
+        section.tables.append(_quality_table(results))
+    section.notes += reasons(item for line in lines for item in line["subjects"].items())
+    section.notes += reasons((f"{r['data']}, {r['learner']}", r) for r in quality)
+    if any("seconds" in t for line in lines for t in line["subjects"].values()):
+        section.pictures[""] = partial(report_interaction.plot, results)
+    first = [section] if section.tables else []
+    return first + report_kernels.sections(results)
 
 
 def render(results: Record) -> Group:
     """The tables for a terminal."""
-    parts: list[Any] = []
-    header, body = rows(results)
-    if body:
-        table = Table(title=title(results), title_justify="left")
-        for number, name in enumerate(header):
-            left = name in ("ids", "step")
-            style = "bold" if number == 5 else None
-            table.add_column(name, justify="left" if left else "right", no_wrap=True, style=style)
-        for cells, following in zip(body, [*body[1:], None], strict=True):
-            table.add_row(*cells, end_section=following is None or following[:4] != cells[:4])
-        parts.append(table)
-    header, body = quality_rows(results)
-    if body:
-        table = Table(title=None if parts else title(results), title_justify="left")
-        for name in header:
-            table.add_column(name, justify="left" if name in ("data", "model") else "right")
-        for cells, following in zip(body, [*body[1:], None], strict=True):
-            table.add_row(*cells, end_section=following is None or following[0] != cells[0])
-        parts.append(table)
-    return Group(*parts, *(Text(note, style="dim") for note in notes(results)))
+    parts: list[Any] = [Text(title(results), style="italic")]
+    for section in sections(results):
+        if section.heading:
+            parts.append(Text(f"\n{section.heading}", style="bold"))
+        parts += [_rich(table) for table in section.tables]
+        parts += [Text(note, style="dim") for note in section.notes]
+    return Group(*parts)
 
 
-def markdown(results: Record, picture: str | None) -> str:
+def _rich(table: Table) -> rich_table.Table:
+    shown = rich_table.Table()
+    for name in table.header:
+        style = "bold" if name == table.bold else None
+        justify: Any = "left" if name in table.left else "right"
+        shown.add_column(name, justify=justify, no_wrap=True, style=style)
+    for cells, following in zip(table.body, [*table.body[1:], None], strict=True):
+        ends = following is None or following[: table.section] != cells[: table.section]
+        shown.add_row(*cells, end_section=ends)
+    return shown
+
+
+def markdown(results: Record, pictures: Sequence[str] = ()) -> str:
+    """The same for a file; ``pictures`` are the names of those that were drawn, in the order of the sections."""
     parts = [f"# Benchmarks\n\n{title(results)}\n"]
-    for header, body in (rows(results), quality_rows(results)):
-        if body:
-            lines = [header, ["---"] * len(header), *body]
+    drawn = iter(pictures)
+    for section in sections(results):
+        if section.heading:
+            parts.append(f"## {section.heading}\n")
+        for table in section.tables:
+            lines = [table.header, ["---"] * len(table.header), *table.body]
             parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
-    if picture:
-        parts.append(f"![samples a second]({picture})\n")
-    parts.append("\n".join(f"- {note}" for note in notes(results)) + "\n")
+        for _, picture in zip(
+            section.pictures, drawn
+        ):  # takes from drawn no more than the section has
+            parts.append(f"![{section.heading or 'samples a second'}]({picture})\n")
+        parts.append("\n".join(f"- {note}" for note in section.notes) + "\n")
     return "\n".join(parts)
 
 
-def plot(results: Record, path: Path) -> None:
-    """Bars of samples a second: a row of panels for each kind of step, a column for each table size and ids.
-
-    Hatched: a dense gradient, where the step asks for a sparse one.
-    """
-    from matplotlib.figure import Figure
-
-    fewest = min(line["threads"] for line in results["lines"])
-    lines = [line for line in results["lines"] if line["threads"] == fewest]
-    columns = _distinct((line["num_features"], line["ids"]) for line in lines)
-    directions = [d for d in STEPS if any(line["direction"] == d for line in lines)]
-    names = [name for name, role in results["roles"].items() if role != "roof"]
-    colours = dict(
-        zip(names, ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#8d6a9f"), strict=False)
-    )
-    size = max(7.5, 1.6 + 2.9 * len(columns)), 1.3 + 2.2 * len(directions)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(directions), len(columns), sharey=True, squeeze=False)
-    for i, direction in enumerate(directions):
-        for j, (num_features, ids) in enumerate(columns):
-            panel = panels[i][j]
-            here = [
-                line
-                for line in lines
-                if (line["direction"], line["num_features"], line["ids"])
-                == (direction, num_features, ids)
-            ]
-            for number, name in enumerate(names):
-                for place, line in enumerate(here):
-                    timing, is_dense = _figure(line, lines, name)
-                    panel.bar(
-                        place + 0.8 * ((number + 0.5) / len(names) - 0.5),
-                        timing.get("samples_per_second", 0),
-                        width=0.8 / len(names),
-                        color=colours.get(name),
-                        hatch="////" if is_dense else None,
-                        edgecolor="white",
-                        linewidth=0,
-                        label=name if (i, j, place) == (0, 0, 0) else None,
-                    )
-            for place, line in enumerate(here):
-                gathers = [
-                    timing["samples_per_second"]
-                    for name, timing in line["subjects"].items()
-                    if results["roles"][name] == "roof" and "seconds" in timing
-                ]
-                if gathers:
-                    label = "gather roof" if (i, j, place) == (0, 0, 0) else None
-                    panel.hlines(max(gathers), place - 0.45, place + 0.45, "black", label=label)
-            panel.set_xticks(range(len(here)), [f"K = {line['embed_dim']}" for line in here])
-            panel.set_xlim(-0.6, len(here) - 0.4)
-            panel.set_yscale("log")
-            panel.grid(axis="y", alpha=0.3)
-            panel.set_axisbelow(True)
-            panel.spines[["top", "right"]].set_visible(False)
-            if i == 0:
-                panel.set_title(f"N = {short(num_features)}, {ids} ids", fontsize=10)
-            if j == 0:
-                step = direction if direction == "forward" else f"forward {STEPS[direction]}"
-                panel.set_ylabel(f"{step}\nsamples/s", fontsize=9)
-    machine = results["machine"]
-    figure.suptitle(
-        f"{machine['cpu']}, {fewest} thread{'s' * (fewest > 1)}, {machine['isa']}, "
-        f"torch {machine['torch']}: F = {lines[0]['num_fields']}, B = {lines[0]['batch_size']}",
-        fontsize=11,
-    )
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=130)
-
-
-def _distinct(items: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(items))
-
-
 def save(results: Record, folder: Path, name: str) -> list[Path]:
-    """``name``.json, .md and, where something was timed, .png, in the machine's folder."""
+    """``name``.json, .md and, where something was timed, its pictures, in the machine's folder."""
     folder = folder / slug(results["machine"])
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]
     paths[0].write_text(json.dumps(results, indent=1) + "\n")
-    if any("seconds" in t for line in results["lines"] for t in line["subjects"].values()):
-        paths.append(folder / f"{name}.png")
-        plot(results, paths[-1])
-    paths[1].write_text(markdown(results, paths[2].name if len(paths) == 3 else None))
+    for section in sections(results):
+        for ending, draw in section.pictures.items():
+            paths.append(folder / f"{name}{ending}.png")
+            draw(paths[-1])
+    paths[1].write_text(markdown(results, [path.name for path in paths[2:]]))
     return paths
 
 

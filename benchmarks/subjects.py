@@ -34,14 +34,16 @@ class Subject(Peer, ABC):
     role: ClassVar[Role] = "peer"
     directions: ClassVar[tuple[Direction, ...]] = DIRECTIONS
     copies: ClassVar[float] = 0.0  # memory that it keeps, in sizes of the float32 table
+    is_checked: ClassVar[bool] = True  # it has a result
+    tolerance: ClassVar[float] = 1e-4  # of that, relative and absolute
 
     def __init__(self, workload: Workload, weight: Tensor) -> None:
         self.workload = workload
         # [N, F·K], a leaf of its own over the same memory
         self.weight = weight.detach().requires_grad_()
 
-    def prepare(self, indices: Tensor) -> Any:
-        """What `forward` takes for the global ids ``indices`` [B, F]."""
+    def prepare(self, indices: Any) -> Any:
+        """What `forward` takes for a batch of the workload: global ids ``indices`` [B, F], or a `SparseBatch`."""
         return indices
 
     @abstractmethod
@@ -54,8 +56,14 @@ class Subject(Peer, ABC):
             with torch.no_grad():
                 self.forward(batch, direction)
         else:
-            self.forward(batch, direction).backward(grad_output)
+            self.backward(batch, grad_output, direction)
             self.drop_gradient()
+
+    def backward(self, batch: Any, grad_output: Tensor, direction: Direction) -> Tensor | None:
+        """Leaves the gradient behind for `gradient`; returns the output, where one is made on the way."""
+        output = self.forward(batch, direction)
+        output.backward(grad_output)
+        return output
 
     def drop_gradient(self) -> None:
         self.weight.grad = None
@@ -69,9 +77,13 @@ class Subject(Peer, ABC):
             return grad.index_select(0, rows).to_dense(), torch.linalg.vector_norm(grad.values(), 1)
         return grad[rows], torch.linalg.vector_norm(grad, 1)
 
-    def expected(self, weight: Tensor, indices: Tensor) -> Tensor:
-        """What `forward` returns, by the reference. weight [R, F·K] float64, indices [b, F]."""
-        return ffm_ext.reference.ffm_interaction(weight, indices, grad="dense")
+    def table_rows(self, rows: Tensor) -> Tensor:
+        """The rows [R, F·K] of the table as it has them."""
+        return self.weight.detach()[rows]
+
+    def expected(self, weight: Tensor, batch: Any) -> Tensor:
+        """What `forward` returns, by the reference. weight [R, F·K] float64, batch as `prepare` takes it."""
+        return ffm_ext.reference.ffm_interaction(weight, batch, grad="dense")
 
 
 class Fused(Subject):
@@ -230,8 +242,8 @@ class GatherBag(Subject):
     def forward(self, batch: Tensor, direction: Direction) -> Tensor:
         return F.embedding_bag(batch, self.weight, mode="sum")
 
-    def expected(self, weight: Tensor, indices: Tensor) -> Tensor:
-        return weight[indices].sum(1)
+    def expected(self, weight: Tensor, batch: Tensor) -> Tensor:
+        return weight[batch].sum(1)
 
 
 class GatherSum(Subject):
@@ -250,8 +262,8 @@ class GatherSum(Subject):
         table = self.weight.view(self.workload.table_shape)
         return torch.ops.ffm_ext.gather_sum(table, batch)
 
-    def expected(self, weight: Tensor, indices: Tensor) -> Tensor:
-        return weight[indices].sum((1, 2))
+    def expected(self, weight: Tensor, batch: Tensor) -> Tensor:
+        return weight[batch].sum((1, 2))
 
 
 SUBJECTS: tuple[type[Subject], ...] = (
@@ -265,38 +277,46 @@ SUBJECTS: tuple[type[Subject], ...] = (
 )
 
 
-def check(
-    subject: Subject, indices: Tensor, grad_output: Tensor, direction: Direction
-) -> str | None:
+def check(subject: Subject, batch: Any, grad_output: Tensor, direction: Direction) -> str | None:
     """How the subject's output or gradient differs from the float64 reference; None if it does not.
 
     The subject sees its whole batch and table; the reference computes the first 64 samples over the rows that
     they touch, and upstream gradients of the other samples are zero.
     """
-    head = indices[:64]
-    rows, positions = head.unique(return_inverse=True)
-    weight = subject.weight.detach()[rows].double().requires_grad_()
-    expected = subject.expected(weight, positions)
+    if not subject.is_checked:
+        return None
+    rows, head = _over_its_rows(batch[:64])
+    weight = subject.table_rows(rows).double().requires_grad_()
+    expected = subject.expected(weight, head)
     upstream = torch.zeros_like(grad_output)
-    upstream[:64] = grad_output[:64]
+    upstream[:64] = grad_output[:64].to(subject.weight.dtype)  # as autograd rounds it
+    close, tolerance = torch.testing.assert_close, subject.tolerance
+    output: Tensor | None
     try:
         if direction == "forward":
             with torch.no_grad():
-                output = subject.forward(subject.prepare(indices), direction)
+                output = subject.forward(subject.prepare(batch), direction)
         else:
-            output = subject.forward(subject.prepare(indices), direction)
-            output.backward(upstream)
+            output = subject.backward(subject.prepare(batch), upstream, direction)
             expected.backward(upstream[:64].double())
-        close = torch.testing.assert_close
-        close(output.detach()[:64].double(), expected.detach(), rtol=1e-4, atol=1e-4)
+        if output is not None:
+            close(output.detach()[:64].double(), expected.detach(), rtol=tolerance, atol=tolerance)
         if direction != "forward":
             gradient, total = subject.gradient(rows)
             assert weight.grad is not None
-            close(gradient.double(), weight.grad, rtol=1e-4, atol=1e-5)
+            close(gradient.double(), weight.grad, rtol=tolerance, atol=tolerance / 10)
             # Nothing anywhere else.
-            close(total.double(), weight.grad.abs().sum(), rtol=1e-3, atol=0.0)
+            close(total.double(), weight.grad.abs().sum(), rtol=max(1e-3, tolerance), atol=0.0)
     except AssertionError as error:
         return f"wrong: {' '.join(str(error).split())}"
     finally:
         subject.drop_gradient()
     return None
+
+
+def _over_its_rows(batch: Any) -> tuple[Tensor, Any]:
+    """The rows [R] that a batch touches, and the batch with ids that count through them."""
+    if isinstance(batch, Tensor):
+        return batch.unique(return_inverse=True)
+    rows, positions = batch.indices.unique(return_inverse=True)
+    return rows, ffm_ext.SparseBatch(positions, batch.fields, batch.values, batch.offsets)

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ffm_ext import SparseBatch
+from ffm_ext.memory import empty_table
 
 Ids = Literal["uniform", "zipf"]
 Direction = Literal["forward", "dense", "sparse"]
@@ -19,6 +22,8 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "dense", "sparse")
 # Batches that a measurement goes round, so that it finds in cache what training would find there.
 NUM_BATCHES = 4
 ZIPF_EXPONENT = 1.1
+# Entries of a batch where the kernels are compared with the roof: their rows exceed every cache.
+ROOF_ENTRIES = 39 * 4096
 
 
 @dataclass(frozen=True)
@@ -60,18 +65,47 @@ class Workload:
         return tuple(int(start) for start in np.cumsum((0, *self.field_dims[:-1])))
 
 
-def make_weight(workload: Workload) -> Tensor:
-    """The table [N, F·K] float32. Its scale gives interactions of variance 1."""
+@dataclass(frozen=True)
+class TextWorkload(Workload):
+    """Ten fields of 1 % of the features each, one feature a sample; and a text, ``words`` features a sample."""
+
+    num_fields: int = 11
+    words: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}-words{self.words}"
+
+    @property
+    def entries(self) -> int:
+        """Entries of a sample."""
+        return self.num_fields - 1 + self.words
+
+    @cached_property
+    def field_dims(self) -> tuple[int, ...]:
+        size = self.num_features // 100
+        one_hot = (size,) * (self.num_fields - 1)
+        return *one_hot, self.num_features - sum(one_hot)
+
+
+def make_weight(workload: Workload, *, huge_pages: bool = False) -> Tensor:
+    """The table [N, F·K] float32. Its scale gives interactions of variance 1.
+
+    huge_pages: as the tables of the modules are.
+    """
     N, F, K = workload.table_shape
     scale = (F * (F - 1) / 2 * K) ** -0.25
-    return torch.empty(N, F * K).normal_(0.0, scale, generator=torch.Generator().manual_seed(0))
+    weight = empty_table(N, F * K) if huge_pages else torch.empty(N, F * K)
+    return weight.normal_(0.0, scale, generator=torch.Generator().manual_seed(0))
 
 
-def make_batches(workload: Workload) -> list[Tensor]:
-    """``NUM_BATCHES`` batches of global ids [B, F] int64.
+def make_batches(workload: Workload) -> list[Any]:
+    """``NUM_BATCHES`` batches of global ids [B, F] int64; of a `TextWorkload`, as `SparseBatch`.
 
     Zipf: the feature of rank r in its field has probability ∝ r^-1.1; ranks are scattered over the field.
     """
+    if isinstance(workload, TextWorkload):
+        return [_text_batch(workload, seed) for seed in range(NUM_BATCHES)]
     rng = np.random.default_rng(0)
     shape = NUM_BATCHES, workload.batch_size
     columns = []
@@ -85,6 +119,36 @@ def make_batches(workload: Workload) -> list[Tensor]:
     return list(torch.from_numpy(np.stack(columns, axis=2)))
 
 
+def _text_batch(workload: TextWorkload, seed: int) -> SparseBatch:
+    """Uniform ids and values; a word from each of equal slices of the vocabulary, so that none comes twice."""
+    generator = torch.Generator().manual_seed(seed)
+    B, words = workload.batch_size, workload.words
+    vocabulary = workload.field_dims[-1]
+    slices = torch.arange(words + 1) * vocabulary // words
+    starts = torch.tensor(workload.field_starts)
+    lows = torch.cat([starts[:-1], starts[-1] + slices[:-1]])
+    sizes = torch.cat([torch.tensor(workload.field_dims[:-1]), slices.diff()])
+    drawn = torch.rand(B, workload.entries, generator=generator, dtype=torch.float64)
+    indices = lows + (drawn * sizes).long()
+    fields = torch.arange(workload.entries).clamp(max=workload.num_fields - 1).repeat(B)
+    values = torch.rand(indices.numel(), generator=generator) + 0.5
+    offsets = torch.arange(B + 1) * workload.entries
+    return SparseBatch(indices.flatten(), fields, values, offsets)
+
+
+@dataclass(frozen=True)
+class KernelWorkloads:
+    """What the kernels are measured on, a list for each question; at one thread, but for the roof."""
+
+    roof: tuple[Workload, ...]
+    dims: tuple[Workload, ...]  # they take turns with each other
+    dtypes: tuple[Workload, ...]
+    latency: tuple[Workload, ...]
+    nnz: tuple[TextWorkload, ...]
+    batch: tuple[Workload, ...]
+    calls: int = 2001  # of a latency, over all passes
+
+
 @dataclass(frozen=True)
 class Suite:
     """What one run measures, in ``passes`` rounds over all subjects of a workload."""
@@ -96,6 +160,7 @@ class Suite:
     pass_seconds: float = 0.1  # a pass times a subject for about so long, within 3 to 30 rounds
     max_dense_bytes: int = 2**30  # larger dense gradients are not worth the minutes they take
     effort: float = 1.0  # scales the epochs of the quality comparison
+    kernels: KernelWorkloads = field(kw_only=True)
 
     def cases(self) -> Iterator[tuple[int, Workload, int]]:
         """Thread count, workload and number of the pass, in the order of the run.
@@ -117,6 +182,14 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
+def _nnz(words: tuple[int, ...], num_features: int, entries: int) -> tuple[TextWorkload, ...]:
+    """Batches of about so many entries, at least two samples."""
+    return tuple(
+        TextWorkload(num_features, 4, "uniform", batch_size=max(2, entries // (10 + n)), words=n)
+        for n in words
+    )
+
+
 SUITES = {
     "full": Suite(
         tuple(
@@ -126,6 +199,20 @@ SUITES = {
             for ids in ("uniform", "zipf")
         ),
         threads=(1, 2),
+        kernels=KernelWorkloads(
+            roof=tuple(
+                Workload(N, K, ids, num_fields=F, batch_size=ROOF_ENTRIES // F)
+                for F in (22, 39)
+                for K in (4, 8, 16)
+                for N in (100_000, 1_000_000)
+                for ids in ("uniform", "zipf")
+            ),
+            dims=tuple(Workload(100_000, K, "uniform") for K in (3, 4, 5, 8, 10, 12, 16)),
+            dtypes=tuple(Workload(1_000_000, K, "uniform") for K in (4, 8, 16)),
+            latency=tuple(Workload(100_000, 4, "uniform", batch_size=B) for B in (1, 32)),
+            nnz=_nnz((1, 3, 10, 30, 100, 300, 1000), 100_000, 40_000),
+            batch=tuple(Workload(100_000, 4, "uniform", batch_size=4**power) for power in range(8)),
+        ),
     ),
     "quick": Suite(
         (
@@ -135,6 +222,15 @@ SUITES = {
         ),
         threads=(1,),
         effort=0.25,
+        kernels=KernelWorkloads(
+            roof=(Workload(100_000, 4, "uniform"), Workload(100_000, 4, "zipf")),
+            dims=tuple(Workload(100_000, K, "uniform") for K in (3, 4)),
+            dtypes=(Workload(100_000, 4, "uniform"),),
+            latency=(Workload(100_000, 4, "uniform", batch_size=1),),
+            nnz=_nnz((1, 10, 100), 100_000, 40_000),
+            batch=tuple(Workload(100_000, 4, "uniform", batch_size=B) for B in (1, 64, 4096)),
+            calls=300,
+        ),
     ),
     # Shows that everything runs; its figures mean nothing.
     "smoke": Suite(
@@ -142,5 +238,14 @@ SUITES = {
         threads=(1,),
         pass_seconds=0.001,
         effort=0.01,
+        kernels=KernelWorkloads(
+            roof=(Workload(2_000, 4, "zipf", num_fields=5, batch_size=64),),
+            dims=tuple(Workload(2_000, K, "uniform", num_fields=5, batch_size=64) for K in (3, 4)),
+            dtypes=(Workload(2_000, 4, "uniform", num_fields=5, batch_size=64),),
+            latency=(Workload(2_000, 4, "uniform", num_fields=5, batch_size=1),),
+            nnz=_nnz((1, 10), 2_000, 100),
+            batch=tuple(Workload(2_000, 4, "uniform", num_fields=5, batch_size=B) for B in (1, 16)),
+            calls=30,
+        ),
     ),
 }

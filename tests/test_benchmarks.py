@@ -20,7 +20,14 @@ pytest.importorskip("rich")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report, subjects, workloads  # noqa: E402
+from benchmarks import (  # noqa: E402
+    kernel_subjects,
+    report,
+    report_interaction,
+    report_kernels,
+    subjects,
+    workloads,
+)
 from benchmarks.machine import describe, slug  # noqa: E402
 
 TINY = workloads.Workload(500, 4, "uniform", num_fields=5, batch_size=70)
@@ -42,6 +49,7 @@ def test_harness_runs_without_peers(tmp_path: Path) -> None:
         "smoke-part.json",
         "smoke-part.md",
         "smoke-part.png",
+        *(f"smoke-part-{part}.png" for part in ("roof", "latency", "nnz", "batch")),
     }
     results = json.loads((folder / "smoke-part.json").read_text())
     assert [line["direction"] for line in results["lines"]] == ["forward", "dense", "sparse"]
@@ -52,9 +60,34 @@ def test_harness_runs_without_peers(tmp_path: Path) -> None:
     learners = {r["learner"]: r for r in results["quality"] if r["data"] == "user-item"}
     assert learners["fastFM ALS"]["reason"].startswith("missing: ")
     assert learners["ffm_ext FFM"]["rmse"] > 0
+    _check_kernels(results["kernels"])
     # Said where a person looks, too.
     assert "torchfm: missing: " in run.stdout
-    assert "| missing |" in (folder / "smoke-part.md").read_text()
+    text = (folder / "smoke-part.md").read_text()
+    assert "| missing |" in text
+    for heading, *_ in report_kernels.SECTIONS.values():
+        assert heading in run.stdout
+        assert f"\n## {heading}\n" in text
+    for path in folder.glob("*.png"):
+        assert f"]({path.name})" in text
+
+
+def _check_kernels(lines: list[dict[str, Any]]) -> None:
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        parts.setdefault(line["part"], []).append(line)
+        for timing in line["subjects"].values():
+            assert timing.get("reason", "").startswith("missing: ") or timing["rounds"] >= 7
+    assert list(parts) == list(report_kernels.SECTIONS)
+    assert [line["direction"] for line in parts["roof"]] == ["forward", "dense", "sparse"]
+    for line in parts["roof"]:
+        assert line["subjects"]["operator"]["roof_share"] > 0
+    assert parts["dims"][0]["of_next_dim"] > 0
+    assert parts["dtypes"][0]["subjects"].keys() == {"float32", "bfloat16", "float16", "int8"}
+    assert "reason" in parts["nnz"][0]["subjects"]["modern-fm"]
+    latency = parts["latency"][0]["subjects"]
+    assert latency["layer"]["rounds"] >= 30
+    assert latency["layer"]["p99"] >= latency["layer"]["seconds"]
 
 
 @pytest.mark.parametrize("ids", ["uniform", "zipf"])
@@ -66,6 +99,17 @@ def test_batches_keep_to_their_fields(ids: workloads.Ids) -> None:
     for indices in workloads.make_batches(workload):
         assert indices.shape == (70, 5)
         assert ((indices >= starts) & (indices < starts + dims)).all()
+
+
+def test_texts_hold_no_word_twice() -> None:
+    workload = workloads.TextWorkload(1_000, 4, "uniform", batch_size=7, words=100)
+    assert sum(workload.field_dims) == 1_000
+    fields = torch.arange(11).repeat_interleave(torch.tensor(workload.field_dims))
+    for batch in workloads.make_batches(workload):
+        assert len(batch) == 7
+        assert (fields[batch.indices] == batch.fields).all()
+        for sample in batch.indices.view(7, 110):
+            assert sample.unique().numel() == 110
 
 
 class _Doubled(subjects.Vectorised):
@@ -81,14 +125,33 @@ class _LeakyGradient(subjects.Vectorised):
         return values, 1.1 * total
 
 
+class _ShiftedOperator(kernel_subjects.Operator):
+    """The gradient of every row on the row before it."""
+
+    def backward(self, batch: Tensor, grad_output: Tensor, direction: workloads.Direction) -> None:
+        super().backward(batch, grad_output, direction)
+        self.made = *self.made[:-2], self.made[-2].roll(-1, 0), self.made[-1]
+
+
 @pytest.mark.parametrize(
     ("kind", "direction", "wrong"),
     [
         *(
             (kind, d, False)
-            for kind in (subjects.Fused, subjects.Vectorised)
+            for kind in (subjects.Fused, subjects.Vectorised, kernel_subjects.Operator)
             for d in ("forward", "dense", "sparse")
         ),
+        *(
+            (kind, d, False)
+            for kind in (kernel_subjects.BFloat16, kernel_subjects.Float16)
+            for d in ("forward", "sparse")
+        ),
+        *(
+            (kind, "forward", False)
+            for kind in (kernel_subjects.Layer, kernel_subjects.Model, kernel_subjects.Int8)
+        ),
+        (_ShiftedOperator, "dense", True),
+        (_ShiftedOperator, "sparse", True),
         (subjects.GatherBag, "forward", False),
         (_Doubled, "forward", True),
         (_Doubled, "sparse", True),
@@ -103,6 +166,14 @@ def test_check_finds_what_is_wrong(
     verdict = subjects.check(subject, indices, torch.randn(len(indices)), direction)
     assert verdict is None if not wrong else verdict and verdict.startswith("wrong: ")
     assert subject.weight.grad is None
+
+
+@pytest.mark.parametrize("direction", ["forward", "sparse"])
+def test_check_of_texts(direction: workloads.Direction) -> None:
+    workload = workloads.TextWorkload(1_000, 4, "uniform", batch_size=70, words=9)
+    subject = kernel_subjects.FusedText(workload, workloads.make_weight(workload))
+    batch = workloads.make_batches(workload)[0]
+    assert subjects.check(subject, batch, torch.randn(len(batch)), direction) is None
 
 
 def _run(subject: str, role: str, direction: str, seconds: float) -> dict[str, Any]:
@@ -154,8 +225,9 @@ def test_report() -> None:
     # A sparse gradient is compared with the dense one of a peer that has no other.
     assert lines["sparse"]["subjects"]["ours"]["to_best_peer"] == pytest.approx(25)
 
-    text = report.markdown(results, None)
-    header, body = report.rows(results)
+    text = report.markdown(results)
+    table = report_interaction.table(results)
+    header, body = table.header, table.body
     assert header[:6] == ["thr", "N", "K", "ids", "step", "ours"]
     assert all(len(cells) == len(header) for cells in body)
     assert "1M ±5%" in text
@@ -164,3 +236,64 @@ def test_report() -> None:
     assert "absent: missing: No module named 'absent' (1×)" in text
     assert slug(machine) == "example-9000-2-cores"
     assert machine["isa"] in report.title(results)
+
+
+def test_roof_counts_reads_and_writes() -> None:
+    # 10 entries on 6 rows of a table of 100.
+    sizes = 10, 6, 100, 8
+    assert report_kernels.roof_bytes("forward", *sizes) == (10 * 8, 0)
+    assert report_kernels.roof_bytes("sparse", *sizes) == ((10 + 4) * 8, 10 * 8)
+    assert report_kernels.roof_bytes("dense", *sizes) == ((10 + 4) * 8, (10 + 94) * 8)
+
+
+def _kernel_run(part: str, subject: str, seconds: float, **changed: Any) -> dict[str, Any]:
+    info = {**_info(subject, "ours", "forward"), "part": part, "words": None, "pass": 0, **changed}
+    return {"extra_info": info, "stats": {"data": [seconds] * 5, "median": seconds}}
+
+
+def test_report_of_kernels() -> None:
+    touched = {"touched_rows": 4_000}
+    runs = [
+        # E = 10,000 entries; a gather of them takes 1 ms, at two threads 0.5 ms.
+        _kernel_run("roof", "embedding_bag", 2e-3, **touched),
+        _kernel_run("roof", "gather_sum", 1e-3, **touched),
+        _kernel_run("roof", "operator", 1.25e-3, **touched),
+        _kernel_run("roof", "fill_touched", 0.4e-3, direction="sparse", **touched),
+        _kernel_run("roof", "operator", 5.2e-3, direction="sparse", **touched),
+        _kernel_run("roof", "fill_table", 20e-3, direction="dense", **touched),
+        _kernel_run("roof", "operator", 45.6e-3, direction="dense", **touched),
+        _kernel_run("roof", "gather_sum", 0.5e-3, threads=2, **touched),
+        _kernel_run("roof", "operator", 1e-3, threads=2, **touched),
+        _kernel_run("dims", "ffm_ext", 3e-3, embed_dim=3),
+        _kernel_run("dims", "ffm_ext", 2e-3, embed_dim=4),
+        _kernel_run("dtypes", "float32", 3e-3),
+        _kernel_run("dtypes", "int8", 1e-3),
+        _kernel_run("latency", "layer", 12e-6),
+        _kernel_run("latency", "operator", 5e-6),
+    ]
+    absent = {**_kernel_run("latency", "absent", 1.0)["extra_info"], "reason": "missing: no absent"}
+    machine = {**describe(), "cpu": "Example", "cores": 2}
+    results = report.collect({"machine_info": machine, "benchmarks": runs, "not_timed": [absent]})
+    assert results["lines"] == []
+    lines = {
+        (line["part"], line["threads"], line["direction"], line["embed_dim"]): line
+        for line in results["kernels"]
+    }
+    operators = {key[:3]: line["subjects"].get("operator", {}) for key, line in lines.items()}
+    assert lines["roof", 1, "forward", 4]["gather"] == "gather_sum"
+    assert operators["roof", 1, "forward"]["roof_share"] == pytest.approx(0.8)
+    # Reads 16,000 rows in 1.6 ms, writes 10,000 in 1 ms.
+    assert operators["roof", 1, "sparse"]["roof_share"] == pytest.approx(2.6 / 5.2)
+    # Reads as many, writes 10,000 + 96,000 in 21.2 ms.
+    assert operators["roof", 1, "dense"]["roof_share"] == pytest.approx(22.8 / 45.6)
+    assert operators["roof", 2, "forward"]["roof_share"] == pytest.approx(0.5)
+    assert operators["roof", 2, "forward"]["scaling"] == pytest.approx(1.25)
+    assert lines["roof", 2, "forward", 4]["gather_scaling"] == pytest.approx(2)
+    # 3 factors in 3 ms, 4 in 2 ms.
+    assert lines["dims", 1, "forward", 3]["of_next_dim"] == pytest.approx(0.5)
+    assert lines["dtypes", 1, "forward", 4]["subjects"]["int8"]["to_float32"] == pytest.approx(3)
+    latency = lines["latency", 1, "forward", 4]["subjects"]
+    assert latency["layer"]["beyond_operator"] == pytest.approx(7e-6)
+    text = report.markdown(results)
+    assert "| 2 : 1 | 2.00× | 1.25× | – | – |" in text
+    assert "- absent (forward): missing: no absent (1×)" in text
