@@ -21,8 +21,8 @@ from ffm_ext.functional import ffm_interaction
 from ffm_ext.reference import ffm_interaction as reference
 
 THREADS = (1, 2, 3, 5)
-# csrc/cpu/ffm.cpp: a thread wants 2^15 elements of table rows, and several threads work on 8 MiB of gradients at a time. So
-# this many elements keep five threads busy in two blocks or more, in either dtype.
+# csrc/cpu/ffm.cpp: a thread wants 2^15 elements of table rows, and several threads work on 8 MiB of gradients at a
+# time. So this many elements keep five threads busy in two blocks or more, in either dtype.
 ELEMENTS = 9 * 2**18
 # Few features, so that nearly every row is shared, by samples of one block and of different ones.
 NUM_FEATURES = 23

@@ -21,8 +21,9 @@ namespace {
 // pauses, more find more rows that two threads share.
 constexpr int64_t kBlockBytes = 8 << 20;
 
-// Gradients from this size on are written past the caches, which would have lost them before they are read again.
-constexpr int64_t kStreamedBytes = 16 << 20;
+// Gradients from this size on are written past the caches: a line that is not read before it is written is worth more
+// than finding it in cache afterwards.
+constexpr int64_t kStreamedBytes = 2 << 20;
 
 bool is_narrow(ScalarKind dtype) { return dtype == ScalarKind::kBFloat16 || dtype == ScalarKind::kFloat16; }
 int64_t sum_bytes(ScalarKind dtype) { return dtype == ScalarKind::kFloat64 ? 8 : 4; }
@@ -113,9 +114,10 @@ void run_backward(const Problem& p, Gradient grad, const RowGroups& groups) {
   grad.sum_slots = shared.slots.get();
   run_samples(p, grad, &groups);
   const BackwardKernels& kernels = backward_kernels();
-  const int64_t parts = num_parts(p.num_entries * p.row_size(), kGrainElements);
+  const int64_t parts = num_parts(shared.count * p.row_size(), kGrainElements);
   parallel_parts(parts, [&](int64_t part) {
-    kernels.round_sums(p, grad, p.num_entries * part / parts, p.num_entries * (part + 1) / parts);
+    kernels.round_sums(p, grad, shared.first_entries.get(), shared.count * part / parts,
+                       shared.count * (part + 1) / parts);
   });
 }
 

@@ -71,10 +71,8 @@ class RowGradients {
   void add_staged(int64_t e) const { add_scaled(sum(e), entries_.value(e), staged(e), row_size_); }
   // Whether the row of entry e is one of the given part.
   bool is_of(int64_t e, int64_t part, int64_t parts) const { return slot(e) % parts == part; }
-  // The rounding of a sum, at its first entry.
-  void round(int64_t e) const {
-    if (!is_only(e) && is_first(e)) scale_into(rows_ + g_.slots[e] * row_size_, A(1), sum(e), row_size_);
-  }
+  // The rounding of the sum that begins with entry e.
+  void round(int64_t e) const { store_first(rows_ + g_.slots[e] * row_size_, A(1), sum(e)); }
 
   // Asks for the row that entry e will be added to. Inlined by force, as prefetch is.
   __attribute__((always_inline)) void prefetch_sum(int64_t e) const {
@@ -247,11 +245,13 @@ void dispatch_add_staged(const Problem& p, const Gradient& grad, const int64_t* 
   });
 }
 
-void dispatch_round_sums(const Problem& p, const Gradient& grad, int64_t begin, int64_t end) {
+void dispatch_round_sums(const Problem& p, const Gradient& grad, const int64_t* first_entries, int64_t begin,
+                         int64_t end) {
   dispatch_dtype(p.dtype, [&](auto scalar) {
     const RowGradients<typename decltype(scalar)::type> grad_rows(p, grad);
-    for (int64_t e = begin; e < end; ++e) grad_rows.round(e);
+    for (int64_t s = begin; s < end; ++s) grad_rows.round(first_entries[s]);
   });
+  fence_streams();
 }
 
 }  // namespace

@@ -30,8 +30,8 @@ struct BackwardKernels {
   // Adds the staged rows of n entries, those whose slot is `part` modulo `parts`, in the given order.
   void (*add_staged)(const Problem&, const Gradient&, const int64_t* entries, int64_t n, int64_t part, int64_t parts);
 
-  // Half precision only: rounds the sums of the rows that the entries [begin, end) are the first of.
-  void (*round_sums)(const Problem&, const Gradient&, int64_t begin, int64_t end);
+  // Half precision only: rounds the sums [begin, end) into the rows of the entries that are their first.
+  void (*round_sums)(const Problem&, const Gradient&, const int64_t* first_entries, int64_t begin, int64_t end);
 };
 
 // On a packed table (packed_row_bytes).

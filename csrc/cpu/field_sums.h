@@ -62,7 +62,7 @@ class FieldSums {
         count_(arena.take<int64_t>(p.num_fields)),
         active_(arena.take<int64_t>(p.num_fields)),
         within_(arena.take<A>(p.row_size())),
-        sums_(p.fields ? arena.take<A>(p.num_fields * p.row_size()) : nullptr) {
+        sums_(p.fields ? arena.take<A>(p.num_fields * sum_stride()) : nullptr) {
     if (table_rows_ == nullptr) return;
     for (int64_t f = 0; f < p.num_fields; ++f) count_[f] = 0;
     for (int64_t i = 0; i < p.row_size(); ++i) within_[i] = 0;
@@ -121,38 +121,81 @@ class FieldSums {
     scale_[f] = entries_.value(e);
   }
 
+  // Sums lie in scratch, as whole registers.
+  int64_t sum_stride() const { return (p_.row_size() + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
+
+  // The registers [i / L, i / L + R) of sum += x * row for the entries [begin, end), the last one filled up with zeros.
+  template <int R>
+  void add_columns(A* sum, int64_t i, int64_t begin, int64_t end) const {
+    constexpr int L = kLanes<A>;
+    const int64_t last = p_.row_size() - i - (R - 1) * L;
+    Vec<A, L> columns[R];
+    for (int r = 0; r < R; ++r) columns[r] = load<L>(sum + i + r * L);
+    for (int64_t e = begin; e < end; ++e) {
+      const T* const row = entries_.row(e) + i;
+      const A x = entries_.value(e);
+      for (int r = 0; r + 1 < R; ++r) columns[r] += x * load<L>(row + r * L);
+      const T* const rest = row + (R - 1) * L;
+      columns[R - 1] += x * (last >= L ? load<L>(rest) : load_first<L>(rest, last));
+    }
+    for (int r = 0; r < R; ++r) store<L>(sum + i + r * L, columns[r]);
+  }
+
+  // sum += x * row for entries that follow each other: a few registers at a time, for all of them.
+  void add_rows(A* sum, int64_t begin, int64_t end) const {
+    constexpr int L = kLanes<A>;
+    const int64_t n = p_.row_size();
+    for (int64_t i = 0; i < n; i += 4 * L) {
+      if (i + 3 * L < n) {
+        add_columns<4>(sum, i, begin, end);
+      } else if (i + 2 * L < n) {
+        add_columns<3>(sum, i, begin, end);
+      } else if (i + L < n) {
+        add_columns<2>(sum, i, begin, end);
+      } else {
+        add_columns<1>(sum, i, begin, end);
+      }
+    }
+  }
+
   // S[f] = x * the table's row, in scratch.
   void start_sum(int64_t f) {
-    A* const sum = sums_ + f * p_.row_size();
+    A* const sum = sums_ + f * sum_stride();
     scale_into(sum, scale_[f], table_rows_[f], p_.row_size());
+    for (int64_t i = p_.row_size(); i < sum_stride(); ++i) sum[i] = 0;
     sum_rows_[f] = sum;
     scale_[f] = 1;
   }
 
   void load_ragged(int64_t begin, int64_t end) {
-    const int64_t K = p_.embed_dim, row_size = p_.row_size();
+    const int64_t K = p_.embed_dim;
     for (int64_t i = 0; i < num_active_; ++i) count_[active_[i]] = 0;
     is_summed_ = false;
     is_in_order_ = end - begin == p_.num_fields;
-    for (int64_t e = begin; e < end; ++e) {
-      const int64_t f = p_.fields[e];
+    for (int64_t e = begin; e < end;) {
+      const int64_t f = p_.fields[e], first = e;
       is_in_order_ &= f == e - begin;
       if (count_[f]++ == 0) {
-        set_row(f, e);
+        set_row(f, e++);
         continue;
       }
       is_summed_ = true;
-      A* const sum = sums_ + f * row_size;
-      A* const within = within_ + f * K;
+      A* const sum = sums_ + f * sum_stride();
       if (count_[f] == 2) {
         start_sum(f);
-        for (int64_t k = 0; k < K; ++k) within[k] = 0;
+        for (int64_t k = 0; k < K; ++k) within_[f * K + k] = 0;
       }
-      // A new entry meets the sum of those before it: all pairs, and no difference of large squares.
-      const T* const row = entries_.row(e);
-      const A x = entries_.value(e);
-      for (int64_t k = 0; k < K; ++k) within[k] += x * load(row + f * K + k) * sum[f * K + k];
-      add_scaled(sum, x, row, row_size);
+      ++e;
+      if (p_.within_field) {
+        // A new entry meets the sum of those before it: all pairs, and no difference of large squares.
+        const T* const row = entries_.row(first) + f * K;
+        const A x = entries_.value(first);
+        for (int64_t k = 0; k < K; ++k) within_[f * K + k] += x * load(row + k) * sum[f * K + k];
+      } else {
+        while (e < end && p_.fields[e] == f) ++e;
+        count_[f] += e - first - 1;
+      }
+      add_rows(sum, first, e);
     }
     num_active_ = 0;
     for (int64_t f = 0; f < p_.num_fields; ++f) {

@@ -83,7 +83,12 @@ SharedRows shared_rows(const RowGroups& groups, int64_t num_entries) {
   SharedRows shared;
   for (int64_t& n : number) n = n > 1 ? shared.count++ : -1;
   shared.slots = std::make_unique_for_overwrite<int64_t[]>(num_entries);
-  for (int64_t e = 0; e < num_entries; ++e) shared.slots[e] = number[groups.slots[e]];
+  shared.first_entries = std::make_unique_for_overwrite<int64_t[]>(shared.count);
+  for (int64_t e = 0; e < num_entries; ++e) {
+    const int64_t slot = number[groups.slots[e]];
+    shared.slots[e] = slot;
+    if (slot >= 0 && groups.put[e] == Put::kStore) shared.first_entries[slot] = e;
+  }
   return shared;
 }
 

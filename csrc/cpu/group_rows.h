@@ -19,10 +19,11 @@ struct RowGroups {
 // Ids lie in [0, num_features). Linear in the number of entries.
 RowGroups group_rows(const Ids& indices, int64_t num_entries, int64_t num_features);
 
-// Numbers the rows that have several entries: entry -> that number, -1 for the only entry of a row.
+// The rows that have several entries, numbered in the order of `rows`.
 struct SharedRows {
-  std::unique_ptr<int64_t[]> slots;  // [nnz]
   int64_t count = 0;
+  std::unique_ptr<int64_t[]> slots;          // [nnz] entry -> that number, -1 for the only entry of a row
+  std::unique_ptr<int64_t[]> first_entries;  // [count]
 };
 SharedRows shared_rows(const RowGroups& groups, int64_t num_entries);
 

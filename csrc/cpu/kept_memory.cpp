@@ -2,6 +2,8 @@
 #include "kept_memory.h"
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -44,6 +46,7 @@ class KeptMemory {
   }
 
   void give_back(KeptBlock block) {
+    if (!is_on_) return release(block);
     const std::lock_guard lock(mutex_);
     free_.push_back({block, time_});
   }
@@ -68,6 +71,12 @@ class KeptMemory {
   static constexpr std::align_val_t kAlignment{kHugePage};
   static void release(const KeptBlock& block) { ::operator delete(block.data, kAlignment); }
 
+  static bool is_on() {
+    const char* setting = std::getenv("FFM_EXT_KEEP_MEMORY");
+    return setting == nullptr || std::strcmp(setting, "0") != 0;
+  }
+
+  const bool is_on_ = is_on();
   std::mutex mutex_;
   std::vector<Free> free_;
   uint64_t time_ = 0;

@@ -12,11 +12,14 @@ struct KeptBlock {
   size_t bytes;
 };
 
+// From this size on blocks are worth keeping; the allocator keeps smaller ones itself.
+constexpr size_t kSmallestBlock = 16 << 20;
+
 // At least so many bytes, on huge pages, as they come; throws std::bad_alloc.
 KeptBlock take_block(size_t bytes);
 void give_back(KeptBlock block);
 
-// What is kept and not in use: at most what was in use at the same time lately.
+// What is kept and not in use: nothing with FFM_EXT_KEEP_MEMORY=0, and at most what was in use at the same time lately.
 size_t kept_bytes();
 void release_kept_memory();
 

@@ -4,9 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
-#include <cstring>
-
 #include "../checks.h"
 #include "huge_pages.h"
 #include "kept_memory.h"
@@ -19,20 +16,12 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
 
 namespace ffm {
 
-// torch's allocator keeps smaller blocks itself.
-constexpr size_t kSmallestBlock = 16 << 20;
-
-inline bool keeps_memory() {
-  const char* setting = std::getenv("FFM_EXT_KEEP_MEMORY");
-  return torch_from_blob != nullptr && (setting == nullptr || std::strcmp(setting, "0") != 0);
-}
-
-// An uninitialised tensor on the CPU with the dtype of `like`. From 16 MiB on it is made from kept memory, unless
-// FFM_EXT_KEEP_MEMORY=0 or torch is older than 2.11.
+// An uninitialised tensor on the CPU with the dtype of `like`. From 16 MiB on it is made from kept memory, unless torch
+// is older than 2.11.
 inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes) {
   size_t bytes = like.element_size();
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
-  if (bytes < kSmallestBlock || !keeps_memory()) {
+  if (bytes < kSmallestBlock || torch_from_blob == nullptr) {
     Tensor result = torch::stable::new_empty(like, sizes);
     advise_huge_pages(result.mutable_data_ptr(), bytes);
     return result;
@@ -43,11 +32,13 @@ inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes) 
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   const KeptBlock block = take_block(bytes);
   AtenTensorHandle tensor = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+  const AOTITorchError error = torch_from_blob(
       block.data, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0, dtype,
       aoti_torch_device_type_cpu(), -1, &tensor, aoti_torch_layout_strided(), nullptr, 0,
       [](void* data, void* capacity) { give_back({data, reinterpret_cast<size_t>(capacity)}); },
-      reinterpret_cast<void*>(block.bytes)));
+      reinterpret_cast<void*>(block.bytes));
+  if (error != AOTI_TORCH_SUCCESS) give_back(block);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
   return Tensor(tensor);
 }
 

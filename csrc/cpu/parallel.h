@@ -9,21 +9,37 @@
 #include <memory>
 #include <new>
 
+#include "kept_memory.h"
+
 namespace ffm {
 
 // Memory aligned to a cache line, left as it comes; throws std::bad_alloc.
 class AlignedBuffer {
  public:
-  explicit AlignedBuffer(size_t bytes) : data_(bytes ? ::operator new(bytes, kAlignment) : nullptr) {}
-  ~AlignedBuffer() { ::operator delete(data_, kAlignment); }
+  explicit AlignedBuffer(size_t bytes) : block_{nullptr, bytes} {
+    if (is_large()) {
+      block_ = take_block(bytes);
+    } else if (bytes > 0) {
+      block_.data = ::operator new(bytes, kAlignment);
+    }
+  }
+  ~AlignedBuffer() {
+    if (is_large()) {
+      give_back(block_);
+    } else {
+      ::operator delete(block_.data, kAlignment);
+    }
+  }
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
 
-  char* data() const { return static_cast<char*>(data_); }
+  char* data() const { return static_cast<char*>(block_.data); }
 
  private:
+  bool is_large() const { return block_.bytes >= kSmallestBlock; }
+
   static constexpr std::align_val_t kAlignment{64};
-  void* data_;
+  KeptBlock block_;
 };
 
 // How many ranges [0, n) is cut into: one a thread, none shorter than `grain`.

@@ -335,22 +335,29 @@ inline void scale_into(To* dst, Sum<To> x, const From* src, int64_t n) {
   for (; i < n; ++i) store(dst + i, x * load(src + i));
 }
 
-// Cuts n elements at p into registers that begin at a multiple of their size, and smaller pieces before and behind
-// them: no access of a piece touches two cache lines. Calls fn(its size as a constant, where it begins).
+// Cuts n elements at p into registers that begin at a multiple of their size, and smaller pieces, of a power of two,
+// before and behind them: no access to a piece touches two cache lines. Calls fn(its size as a constant, where it
+// begins).
 template <int L, typename T, typename Fn>
 __attribute__((always_inline)) inline void for_aligned(const T* p, int64_t n, const Fn& fn) {
-  constexpr int kSmall = std::min<int>(L, 16 / sizeof(T));
-  const auto is_multiple = [p](int64_t i, int64_t size) {
-    return reinterpret_cast<uintptr_t>(p + i) % (size * sizeof(T)) == 0;
-  };
-  constexpr std::integral_constant<int, 1> one;
-  constexpr std::integral_constant<int, kSmall> small;
   int64_t i = 0;
-  for (; i < n && !is_multiple(i, kSmall); ++i) fn(one, i);
-  for (; i + kSmall <= n && !is_multiple(i, L); i += kSmall) fn(small, i);
-  for (; i + L <= n; i += L) fn(std::integral_constant<int, L>{}, i);
-  for (; i + kSmall <= n; i += kSmall) fn(small, i);
-  for (; i < n; ++i) fn(one, i);
+  const auto piece = [&](auto size) __attribute__((always_inline)) {
+    fn(size, i);
+    i += size();
+  };
+  const auto before = [&](auto size) __attribute__((always_inline)) {
+    const bool ends_on_multiple = reinterpret_cast<uintptr_t>(p + i) % (2 * size() * sizeof(T)) != 0;
+    if (ends_on_multiple && i + size() <= n) piece(size);
+  };
+  const auto behind = [&](auto size) __attribute__((always_inline)) {
+    if (i + size() <= n) piece(size);
+  };
+  constexpr int kPowers = std::countr_zero(static_cast<unsigned>(L));
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (before(std::integral_constant<int, (1 << I)>{}), ...);
+    while (i + L <= n) piece(std::integral_constant<int, L>{});
+    (behind(std::integral_constant<int, (L / 2 >> I)>{}), ...);
+  }(std::make_integer_sequence<int, kPowers>{});
 }
 
 // dst = x * src, past the caches

@@ -319,7 +319,7 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
     grad.grad_values = result.values.data();
   }
   std::vector<Put> put(nnz, Put::kAdd);
-  std::vector<int64_t> stage_slots(nnz);
+  std::vector<int64_t> stage_slots(nnz), first_entries;
   std::vector<int64_t> sparse_slots, sum_slots;
   std::vector<SumOf<T>> sums, stage;
   if (kind != Rows::kNone) {
@@ -331,7 +331,10 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
       const bool is_first = row_of[indices[e]] < 0;
       if (is_first) put[e] = Put::kStore;
       if (is_first) row_of[indices[e]] = num_rows++;
-      if (is_first && count[indices[e]] > 1) sum_row_of[indices[e]] = num_sums++;
+      if (is_first && count[indices[e]] > 1) {
+        sum_row_of[indices[e]] = num_sums++;
+        first_entries.push_back(e);
+      }
       sparse_slots.push_back(row_of[indices[e]]);
       sum_slots.push_back(sum_row_of[indices[e]]);
     }
@@ -372,8 +375,9 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
     }
   }
   if (kIsHalf<T> && kind != Rows::kNone) {
-    kernels.round_sums(p, grad, 0, nnz / 2);
-    kernels.round_sums(p, grad, nnz / 2, nnz);
+    const int64_t num_sums = static_cast<int64_t>(first_entries.size());
+    kernels.round_sums(p, grad, first_entries.data(), 0, num_sums / 2);
+    kernels.round_sums(p, grad, first_entries.data(), num_sums / 2, num_sums);
   }
   return result;
 }
