@@ -29,10 +29,11 @@ bool is_narrow(ScalarKind dtype) { return dtype == ScalarKind::kBFloat16 || dtyp
 int64_t sum_bytes(ScalarKind dtype) { return dtype == ScalarKind::kFloat64 ? 8 : 4; }
 int64_t element_bytes(ScalarKind dtype) { return is_narrow(dtype) ? 2 : sum_bytes(dtype); }
 
-// Samples that several threads work on, and the entries among them that are staged.
+// Samples that several threads work on, and the entries among them that are staged, by the thread that will add them.
 struct Block {
   int64_t begin, end;
-  std::vector<int64_t> staged;
+  int64_t num_staged = 0;
+  std::vector<std::vector<int64_t>> staged = {};
 };
 
 std::vector<Block> cut_blocks(const Problem& p) {
@@ -40,7 +41,7 @@ std::vector<Block> cut_blocks(const Problem& p) {
   std::vector<Block> blocks;
   for (int64_t b = 0, begin = 0; b < p.batch_size; ++b) {
     if (p.entries_begin(b + 1) - p.entries_begin(begin) < block_entries && b + 1 < p.batch_size) continue;
-    blocks.push_back({begin, b + 1, {}});
+    blocks.push_back({begin, b + 1});
     begin = b + 1;
   }
   return blocks;
@@ -60,15 +61,17 @@ void stage_entries(const Problem& p, const RowGroups& groups, int64_t parts, std
     std::vector<int64_t> first_part(groups.num_rows, -1);
     for (int64_t i = num_blocks * share / shares; i < num_blocks * (share + 1) / shares; ++i) {
       Block& block = blocks[i];
+      block.staged.resize(parts);
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t end = p.entries_begin(block_part_begin(p, block, part + 1, parts));
         for (int64_t e = p.entries_begin(block_part_begin(p, block, part, parts)); e < end; ++e) {
-          int64_t& first = first_part[groups.slots[e]];
+          const int64_t slot = groups.slots[e];
+          int64_t& first = first_part[slot];
           if (first < i * parts) first = i * parts + part;
           if (first == i * parts + part) continue;
           groups.put[e] = Put::kStage;
-          stage_slots[e] = static_cast<int64_t>(block.staged.size());
-          block.staged.push_back(e);
+          stage_slots[e] = block.num_staged++;
+          block.staged[slot % parts].push_back(e);
         }
       }
     }
@@ -80,16 +83,16 @@ void run_samples(const Problem& p, Gradient grad, const RowGroups* groups) {
   const BackwardKernels& kernels = backward_kernels();
   const int64_t parts = sample_parts(p, 0, p.batch_size);
   const Scratch scratch(parts, kernels.scratch_bytes(p));
-  std::vector<Block> blocks = {{0, p.batch_size, {}}};
+  std::vector<Block> blocks = {{0, p.batch_size}};
   std::unique_ptr<int64_t[]> stage_slots;
-  size_t staged = 0;
+  int64_t num_staged = 0;
   if (parts > 1 && groups) {
     blocks = cut_blocks(p);
     stage_slots = std::make_unique_for_overwrite<int64_t[]>(p.num_entries);
     stage_entries(p, *groups, parts, blocks, stage_slots.get());
-    for (const Block& block : blocks) staged = std::max(staged, block.staged.size());
+    for (const Block& block : blocks) num_staged = std::max(num_staged, block.num_staged);
   }
-  const AlignedBuffer stage(staged * p.row_size() * sum_bytes(p.dtype));
+  const AlignedBuffer stage(static_cast<size_t>(num_staged * p.row_size() * sum_bytes(p.dtype)));
   grad.stage = stage.data();
   grad.stage_slots = stage_slots.get();
   for (const Block& block : blocks) {
@@ -97,9 +100,10 @@ void run_samples(const Problem& p, Gradient grad, const RowGroups* groups) {
       kernels.backward(p, grad, block_part_begin(p, block, part, parts), block_part_begin(p, block, part + 1, parts),
                        scratch.of(part));
     });
-    if (block.staged.empty()) continue;
+    if (block.num_staged == 0) continue;
     parallel_parts(parts, [&](int64_t part) {
-      kernels.add_staged(p, grad, block.staged.data(), static_cast<int64_t>(block.staged.size()), part, parts);
+      const std::vector<int64_t>& staged = block.staged[part];
+      kernels.add_staged(p, grad, staged.data(), static_cast<int64_t>(staged.size()));
     });
   }
 }

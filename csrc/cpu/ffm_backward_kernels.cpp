@@ -69,14 +69,17 @@ class RowGradients {
   }
   // The second half of a put() that was staged.
   void add_staged(int64_t e) const { add_scaled(sum(e), entries_.value(e), staged(e), row_size_); }
-  // Whether the row of entry e is one of the given part.
-  bool is_of(int64_t e, int64_t part, int64_t parts) const { return slot(e) % parts == part; }
   // The rounding of the sum that begins with entry e.
   void round(int64_t e) const { store_first(rows_ + g_.slots[e] * row_size_, A(1), sum(e)); }
 
   // Asks for the row that entry e will be added to. Inlined by force, as prefetch is.
   __attribute__((always_inline)) void prefetch_sum(int64_t e) const {
     if (rows_ && g_.put[e] == Put::kAdd) prefetch(sum(e), row_size_);
+  }
+
+  __attribute__((always_inline)) void prefetch_staged(int64_t e) const {
+    prefetch(sum(e), row_size_);
+    prefetch(staged(e), row_size_);
   }
 
  private:
@@ -235,12 +238,13 @@ void dispatch_backward(const Problem& p, const Gradient& grad, int64_t begin, in
   });
 }
 
-void dispatch_add_staged(const Problem& p, const Gradient& grad, const int64_t* entries, int64_t n, int64_t part,
-                         int64_t parts) {
+void dispatch_add_staged(const Problem& p, const Gradient& grad, const int64_t* entries, int64_t n) {
+  constexpr int64_t kAhead = 8;
   dispatch_dtype(p.dtype, [&](auto scalar) {
     const RowGradients<typename decltype(scalar)::type> grad_rows(p, grad);
     for (int64_t i = 0; i < n; ++i) {
-      if (grad_rows.is_of(entries[i], part, parts)) grad_rows.add_staged(entries[i]);
+      if (i + kAhead < n) grad_rows.prefetch_staged(entries[i + kAhead]);
+      grad_rows.add_staged(entries[i]);
     }
   });
 }

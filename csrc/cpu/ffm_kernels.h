@@ -27,8 +27,8 @@ struct BackwardKernels {
   // Samples [begin, end) -> gradients.
   void (*backward)(const Problem&, const Gradient&, int64_t begin, int64_t end, void* scratch);
 
-  // Adds the staged rows of n entries, those whose slot is `part` modulo `parts`, in the given order.
-  void (*add_staged)(const Problem&, const Gradient&, const int64_t* entries, int64_t n, int64_t part, int64_t parts);
+  // Adds the staged rows of n entries, in the given order.
+  void (*add_staged)(const Problem&, const Gradient&, const int64_t* entries, int64_t n);
 
   // Half precision only: rounds the sums [begin, end) into the rows of the entries that are their first.
   void (*round_sums)(const Problem&, const Gradient&, const int64_t* first_entries, int64_t begin, int64_t end);

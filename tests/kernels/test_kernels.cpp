@@ -370,9 +370,8 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
     stage = unwritten<SumOf<T>>(static_cast<int64_t>(staged.size()) * p.row_size());
     grad.stage = stage.data();
     kernels.backward(p, grad, begin, end, scratch.get());
-    for (int64_t part = 0; is_staged && part < 3; ++part) {
-      kernels.add_staged(p, grad, staged.data(), static_cast<int64_t>(staged.size()), part, 3);
-    }
+    const int64_t num_staged = static_cast<int64_t>(staged.size());
+    if (is_staged) kernels.add_staged(p, grad, staged.data(), num_staged);
   }
   if (kIsHalf<T> && kind != Rows::kNone) {
     const int64_t num_sums = static_cast<int64_t>(first_entries.size());
