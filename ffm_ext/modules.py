@@ -69,6 +69,7 @@ class FFMInteraction(nn.Module):
         self.weight = nn.Parameter(
             empty_table(num_features, num_fields * embed_dim, dtype=dtype, device=device)
         )
+        self.weight.register_post_accumulate_grad_hook(_keep_coalesced)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -304,6 +305,19 @@ class FM(nn.Module):
             sums = zeros.index_add(0, samples, rows)
             squares = zeros.index_add(0, samples, rows**2)
         return self.linear(indices, values, offsets) + (sums**2 - squares).sum(1) / 2
+
+
+def _keep_coalesced(weight: Tensor) -> None:
+    """Say again that a sparse gradient is coalesced, which autograd forgets as it puts it into ``.grad``.
+
+    An optimizer would sort and copy it otherwise. Rows that rise are all that the flag means.
+    """
+    grad = weight.grad
+    if grad is None or not grad.is_sparse or grad.is_coalesced() or grad.device.type != "cpu":
+        return
+    rows = grad._indices()[0]
+    if bool((rows[1:] > rows[:-1]).all()):
+        grad._coalesced_(True)
 
 
 def _entries(

@@ -102,6 +102,23 @@ def test_a_sparse_step_is_a_dense_step() -> None:
     torch.testing.assert_close(sparse.weight, dense.weight, rtol=0, atol=1e-7)
 
 
+def test_gradients_stay_coalesced() -> None:
+    """Also where two backward passes add up: what the flag promises is what optimizers rely on."""
+    torch.manual_seed(0)
+    sparse = FFMInteraction(40, 3, 4)
+    dense = FFMInteraction(40, 3, 4, grad="dense")
+    dense.load_state_dict(sparse.state_dict())
+    for _ in range(3):
+        ids = torch.randint(40, (9, 3))
+        for layer in (sparse, dense):
+            layer(ids).square().sum().backward()
+        grad = sparse.weight.grad
+        assert grad is not None and grad.is_coalesced()
+        rows = grad.indices()[0]
+        assert (rows[1:] > rows[:-1]).all()
+        torch.testing.assert_close(grad.to_dense(), dense.weight.grad)
+
+
 @pytest.mark.parametrize("field_dims", [[4, 7], [3, 1, 5, 2]])
 def test_stands_in_for_torchfm(field_dims: list[int]) -> None:
     old, new = TorchfmLayer(field_dims, 4), FieldAwareFactorizationMachine(field_dims, 4)
