@@ -54,8 +54,8 @@ format: $(VENV)/packages ## let ruff and clang-format lay out the code
 	$(bin)/ruff format .
 	$(bin)/clang-format -i $(cpp)
 
-bench: build ## measure against the peers that are installed; results in benchmarks/results/
-	$(python) -m benchmarks
+bench: build ## measure against the peers that are installed (ARGS=--quick: less); results in benchmarks/results/
+	$(python) -m benchmarks $(ARGS)
 
 peers: $(VENV)/packages ## install the peers that `make bench` measures against
 	PYTHON=$(abspath $(python)) benchmarks/install_peers.sh

@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--results", type=Path, default=HERE / "results", help="default: %(default)s"
     )
+    parser.add_argument(
+        "--name", help="of the result files; default: full, quick or smoke, or …-part"
+    )
     options = parser.parse_args(arguments)
     name = options.suite or "full"
 
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.show(results)
     if options.only or options.threads:
         name += "-part"
-    for path in report.save(results, options.results, name):
+    for path in report.save(results, options.results, options.name or name):
         print(f"saved {path}")
     return int(status)
 

@@ -45,7 +45,7 @@ class Operator(Subject):
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         touched, values = (None, self.made[0]) if len(self.made) == 2 else self.made[:2]
         places = rows if touched is None else torch.searchsorted(touched, rows)
-        return values[places].flatten(1), torch.linalg.vector_norm(values, 1)
+        return values[places].flatten(1), torch.linalg.vector_norm(values, 1, dtype=torch.float64)
 
 
 class Fill(Subject):
