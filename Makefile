@@ -37,7 +37,7 @@ demo: build ## train and time an FFM on data that comes with the package: minute
 	$(python) -m ffm_ext demo
 
 test: build ## the quick tests
-	$(python) -m pytest -m "not slow"
+	$(python) -m pytest -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 test-all: build ## every test
 	$(python) -m pytest
