@@ -7,12 +7,10 @@ what disturbs the machine disturbs them all. The report joins the timings of all
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from .conftest import not_timed, suite_of
+from .conftest import suite_of
 from .subjects import SUBJECTS, Subject
 from .turns import Bench
 from .workloads import DIRECTIONS, Direction, Workload
@@ -43,17 +41,5 @@ def test_interaction(
     case: Case, bench: Bench, benchmark: BenchmarkFixture, request: pytest.FixtureRequest
 ) -> None:
     threads, workload, number, direction, kind = case
-    what = {
-        **asdict(workload),
-        "threads": threads,
-        "direction": direction,
-        "subject": kind.name,
-        "role": kind.role,
-        "pass": number,
-    }
-    bench.turn_to(threads, workload)
-    subject = bench.subject(kind, direction)
-    if isinstance(subject, str):
-        not_timed(request.config, what, subject)
-        return
+    what, subject = bench.start(request.config, threads, workload, number, direction, kind)
     bench.time(benchmark, subject, direction, what)

@@ -8,14 +8,13 @@ with each other, these do too.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import kernel_subjects as kernels
-from .conftest import not_timed, suite_of
+from .conftest import suite_of
 from .subjects import Fused, GatherBag, GatherSum, ModernFM, Subject, Torchfm, Vectorised
 from .turns import Bench
 from .workloads import DIRECTIONS, Direction, Suite, Workload
@@ -97,21 +96,9 @@ def test_kernels(
     case: Case, bench: Bench, benchmark: BenchmarkFixture, request: pytest.FixtureRequest
 ) -> None:
     part, threads, workload, number, direction, kind = case
-    what: dict[str, Any] = {
-        "part": part.name,
-        "words": None,
-        **asdict(workload),
-        "threads": threads,
-        "direction": direction,
-        "subject": kind.name,
-        "role": kind.role,
-        "pass": number,
-    }
-    bench.turn_to(threads, workload)
-    subject = bench.subject(kind, direction)
-    if isinstance(subject, str):
-        not_timed(request.config, what, subject)
-        return
+    what, subject = bench.start(
+        request.config, threads, workload, number, direction, kind, part=part.name, words=None
+    )
     if part.name == "roof":
         what["touched_rows"] = bench.touched_rows
     if part.by_call:

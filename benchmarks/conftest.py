@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -32,7 +32,7 @@ def suite_of(config: pytest.Config) -> Suite:
     return dataclasses.replace(suite, threads=tuple(int(count) for count in threads.split(",")))
 
 
-def not_timed(config: pytest.Config, what: dict[str, Any], reason: str) -> None:
+def not_timed(config: pytest.Config, what: dict[str, Any], reason: str) -> NoReturn:
     """Leaves the reason for the report, and ends the test: a wrong result fails it, all else skips it."""
     config.stash[NOT_TIMED].append({**what, "reason": reason})
     if reason.startswith("wrong"):

@@ -183,25 +183,25 @@ def _with_pairs_inside_fields(
     return function(weight, *entries, num_fields=F, within_field=True, grad=grad)
 
 
-class FusedText(Fused):
+class Text(Subject):
+    """Entries with values, several a field."""
+
+    def expected(self, weight: Tensor, batch: Any) -> Tensor:
+        function, F = ffm_ext.reference.ffm_interaction, self.workload.num_fields
+        return _with_pairs_inside_fields(function, weight, batch, F, "dense")
+
+
+class FusedText(Text, Fused):
     """This package on a `SparseBatch`."""
 
     def forward(self, batch: Any, direction: Direction) -> Tensor:
         function, F = ffm_ext.functional.ffm_interaction, self.workload.num_fields
         return _with_pairs_inside_fields(function, self.weight, batch, F, "sparse")
 
-    def expected(self, weight: Tensor, batch: Any) -> Tensor:
-        function, F = ffm_ext.reference.ffm_interaction, self.workload.num_fields
-        return _with_pairs_inside_fields(function, weight, batch, F, "dense")
 
-
-class ModernFMText(ModernFM):
+class ModernFMText(Text, ModernFM):
     """modern-fm on the same entries: a loop over all pairs of a sample."""
 
     def prepare(self, indices: Any) -> sp.csr_matrix:
         entries = indices.values.double().numpy(), indices.indices.numpy(), indices.offsets.numpy()
         return sp.csr_matrix(entries, shape=(len(indices), self.workload.num_features))
-
-    def expected(self, weight: Tensor, batch: Any) -> Tensor:
-        function, F = ffm_ext.reference.ffm_interaction, self.workload.num_fields
-        return _with_pairs_inside_fields(function, weight, batch, F, "dense")

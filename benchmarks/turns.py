@@ -6,12 +6,15 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
+import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from .conftest import not_timed
 from .machine import available_memory
 from .subjects import Subject, check
 from .workloads import Direction, Suite, Workload, make_batches, make_weight
@@ -83,6 +86,32 @@ class Bench:
         if key not in self.verdicts:
             self.verdicts[key] = check(subject, self.batches[0], self.grad_output, direction)
         return self.verdicts[key] or subject
+
+    def start(
+        self,
+        config: pytest.Config,
+        threads: int,
+        workload: Workload,
+        number: int,
+        direction: Direction,
+        kind: type[Subject],
+        **more: Any,
+    ) -> tuple[Record, Subject]:
+        """What a case is, for the report, and its subject; one that cannot be timed ends the test."""
+        what = {
+            **more,
+            **asdict(workload),
+            "threads": threads,
+            "direction": direction,
+            "subject": kind.name,
+            "role": kind.role,
+            "pass": number,
+        }
+        self.turn_to(threads, workload)
+        subject = self.subject(kind, direction)
+        if isinstance(subject, str):
+            not_timed(config, what, subject)
+        return what, subject
 
     def time(
         self,

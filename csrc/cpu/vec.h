@@ -230,23 +230,6 @@ inline Vec<Sum<T>, N> load_first(const T* p, int64_t n) {
   return widen<T, N>(load_first_bits<N>(p, n));
 }
 
-// N elements from each of the `Rows` rows, at the same column, side by side; joined before they are widened.
-template <int N, int Rows, typename T>
-inline Vec<Bits<T>, N * Rows> load_column_bits(const T* const* rows, int64_t column) {
-  if constexpr (Rows == 1) {
-    return load_bits<N>(rows[0] + column);
-  } else {
-    constexpr int kHalf = N * Rows / 2;
-    return concat<Bits<T>, kHalf>(load_column_bits<N, Rows / 2>(rows, column),
-                                  load_column_bits<N, Rows / 2>(rows + Rows / 2, column),
-                                  std::make_integer_sequence<int, 2 * kHalf>{});
-  }
-}
-template <int N, int Rows, typename T>
-inline Vec<Sum<T>, N * Rows> load_column(const T* const* rows, int64_t column) {
-  return widen<T, N * Rows>(load_column_bits<N, Rows>(rows, column));
-}
-
 // A square of pieces of N elements, a row a vector: exchanges rows and columns, by halves of ever larger squares.
 template <int N, int kSpan = 1, typename V, int Rows>
 __attribute__((always_inline)) inline void transpose_halves(V (&rows)[Rows]) {
