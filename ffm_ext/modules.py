@@ -153,17 +153,31 @@ class FieldAwareFactorizationMachine(nn.Module):
 
 
 class _Linear(nn.Module):
-    """``bias + Σ x_a w_a``: what an additive model explains."""
+    """Adds ``bias + Σ x_a w_a`` to a score: what an additive model explains. Either part may be left out."""
 
-    def __init__(self, num_features: int, grad: GradMode) -> None:
+    # None where the part is left out. As torch.nn.Linear has its bias, callers need not ask.
+    weight: nn.Parameter | Any
+    bias: nn.Parameter | Any
+
+    def __init__(
+        self, num_features: int, grad: GradMode, *, bias: bool = True, weight: bool = True
+    ) -> None:
         super().__init__()
         self.grad = grad
-        self.weight = nn.Parameter(torch.zeros(num_features, 1))
-        self.bias = nn.Parameter(torch.zeros(()))
+        zeros = torch.zeros
+        self.register_parameter("weight", nn.Parameter(zeros(num_features, 1)) if weight else None)
+        self.register_parameter("bias", nn.Parameter(zeros(())) if bias else None)
 
-    def forward(self, indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
+    def forward(
+        self, score: Tensor, indices: Tensor, values: Tensor | None, offsets: Tensor | None
+    ) -> Tensor:
+        if self.weight is not None:
+            score = score + self._sum(indices, values, offsets)
+        return score if self.bias is None else score + self.bias
+
+    def _sum(self, indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
         if values is None and self.grad == "dense" and indices.dim() == 2:
-            return self.weight[indices].sum((1, 2)) + self.bias
+            return self.weight[indices].sum((1, 2))
         summed = nn.functional.embedding_bag(
             indices,
             self.weight,
@@ -173,7 +187,7 @@ class _Linear(nn.Module):
             per_sample_weights=values,
             include_last_offset=offsets is not None,
         )
-        return summed.squeeze(1) + self.bias
+        return summed.squeeze(1)
 
 
 class FFM(nn.Module):
@@ -189,6 +203,13 @@ class FFM(nn.Module):
         num_features, num_fields: only the sizes.
         within_field: also count the pairs inside one field.
         grad: ``"sparse"`` or ``"dense"`` gradients of the linear weights and of the table.
+        bias: have a bias. ``linear.bias`` is ``None`` without.
+        linear: have a weight for each feature. ``linear.weight`` is ``None`` without.
+        normalize: divide the values of each sample by their Euclidean norm, which scales its pairs by
+            ``r = 1 / Σ x²`` and its linear term by ``√r``: the instance-wise normalisation of libffm and xLearn. Values
+            that are all 0 stay 0. The gradient of values passes through it.
+
+    libffm's model is ``FFM(…, within_field=True, bias=False, linear=False, normalize=True)``.
 
     Attributes:
         feature_fields: ``[N]``, the field of each feature, for :meth:`SparseBatch.from_scipy` and its siblings;
@@ -212,6 +233,9 @@ class FFM(nn.Module):
         num_fields: int | None = None,
         within_field: bool = False,
         grad: GradMode = "sparse",
+        bias: bool = True,
+        linear: bool = True,
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         by_size = num_features is not None or num_fields is not None
@@ -239,7 +263,8 @@ class FFM(nn.Module):
         if num_features is None or num_fields is None:
             raise ValueError("FFM: num_features and num_fields go together")
         self.field_names = names or [str(f) for f in range(num_fields)]
-        self.linear = _Linear(num_features, grad)
+        self.normalize = normalize
+        self.linear = _Linear(num_features, grad, bias=bias, weight=linear)
         self.interaction = FFMInteraction(
             num_features, num_fields, embed_dim, within_field=within_field, grad=grad
         )
@@ -257,8 +282,29 @@ class FFM(nn.Module):
         """
         if isinstance(x, Tensor) and self.offsets is not None:
             x = _global_ids("FFM", x, self.offsets)
-        indices, _, entry_values, offsets = _entries("FFM", x, values, self.linear.weight.dtype)
-        return self.interaction(x, values) + self.linear(indices, entry_values, offsets)
+        # A quantized table has no dtype to follow; it converts values by itself.
+        dtype = next((parameter.dtype for parameter in self.parameters()), torch.float32)
+        if self.normalize:
+            x, values = self._normalized(x, values, dtype)
+        indices, _, entry_values, offsets = _entries("FFM", x, values, dtype)
+        return self.linear(self.interaction(x, values), indices, entry_values, offsets)
+
+    def _normalized(
+        self, x: Tensor | SparseBatch, values: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor | SparseBatch, Tensor | None]:
+        """The batch with the values of each sample divided by their Euclidean norm, and then rounded to ``dtype``."""
+        # Squares are summed in float64, where those of every other dtype neither overflow nor vanish.
+        indices, fields, values, offsets = _entries("FFM", x, values, torch.float64)
+        # What the operators check comes too late here: one bad value or offset would spoil its neighbours' norms.
+        check_contents("FFM", indices, values, offsets, self.interaction.num_features)
+        values = _unit_norm(indices, values, offsets).to(dtype)
+        if fields is None or offsets is None:
+            return indices, values
+        return SparseBatch(indices, fields, values, offsets), None
+
+    def extra_repr(self) -> str:
+        """What the layers inside do not say, for ``repr``."""
+        return f"normalize={self.normalize}"
 
 
 class FM(nn.Module):
@@ -298,13 +344,11 @@ class FM(nn.Module):
             sums, squares = rows.sum(1), (rows**2).sum(1)
         else:
             B = offsets.numel() - 1
-            samples = torch.arange(B, device=indices.device).repeat_interleave(
-                offsets.diff(), output_size=indices.numel()
-            )
+            samples = _samples(indices, offsets)
             zeros = rows.new_zeros(B, rows.shape[1])
             sums = zeros.index_add(0, samples, rows)
             squares = zeros.index_add(0, samples, rows**2)
-        return self.linear(indices, values, offsets) + (sums**2 - squares).sum(1) / 2
+        return self.linear((sums**2 - squares).sum(1) / 2, indices, values, offsets)
 
 
 def _keep_coalesced(weight: Tensor) -> None:
@@ -323,7 +367,7 @@ def _keep_coalesced(weight: Tensor) -> None:
 def _entries(
     where: str, x: Tensor | SparseBatch, values: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """``indices, fields, values, offsets`` of either form of input, values in the table's dtype."""
+    """``indices, fields, values, offsets`` of either form of input, values in the dtype given: the table's."""
     if isinstance(x, SparseBatch):
         if values is not None:
             raise ValueError(f"{where}: values belong inside the SparseBatch")
@@ -338,6 +382,31 @@ def _entries(
             f"{where}: values has shape {list(values.shape)}, ids have {list(x.shape)}"
         )
     return x, None, values if values is None else values.to(dtype), None
+
+
+def _samples(indices: Tensor, offsets: Tensor) -> Tensor:
+    """The sample of each entry, ``[nnz]``."""
+    return torch.arange(offsets.numel() - 1, device=indices.device).repeat_interleave(
+        offsets.diff(), output_size=indices.numel()
+    )
+
+
+def _unit_norm(indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
+    """``values``, the shape of ``indices``, over the Euclidean norm of their sample; 0 where the norm is 0. float64."""
+    if values is None:
+        values = torch.ones(indices.shape, dtype=torch.float64, device=indices.device)
+    if offsets is None:
+        return values * _reciprocal_root(values.square().sum(1, keepdim=True))
+    samples = _samples(indices, offsets)
+    squares = values.new_zeros(offsets.numel() - 1).index_add(0, samples, values.square())
+    return values * _reciprocal_root(squares)[samples]
+
+
+def _reciprocal_root(x: Tensor) -> Tensor:
+    """``x ** -½``, and 0 where x is 0, with the gradient 0."""
+    zero = x == 0
+    # Filled before the root too: an infinite gradient of the branch not taken would become NaN.
+    return x.masked_fill(zero, 1).rsqrt().masked_fill(zero, 0)
 
 
 def _global_ids(where: str, x: Tensor, starts: Tensor) -> Tensor:

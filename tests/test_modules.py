@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import scipy.sparse as sp
 import torch
-from problems import batch_of, by_definition, make_problem
+from problems import FORMS, Problem, batch_of, by_definition, make_problem, with_entry
 from torch import Tensor, nn
 
 import ffm_ext
@@ -209,6 +209,153 @@ def test_ffm_takes_ids_that_count_from_zero_in_every_field() -> None:
         ValueError, match=r"FFM: ids must be \[B, 3\], one column a field, got \[5, 2\]"
     ):
         model(local[:, :2])
+
+
+def libffm_score(problem: Problem) -> Tensor:
+    """t = Σ <w[a, g], w[b, f]> x y / Σ x², over every pair of entries, those inside one field included."""
+    pairs = by_definition(*problem.args, output="sum", within_field=True)
+    return pairs * inverse_squares(problem)
+
+
+def inverse_squares(problem: Problem) -> Tensor:
+    """r = 1 / Σ x² of each sample, [B]; 0 where that is infinite."""
+    values = torch.ones(problem.indices.shape) if problem.values is None else problem.values
+    if problem.offsets is None:
+        parts = list(values)
+    else:
+        parts = [values[a:b] for a, b in itertools.pairwise(problem.offsets.tolist())]
+    squares = [float(part.double().square().sum()) for part in parts]
+    return torch.tensor([1 / s if s else 0.0 for s in squares], dtype=torch.float64)
+
+
+def libffm_model(problem: Problem, **options: bool) -> FFM:
+    options = {"bias": False, "linear": False, "within_field": True, "normalize": True} | options
+    N, F, K = problem.weight.shape
+    model = FFM(K, num_features=N, num_fields=F, **options).to(problem.weight.dtype)
+    with torch.no_grad():
+        model.interaction.weight.copy_(problem.weight.flatten(1))
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_normalized_score_is_libffms(form: str, dtype: torch.dtype) -> None:
+    problem = make_problem(form, 3, 4, dtype=dtype)
+    values = problem.values if problem.offsets is None else None
+    found = libffm_model(problem)(batch_of(problem), values)
+    assert found.dtype == dtype
+    exact = problem.to(torch.float64)
+    bound = by_definition(*exact.magnitudes().args, output="sum", within_field=True)
+    bound = bound * inverse_squares(exact)
+    error = (found.double() - libffm_score(exact)).abs()
+    assert (error <= 4 * torch.finfo(dtype).eps * (bound + 1e-30)).all()
+
+
+@pytest.mark.parametrize("form", ["one-hot values", "csr values", "csr"])
+def test_normalize_scales_pairs_by_r_and_the_linear_term_by_its_root(form: str) -> None:
+    problem = make_problem(form, 3, 4, dtype=torch.float64)
+    r = inverse_squares(problem)
+    values = problem.values if problem.offsets is None else None
+    full = libffm_model(problem, bias=True, linear=True, within_field=False)
+    nn.init.normal_(full.linear.weight)
+    nn.init.normal_(full.linear.bias)
+    plain = libffm_model(problem, linear=True, within_field=False, normalize=False)
+    plain.linear.weight = full.linear.weight
+    pairs = plain.interaction(batch_of(problem), values)
+    linear = plain(batch_of(problem), values) - pairs
+    expected = full.linear.bias + linear * r.sqrt() + pairs * r
+    torch.testing.assert_close(full(batch_of(problem), values), expected)
+
+
+@pytest.mark.parametrize("form", ["one-hot values", "csr values"])
+def test_gradients_pass_through_the_normalisation(form: str) -> None:
+    problem = make_problem(form, 3, 4, dtype=torch.float64)
+    assert problem.values is not None
+    model = libffm_model(problem, linear=True, within_field=False)
+    nn.init.normal_(model.linear.weight)
+
+    def score(values: Tensor) -> Tensor:
+        if problem.fields is None or problem.offsets is None:
+            return model(problem.indices, values)
+        return model(SparseBatch(problem.indices, problem.fields, values, problem.offsets))
+
+    assert torch.autograd.gradcheck(score, problem.values.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("form", ["one-hot values", "csr values"])
+def test_a_sample_of_zeros_scores_zero(form: str) -> None:
+    problem = make_problem(form, 3, 4)
+    assert problem.values is not None
+    zeroed = problem.values.clone()
+    zeroed[: 1 if problem.offsets is None else int(problem.offsets[1])] = 0
+    zeroed.requires_grad_()
+    model = libffm_model(problem, linear=True)
+    nn.init.normal_(model.linear.weight)
+    if problem.fields is None or problem.offsets is None:
+        score = model(problem.indices, zeroed)
+    else:
+        batch = SparseBatch(problem.indices, problem.fields, zeroed, problem.offsets)
+        score = model(batch)
+    assert score[0] == 0
+    score.sum().backward()
+    assert zeroed.grad is not None
+    assert zeroed.grad.isfinite().all()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.to_dense().isfinite().all()
+
+
+def test_normalisation_neither_overflows_nor_vanishes() -> None:
+    """The squares of these values are no numbers of their dtype; their ratios are."""
+    for dtype, scale in ((torch.float32, 1e30), (torch.float32, 1e-30), (torch.float16, 3e4)):
+        problem = make_problem("one-hot values", 3, 4, dtype=dtype)
+        model = libffm_model(problem)
+        values = torch.tensor([[1.0, 0.5, 0.25]])
+        expected = model(problem.indices[:1], values.to(dtype))
+        found = model(problem.indices[:1], (values * scale).to(dtype))
+        assert expected != 0
+        torch.testing.assert_close(found, expected)
+
+
+def test_normalize_names_a_bad_value_where_it_is() -> None:
+    problem = make_problem("csr values", 3, 4)
+    model = libffm_model(problem)
+    with pytest.raises(ValueError, match=r"FFM: values\[4\] = nan is not finite"):
+        model(batch_of(with_entry(problem, "values", 4, float("nan"))))
+    with pytest.raises(ValueError, match=r"FFM: offsets\[2\] = 3 is less than offsets\[1\] = 9"):
+        model(batch_of(with_entry(problem, "offsets", 1, 9)))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grad", ["dense", "sparse"])
+def test_parts_can_be_left_out(bias: bool, linear: bool, grad: str) -> None:
+    full = FFM(4, field_dims=[4, 7, 2], grad=grad)  # type: ignore[arg-type]
+    model = FFM(4, field_dims=[4, 7, 2], grad=grad, bias=bias, linear=linear)  # type: ignore[arg-type]
+    nn.init.normal_(full.linear.weight)
+    nn.init.normal_(full.linear.bias)
+    kept = {"interaction.weight"}
+    kept |= {"linear.bias"} if bias else set()
+    kept |= {"linear.weight"} if linear else set()
+    assert model.state_dict().keys() == kept
+    assert (model.linear.bias is not None, model.linear.weight is not None) == (bias, linear)
+    model.load_state_dict({name: full.state_dict()[name] for name in kept})
+    with torch.no_grad():
+        if not bias:
+            full.linear.bias.zero_()
+        if not linear:
+            full.linear.weight.zero_()
+    x = field_ids([4, 7, 2], 5)
+    torch.testing.assert_close(model(x), full(x))
+    model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert "normalize=False" in repr(model)
+
+
+def test_a_quantized_model_normalizes_too() -> None:
+    problem = make_problem("csr values", 3, 4)
+    model = libffm_model(problem)
+    found = ffm_ext.quantize(model)(batch_of(problem))
+    torch.testing.assert_close(found, model(batch_of(problem)), rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize(
