@@ -1,0 +1,605 @@
+# SPDX-License-Identifier: MIT
+"""Models as files: those of libffm, xLearn and torchfm, and our own.
+
+=============================  ========================  ===================================================
+format                         read                      write
+=============================  ========================  ===================================================
+safetensors, our own           :func:`load_model`        :func:`save_model`
+libffm 1.2x binary             :func:`load_libffm`       :func:`save_libffm`
+libffm 1.1x text               :func:`load_libffm`       :func:`save_libffm` with ``format="text"``
+xLearn text                    :func:`load_xlearn_text`  :func:`save_xlearn_text`
+torchfm, module or state_dict  :func:`from_torchfm`
+=============================  ========================  ===================================================
+
+Reading unpickles nothing. Files are written beside the old one and renamed, so that a full disk leaves the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ._files import atomic_write
+from .modules import FFM, FFMInteraction
+
+__all__ = [
+    "from_torchfm",
+    "load_libffm",
+    "load_model",
+    "load_xlearn_text",
+    "save_libffm",
+    "save_model",
+    "save_xlearn_text",
+]
+
+_Path = str | os.PathLike[str]
+
+# Tables are copied and converted this much at a time.
+_BLOCK_BYTES = 16 << 20
+_BLOCK_LINES = 1 << 16
+
+
+# ------------------------------------------------------------------------------------------ our own
+
+
+_FORMAT = "ffm_ext.FFM"
+_VERSION = "1"
+
+
+def save_model(model: FFM, path: _Path) -> None:
+    """Write a model as one safetensors file: its weights, and the constructor's arguments as metadata.
+
+    Args:
+        model: weights of any dtype, on any device.
+        path: the file, replaced if it exists.
+
+    Raises:
+        TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
+        OSError: it cannot be written; a file that was there before is left as it was.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    arguments = model_arguments(model)
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.named_parameters()}
+    if "field_dims" not in arguments and model.feature_fields is not None:
+        tensors["feature_fields"] = model.feature_fields.cpu()
+    metadata = {"format": _FORMAT, "version": _VERSION, "arguments": json.dumps(arguments)}
+    with atomic_write(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"save_model: {os.fspath(path)}: {error}") from error
+
+
+def load_model(path: _Path) -> FFM:
+    """Read a model that :func:`save_model` wrote, onto the CPU, in the dtype that it was saved in.
+
+    Raises:
+        ValueError: the file is truncated or is no model of this format; the text names the file and what is wrong.
+        OSError: it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    fail = _Failure("load_model", path)
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            return _read_model(file, fail)
+    except SafetensorError as error:
+        fail(f"not a whole safetensors file ({error})")
+
+
+def _read_model(file: Any, fail: _Failure) -> FFM:
+    metadata = file.metadata() or {}
+    for name, expected in (("format", _FORMAT), ("version", _VERSION)):
+        if metadata.get(name) != expected:
+            fail(f"its metadata has {name} = {metadata.get(name)!r}, expected {expected!r}")
+    # The sizes are checked before a table is made.
+    found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    try:
+        arguments = json.loads(metadata["arguments"])
+        N, F, K = (arguments[name] for name in ("num_features", "num_fields", "embed_dim"))
+        wanted = {"interaction.weight": [N, F * K]}
+        wanted |= {"linear.weight": [N, 1]} if arguments["linear"] else {}
+        wanted |= {"linear.bias": []} if arguments["bias"] else {}
+        wanted |= {"feature_fields": [N]} if "feature_fields" in found else {}
+        if found == wanted:
+            model = model_from_arguments(arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        fail(f"its metadata describes no model ({type(error).__name__}: {error})")
+    if found != wanted:
+        fail(f"it holds tensors of shapes {found}, its metadata says {wanted}")
+    for name, parameter in model.named_parameters():
+        tensor = file.get_tensor(name)
+        parameter.data = parameter.data.to(tensor.dtype).copy_(tensor)
+    if "feature_fields" in found:
+        model.feature_fields = file.get_tensor("feature_fields")
+    return model
+
+
+def model_arguments(model: FFM) -> dict[str, Any]:
+    """What :func:`model_from_arguments` makes the same model from, weights aside. It can be written as JSON.
+
+    A model whose fields were described by lists of ids has ``feature_fields`` beside that, which are a tensor's job.
+
+    Raises:
+        TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
+    """
+    _check_model("save_model", model)
+    layer = model.interaction
+    arguments: dict[str, Any] = {
+        "num_features": layer.num_features,
+        "num_fields": layer.num_fields,
+        "embed_dim": layer.embed_dim,
+        "within_field": layer.within_field,
+        "grad": layer.grad,
+        "bias": model.linear.bias is not None,
+        "linear": model.linear.weight is not None,
+        "normalize": model.normalize,
+        "field_names": model.field_names,
+    }
+    if model.offsets is not None:
+        arguments["field_dims"] = model.offsets.diff().tolist()
+    return arguments
+
+
+def model_from_arguments(arguments: Mapping[str, Any]) -> FFM:
+    """A new model from :func:`model_arguments`, on the CPU.
+
+    Raises:
+        KeyError, TypeError, ValueError: an argument is missing, unknown, or contradicts another.
+    """
+    options = dict(arguments)
+    names = [str(name) for name in options.pop("field_names")]
+    if len(names) != options["num_fields"]:
+        raise ValueError(f"{len(names)} field_names for num_fields = {options['num_fields']}")
+    if "field_dims" in options:
+        sizes = {
+            "num_features": sum(options["field_dims"]),
+            "num_fields": len(options["field_dims"]),
+        }
+        for name, size in sizes.items():
+            if options.pop(name) != size:
+                raise ValueError(f"{name} = {arguments[name]}, but field_dims make {size}")
+    with torch.device("cpu"):
+        model = FFM(**options)
+    model.field_names = names
+    return model
+
+
+# ------------------------------------------------------------------------------------------ libffm
+
+
+# num_features, num_fields, embed_dim, normalization
+_LIBFFM_HEADER = struct.Struct("<iii?")
+_LIBFFM_TEXT = re.compile(rb"n \d+\s+m \d+\s")
+_LIBFFM_LANES = 4
+
+
+def load_libffm(path: _Path) -> FFM:
+    """Read a model of libffm: the binary of versions 1.2x or the text of versions up to 1.1x, told apart by content.
+
+    Returns:
+        ``FFM(embed_dim, num_features=, num_fields=, bias=False, linear=False, within_field=True, normalize=…)``, whose
+        logit is libffm's score: pairs of all entries times ``r = 1 / Σ x²``. Its ids are those of the data file.
+        AdaGrad's accumulators, which the binary holds too, are left out.
+
+    Raises:
+        ValueError: the file is truncated, holds more than it should, or is no model of libffm, or a weight is not
+            finite; the text names the file, and the offset or the line.
+        OSError: it cannot be read.
+    """
+    fail = _Failure("load_libffm", path)
+    with open(path, "rb") as file:
+        start = file.read(64)
+        file.seek(0)
+        if _LIBFFM_TEXT.match(start):
+            return _load_libffm_text(file, fail)
+    return _load_libffm_binary(Path(path), start, fail)
+
+
+def save_libffm(
+    model: FFM,
+    path: _Path,
+    *,
+    format: Literal["binary", "text"] = "binary",
+    accumulators: Tensor | None = None,
+) -> None:
+    """Write a model that libffm can read: ``"binary"`` for its versions 1.2x, ``"text"`` for those before.
+
+    Args:
+        model: what libffm can express: no bias, no linear weights, ``within_field=True``.
+        path: the file, replaced if it exists.
+        format: ``"binary"`` is float32, ``"text"`` has 9 digits, which read back as the same float32.
+        accumulators: AdaGrad's sums of squared gradients, ``[N, F·K]``, for the binary; ``None`` = 1, as libffm
+            starts.
+
+    Raises:
+        TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
+        ValueError: libffm has no place for a part of the model or for its size; ``format`` does not exist;
+            ``accumulators`` has another shape or goes with text.
+        OSError: it cannot be written; a file that was there before is left as it was.
+    """
+    _check_model("save_libffm", model)
+    layer = model.interaction
+    for part in ("bias", "weight"):
+        if getattr(model.linear, part) is not None:
+            name = "linear" if part == "weight" else part
+            raise ValueError(
+                f"save_libffm: the model has {name} = True, and libffm has no place for it"
+            )
+    _check_within_field("save_libffm", "libffm", model)
+    if format not in ("binary", "text"):
+        raise ValueError(f"save_libffm: format = {format!r} is not one of binary, text")
+    if accumulators is not None and format == "text":
+        raise ValueError("save_libffm: the text format has no place for accumulators")
+    if accumulators is not None and accumulators.shape != layer.weight.shape:
+        raise ValueError(
+            f"save_libffm: accumulators has shape {list(accumulators.shape)}, "
+            f"the table has {list(layer.weight.shape)}"
+        )
+    sizes = layer.num_features, layer.num_fields, layer.embed_dim
+    for name, size in zip(("num_features", "num_fields", "embed_dim"), sizes, strict=True):
+        if size >= 1 << 31:
+            raise ValueError(f"save_libffm: {name} = {size} does not fit the 32 bits of the format")
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        if format == "text":
+            names = ("n", "m", "k", "normalization")
+            for name, size in zip(names, (*sizes, int(model.normalize)), strict=True):
+                file.write(f"{name} {size}\n".encode())
+            _write_vectors(file, layer, "w%d,%d ")
+            return
+        file.write(_LIBFFM_HEADER.pack(*sizes, model.normalize))
+        F, K = layer.num_fields, layer.embed_dim
+        groups = -(-K // _LIBFFM_LANES)
+        for begin, block in _row_blocks(layer, layer.weight):
+            body = np.zeros((len(block), F, groups, 2, _LIBFFM_LANES), "<f4")
+            body[:, :, :, 0] = _in_groups(block, groups, 0.0)
+            if accumulators is None:
+                body[:, :, :, 1] = 1
+            else:
+                sums = accumulators[begin : begin + len(block)].to("cpu", torch.float32)
+                body[:, :, :, 1] = _in_groups(sums.numpy().reshape(block.shape), groups, 1.0)
+            file.write(body.data)
+
+
+def _in_groups(block: np.ndarray, groups: int, fill: float) -> np.ndarray:
+    """``[n, F, K]`` filled up to whole groups of four, ``[n, F, groups, 4]``."""
+    n, F, K = block.shape
+    padded = np.pad(block, ((0, 0), (0, 0), (0, groups * _LIBFFM_LANES - K)), constant_values=fill)
+    return padded.reshape(n, F, groups, _LIBFFM_LANES)
+
+
+def _load_libffm_binary(path: Path, start: bytes, fail: _Failure) -> FFM:
+    size = path.stat().st_size
+    if size < _LIBFFM_HEADER.size:
+        fail(f"{size} bytes are too few for a model of libffm, whose header has 13")
+    *sizes, normalize = _LIBFFM_HEADER.unpack(start[: _LIBFFM_HEADER.size])
+    for i, name in enumerate(("num_features", "num_fields", "embed_dim")):
+        if sizes[i] <= 0:
+            fail(f"offset {4 * i}: {name} = {sizes[i]} must be positive; is it a model of libffm?")
+    if start[12] > 1:
+        fail(f"offset 12: normalization = {start[12]} is neither 0 nor 1; is it a model of libffm?")
+    N, F, K = sizes
+    groups = -(-K // _LIBFFM_LANES)
+    vector = groups * 2 * _LIBFFM_LANES
+    expected = _LIBFFM_HEADER.size + N * F * vector * 4
+    if size != expected:
+        fail(
+            f"it has {size} bytes, but a model of num_features = {N}, num_fields = {F}, embed_dim = {K} has "
+            f"{expected}; is it {'truncated' if size < expected else 'a model of libffm'}?"
+        )
+    model = _libffm_model(N, F, K, normalize)
+    body = np.memmap(path, "<f4", "r", _LIBFFM_HEADER.size, (N, F, groups, 2, _LIBFFM_LANES))
+    for begin, table in _row_blocks(model.interaction, model.interaction.weight):
+        weights = body[begin : begin + len(table), :, :, 0].reshape(*table.shape[:2], -1)
+        table[...] = weights[..., :K]
+        if not np.isfinite(table).all():
+            a, f, k = np.argwhere(~np.isfinite(table))[0].tolist()
+            group, lane = divmod(k, _LIBFFM_LANES)
+            entry = ((begin + a) * F + f) * vector + group * 2 * _LIBFFM_LANES + lane
+            fail(
+                f"offset {_LIBFFM_HEADER.size + 4 * entry}: factor {k} of feature {begin + a} for field {f} is "
+                f"{table[a, f, k]}"
+            )
+    return model
+
+
+def _load_libffm_text(file: BinaryIO, fail: _Failure) -> FFM:
+    header = []
+    for number, name in enumerate((b"n", b"m", b"k", b"normalization"), 1):
+        line = file.readline()
+        match = re.fullmatch(name + rb" (\d+)\s*", line)
+        if match is None:
+            fail(f"line {number}: expected '{name.decode()} <number>', found {_shown(line)}")
+        header.append(int(match[1]))
+        if not 0 < header[-1] < 1 << 31 and name != b"normalization":
+            fail(f"line {number}: {_shown(line)} is no size")
+    N, F, K, normalize = header
+    if normalize > 1:
+        fail(f"line 4: normalization = {normalize} is neither 0 nor 1")
+    # A factor takes two bytes at least; a table that the file cannot hold is not made.
+    size = os.fstat(file.fileno()).st_size
+    if size < N * F * K * 2:
+        fail(f"{size} bytes are too few for n = {N}, m = {F}, k = {K}; is it truncated?")
+    model = _libffm_model(N, F, K, bool(normalize))
+    _read_vectors(file, model.interaction, "w%d,%d ", 5, fail)
+    return model
+
+
+def _libffm_model(N: int, F: int, K: int, normalize: bool) -> FFM:
+    return _float_model(N, F, K, normalize=normalize, bias=False, linear=False)
+
+
+# ------------------------------------------------------------------------------------------ xLearn
+
+
+def load_xlearn_text(path: _Path, *, normalize: bool = True) -> FFM:
+    """Read a field-aware model that xLearn wrote as text (``setTXTModel``, ``-t``).
+
+    Lines ``bias: b``, then ``i_{a}: w`` for each feature, then ``v_{a}_{g}: x x …`` for each feature and field.
+
+    Args:
+        path: the file.
+        normalize: whether it was trained with instance-wise normalisation, xLearn's default, which the file leaves out.
+
+    Returns:
+        ``FFM(embed_dim, num_features=, num_fields=, within_field=True, normalize=normalize)``, whose logit is xLearn's
+        score, ``bias + √r Σ w x + r Σ <v, v> x x`` with ``r = 1 / Σ x²``, over all pairs of entries.
+
+    Raises:
+        ValueError: the file is truncated, is a model of another kind, or a number is not finite; the text names the
+            file and the line.
+        OSError: it cannot be read.
+    """
+    fail = _Failure("load_xlearn_text", path)
+    with open(path, "rb") as file:
+        bias = _number(file.readline(), "bias: ", 1, fail)
+        linear = array("f")
+        while (line := file.readline()).startswith(b"i_"):
+            linear.append(_number(line, f"i_{len(linear)}: ", 2 + len(linear), fail))
+        N, first_line = len(linear), 2 + len(linear)
+        F, K = _xlearn_sizes(file, line, N, fail)
+        file.seek(-len(line), os.SEEK_CUR)
+        model = _float_model(N, F, K, normalize=normalize)
+        _read_vectors(file, model.interaction, "v_%d_%d: ", first_line, fail)
+    with torch.no_grad():
+        model.linear.bias.fill_(bias)
+        model.linear.weight.copy_(torch.frombuffer(linear, dtype=torch.float32)[:, None])
+    return model
+
+
+def save_xlearn_text(model: FFM, path: _Path) -> None:
+    """Write a model in xLearn's text format, as :func:`load_xlearn_text` describes it.
+
+    What the format leaves out is for the reader to know: ``normalize``, and that pairs inside one field count. A bias
+    or linear weights that the model does not have are written as 0. Numbers have 9 digits, which read back as the same
+    float32.
+
+    Args:
+        model: with ``within_field=True``, as xLearn counts.
+        path: the file, replaced if it exists.
+
+    Raises:
+        TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
+        ValueError: it has ``within_field=False``.
+        OSError: it cannot be written; a file that was there before is left as it was.
+    """
+    _check_model("save_xlearn_text", model)
+    _check_within_field("save_xlearn_text", "xLearn", model)
+    layer, bias, linear = model.interaction, model.linear.bias, model.linear.weight
+    weights = torch.zeros(layer.num_features, 1) if linear is None else linear.detach()
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        file.write(b"bias: %.9g\n" % (0.0 if bias is None else bias.item()))
+        for begin in range(0, layer.num_features, _BLOCK_LINES):
+            lines = enumerate(weights[begin : begin + _BLOCK_LINES, 0].tolist(), begin)
+            file.write(b"".join(b"i_%d: %.9g\n" % line for line in lines))
+        _write_vectors(file, layer, "v_%d_%d: ")
+
+
+def _xlearn_sizes(file: BinaryIO, line: bytes, N: int, fail: _Failure) -> tuple[int, int]:
+    """``F, K`` from the last line of the file; ``line`` is the first that belongs to the table."""
+    if re.match(rb"v_\d+: ", line):
+        fail(f"line {2 + N}: {_shown(line)} belongs to a factorization machine without fields")
+    if not N or not line:
+        fail(f"line {2 + N}: the model has no {'factors' if N else 'linear weights'}")
+    here = file.tell()
+    # A vector of a thousand factors takes less than this.
+    tail_bytes = 1 << 16
+    file.seek(max(0, os.fstat(file.fileno()).st_size - tail_bytes))
+    last = file.read().splitlines(keepends=True)[-1]
+    file.seek(here)
+    match = re.fullmatch(rb"v_(\d+)_(\d+): (.*)\n", last)
+    if match is None:
+        fail(f"the last line, {_shown(last)}, is no vector of factors; is it truncated?")
+    if int(match[1]) != N - 1:
+        fail(f"it has {N} linear weights, but ends at {_shown(last)}; is it truncated?")
+    return int(match[2]) + 1, len(match[3].split())
+
+
+# ------------------------------------------------------------------------------------------ torchfm
+
+
+def from_torchfm(
+    source: nn.Module | Mapping[str, Tensor], *, field_dims: Sequence[int] | None = None
+) -> FFM:
+    """The model of torchfm's ``FieldAwareFactorizationMachineModel``, whose output is the sigmoid of this one's.
+
+    torchfm's F tables ``[N, K]`` become one ``[N, F·K]``. The interaction layer alone needs no conversion:
+    :class:`~ffm_ext.FieldAwareFactorizationMachine` loads its ``state_dict``.
+
+    Args:
+        source: the module, or its ``state_dict``, as ``torch.load(path, weights_only=True)`` gives it: ``linear.bias``
+            ``[1]``, ``linear.fc.weight`` ``[N, 1]``, ``ffm.embeddings.{g}.weight`` ``[N, K]`` for every field.
+        field_dims: the number of features of each field. A module knows them; with a ``state_dict`` they let the model
+            take ids that count from 0 in every field, as torchfm's does. Without, ids are those of the whole table.
+
+    Returns:
+        An :class:`~ffm_ext.FFM` on the CPU, in the dtype of the tables, with copies of the weights.
+
+    Raises:
+        ValueError: a tensor is missing, is not expected, or has a shape that does not fit; the text names it.
+    """
+    if isinstance(source, nn.Module):
+        tensors: Mapping[str, Tensor] = source.state_dict()
+    else:
+        tensors = source
+    fail = _Failure("from_torchfm", None)
+    tables = sorted(
+        (name for name in tensors if re.fullmatch(r"ffm\.embeddings\.\d+\.weight", name)),
+        key=lambda name: int(name.split(".")[2]),
+    )
+    F = len(tables)
+    wanted = ["linear.bias", "linear.fc.weight", *(f"ffm.embeddings.{g}.weight" for g in range(F))]
+    for name in wanted:
+        if name not in tensors:
+            fail(f"source has no {name}")
+    unknown = [name for name in tensors if name not in wanted]
+    if unknown:
+        fail(f"source has {unknown[0]}, which is no part of torchfm's model")
+    if not F:
+        fail("source has no ffm.embeddings.0.weight")
+    first = tensors[tables[0]]
+    if first.dim() != 2:
+        fail(f"{tables[0]} has shape {list(first.shape)}, expected [N, K]")
+    N, K = first.shape
+    shapes = {"linear.bias": [1], "linear.fc.weight": [N, 1]} | {name: [N, K] for name in tables}
+    for name, shape in shapes.items():
+        if list(tensors[name].shape) != shape:
+            fail(f"{name} has shape {list(tensors[name].shape)}, expected {shape}")
+    if field_dims is None and isinstance(source, nn.Module):
+        starts = [int(start) for start in getattr(source.get_submodule("ffm"), "offsets", ())]
+        field_dims = [b - a for a, b in pairwise([*starts, N])] if len(starts) == F else None
+    if field_dims is not None and (sum(field_dims) != N or len(field_dims) != F):
+        fail(
+            f"field_dims has {len(field_dims)} fields of {sum(field_dims)} features, not {F} of {N}"
+        )
+    sizes = (
+        {"num_features": N, "num_fields": F} if field_dims is None else {"field_dims": field_dims}
+    )
+    with torch.device("cpu"):
+        model = FFM(K, **sizes).to(first.dtype)
+    with torch.no_grad():
+        model.linear.bias.copy_(tensors["linear.bias"][0])
+        model.linear.weight.copy_(tensors["linear.fc.weight"])
+        table = model.interaction.weight.view(N, F, K)
+        for g, name in enumerate(tables):
+            table[:, g] = tensors[name]
+    return model
+
+
+# ------------------------------------------------------------------------------------------ shared
+
+
+class _Failure:
+    """Raises ValueError with a text that begins with the function and the file."""
+
+    def __init__(self, where: str, path: _Path | None) -> None:
+        self.start = where if path is None else f"{where}: {os.fspath(path)}"
+
+    def __call__(self, text: str) -> NoReturn:
+        raise ValueError(f"{self.start}: {text}")
+
+
+def _check_model(where: str, model: Any) -> None:
+    if not isinstance(model, FFM) or not isinstance(model.interaction, FFMInteraction):
+        found = type(model).__name__
+        if isinstance(model, FFM):
+            found += f" with a {type(model.interaction).__name__}"
+        raise TypeError(f"{where}: model must be an FFM with a float table, got {found}")
+
+
+def _check_within_field(where: str, peer: str, model: FFM) -> None:
+    if not model.interaction.within_field:
+        raise ValueError(
+            f"{where}: the model has within_field = False, and {peer} counts the pairs inside one field; "
+            "if no sample has two features of one field, set model.interaction.within_field = True"
+        )
+
+
+def _float_model(N: int, F: int, K: int, **options: Any) -> FFM:
+    """A model that counts pairs as libffm and xLearn do, whose table :func:`_row_blocks` can write to."""
+    with torch.device("cpu"):
+        return FFM(K, num_features=N, num_fields=F, within_field=True, **options).float()
+
+
+def _row_blocks(layer: FFMInteraction, table: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+    """Blocks ``[n, F, K]`` of a table ``[N, F·K]`` with their first rows: float32, on the CPU; views where it is."""
+    rows = max(1, _BLOCK_BYTES // (4 * table.shape[1]))
+    for begin in range(0, layer.num_features, rows):
+        block = table.detach()[begin : begin + rows].to("cpu", torch.float32)
+        yield begin, block.numpy().reshape(-1, layer.num_fields, layer.embed_dim)
+
+
+def _write_vectors(file: BinaryIO, layer: FFMInteraction, prefix: str) -> None:
+    """A line for each feature and field: ``prefix % (feature, field)`` and the K factors."""
+    form = (prefix + " ".join(["%.9g"] * layer.embed_dim) + "\n").encode()
+    for begin, block in _row_blocks(layer, layer.weight):
+        lines = (
+            form % (a, f, *vector)
+            for a, row in enumerate(block.tolist(), begin)
+            for f, vector in enumerate(row)
+        )
+        file.write(b"".join(lines))
+
+
+def _read_vectors(
+    file: BinaryIO, layer: FFMInteraction, prefix: str, first_line: int, fail: _Failure
+) -> None:
+    """The rest of a file, which :func:`_write_vectors` could have written, into the table."""
+    form = prefix.encode()
+    F, K = layer.num_fields, layer.embed_dim
+    for begin, block in _row_blocks(layer, layer.weight):
+        number = first_line + begin * F
+        lines = list(islice(file, len(block) * F))
+        factors = []
+        for i, line in enumerate(lines):
+            start = form % (begin + i // F, i % F)
+            if not line.startswith(start):
+                fail(f"line {number + i}: expected {_shown(start)}, found {_shown(line)}")
+            factors.append(line[len(start) :])
+        if len(lines) < len(block) * F or not lines[-1].endswith(b"\n"):
+            fail(f"line {number + len(lines)}: the file ends too early; is it truncated?")
+        numbers = _floats(b"".join(factors))
+        if numbers is None or numbers.size != block.size or not np.isfinite(numbers).all():
+            for i, line in enumerate(factors):
+                numbers = _floats(line)
+                if numbers is None or numbers.size != K or not np.isfinite(numbers).all():
+                    fail(f"line {number + i}: expected {K} finite numbers, found {_shown(line)}")
+        block[...] = np.reshape(numbers, block.shape)  # type: ignore[arg-type]
+    line = file.readline()
+    if line.strip():
+        number = first_line + layer.num_features * F
+        fail(f"line {number}: expected the end of the file, found {_shown(line)}")
+
+
+def _floats(text: bytes) -> np.ndarray | None:
+    try:
+        return np.array(text.split(), dtype=np.float32)
+    except ValueError:
+        return None
+
+
+def _number(line: bytes, start: str, number: int, fail: _Failure) -> float:
+    """The one number of a line that begins with ``start``."""
+    numbers = _floats(line[len(start) :]) if line.startswith(start.encode()) else None
+    if numbers is None or numbers.size != 1 or not np.isfinite(numbers[0]):
+        fail(f"line {number}: expected '{start}<number>', found {_shown(line)}")
+    return float(numbers[0])
+
+
+def _shown(line: bytes) -> str:
+    """The beginning of a line, for an error; of a file of another kind it may be anything."""
+    text = line[:60].decode("ascii", "backslashreplace").rstrip("\r\n")
+    return repr(text) + ("…" if len(line) > 60 else "")
