@@ -171,7 +171,7 @@ def test_damaged_libffm_binaries(tmp_path: Path) -> None:
         (changed(data, 0, "<i", 2**31 - 1), "it has .* num_features = 2147483647"),
         (changed(data, 12, "<B", 2), "offset 12: normalization = 2 is neither"),
         (b"\x89PNG\r\n\x1a\n" + bytes(100), "offset 8: embed_dim = 0 must be positive"),
-        (b'{"model": "something else"}', "it has .* is it"),
+        (b'{"model": "something else"}', "offset 12: normalization = .* is it a model"),
     ):
         path.write_bytes(damaged)
         with fails(path, message):
@@ -305,8 +305,8 @@ np.save("p_theirs.npy", whole(trained.predict(X, fields)))
 
 
 def xlearn_text(model: FFM) -> str:
-    lines = [f"bias: {float(model.linear.bias):.9g}"]
-    lines += [f"i_{a}: {float(w):.9g}" for a, w in enumerate(model.linear.weight[:, 0])]
+    lines = [f"bias: {model.linear.bias.item():.9g}"]
+    lines += [f"i_{a}: {w:.9g}" for a, w in enumerate(model.linear.weight[:, 0].tolist())]
     table = model.interaction.weight.detach().view(N, F, -1)
     for a in range(N):
         for f in range(F):
