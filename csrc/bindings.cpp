@@ -47,7 +47,7 @@ py::dict read_text(const py::object& path, bool libsvm, int64_t begin, std::opti
   ffm::io::Samples samples;
   try {
     py::gil_scoped_release others_run;
-    samples = ffm::io::read_text(name, options);
+    samples = ffm::io::read_file(name, options);
   } catch (const std::system_error& error) {
     errno = error.code().value();  // Python picks FileNotFoundError and its like
     PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path.ptr());

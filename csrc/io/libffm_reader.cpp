@@ -16,14 +16,13 @@
 #include <cstring>
 #include <exception>
 #include <mutex>
+#include <stdexcept>
 #include <system_error>
 #include <thread>
 
 namespace ffm::io {
 namespace {
 
-// Parts below this size are not worth a thread.
-constexpr int64_t kMinPartBytes = 1 << 16;
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 
 class MappedFile {
@@ -32,14 +31,21 @@ class MappedFile {
     const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) throw std::system_error(errno, std::generic_category());
     struct stat info;
-    int error = ::fstat(file, &info) ? errno : S_ISDIR(info.st_mode) ? EISDIR : S_ISREG(info.st_mode) ? 0 : ENODEV;
-    if (error == 0 && info.st_size > 0) {
+    int error = ::fstat(file, &info) ? errno : S_ISDIR(info.st_mode) ? EISDIR : 0;
+    const bool is_regular = error == 0 && S_ISREG(info.st_mode);
+    if (is_regular && info.st_size > 0) {
       size_ = info.st_size;
       data_ = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
-      if (data_ == MAP_FAILED) error = errno;
+      if (data_ == MAP_FAILED) {
+        error = errno;
+        size_ = 0;
+      } else {
+        ::madvise(data_, size_, MADV_SEQUENTIAL);  // read ahead further; advice, which may fail
+      }
     }
     ::close(file);
     if (error) throw std::system_error(error, std::generic_category());
+    if (!is_regular) throw std::invalid_argument(path + ": it is not a regular file, which could be mapped");
   }
   ~MappedFile() {
     if (size_) ::munmap(data_, size_);
@@ -47,14 +53,7 @@ class MappedFile {
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
 
-  const char* begin() const { return static_cast<const char*>(data_); }
-  const char* end() const { return begin() + size_; }
-
-  void read_ahead(int64_t from, int64_t to) const {
-    const int64_t page = ::sysconf(_SC_PAGESIZE);
-    from = from / page * page;
-    if (to > from) ::madvise(const_cast<char*>(begin()) + from, to - from, MADV_WILLNEED);  // advice: it may fail
-  }
+  std::string_view text() const { return {static_cast<const char*>(data_), static_cast<size_t>(size_)}; }
 
  private:
   void* data_ = nullptr;
@@ -455,15 +454,18 @@ void fill(std::vector<Part>& parts, const ReadOptions& options, Samples& samples
 
 }  // namespace
 
-Samples read_text(const std::string& path, const ReadOptions& options) {
+Samples read_file(const std::string& path, const ReadOptions& options) {
   const MappedFile file(path);
-  const int64_t size = file.end() - file.begin();
+  return read_text(file.text(), options);
+}
+
+Samples read_text(std::string_view text, const ReadOptions& options) {
+  const char *const text_begin = text.data(), *const text_end = text_begin + text.size();
   auto first_line_from = [&](int64_t at) {
-    return line_start(file.begin(), file.begin() + std::clamp<int64_t>(at, 0, size), file.end());
+    return line_start(text_begin, text_begin + std::clamp<int64_t>(at, 0, text.size()), text_end);
   };
   const char* const begin = first_line_from(options.begin);
   const char* const end = std::max(begin, first_line_from(options.end));
-  file.read_ahead(begin - file.begin(), end - file.begin());
 
   // What follows the last '\n' is a line of its own, which lacks its end: it gets one in a copy.
   const char* tail_begin = end;
@@ -471,7 +473,7 @@ Samples read_text(const std::string& path, const ReadOptions& options) {
   const std::string tail = tail_begin == end ? std::string() : std::string(tail_begin, end) + '\n';
 
   // A few parts for each thread, so that none waits long for the last one.
-  const int64_t most = (tail_begin - begin) / kMinPartBytes + 1;
+  const int64_t most = (tail_begin - begin) / options.min_part_bytes + 1;
   const int64_t num_parts = options.num_threads > 1 ? std::min<int64_t>(4 * options.num_threads, most) : 1;
   std::vector<Part> parts;
   const char* part_begin = begin;
@@ -485,7 +487,7 @@ Samples read_text(const std::string& path, const ReadOptions& options) {
   parallel_for(parts.size(), options.num_threads, [&](size_t i) { count(parts[i], options.format); });
 
   Samples samples;
-  samples.end = end - file.begin();
+  samples.end = end - text_begin;
   if (options.format == TextFormat::kLibffm) {
     fill<TextFormat::kLibffm>(parts, options, samples);
   } else {

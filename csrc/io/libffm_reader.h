@@ -15,6 +15,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <string_view>
 #include <variant>
 #include <vector>
 
@@ -50,6 +51,7 @@ struct ReadOptions {
   bool lenient = false;     // leave out lines with a fault, instead of stopping at the first
   int64_t max_faults = 10;  // that are described; all are counted
   int num_threads = 1;
+  int64_t min_part_bytes = 1 << 16;  // less is not worth a thread
 };
 
 // What is wrong with a line, and where: both counted from 1, columns in bytes.
@@ -72,7 +74,11 @@ struct Samples {
   int64_t end = 0;        // where the first line that was not read begins, in bytes
 };
 
-// Throws std::system_error if the file cannot be opened or mapped, std::bad_alloc if memory does not suffice.
-Samples read_text(const std::string& path, const ReadOptions& options);
+// Throws std::system_error if the file cannot be opened or mapped, std::invalid_argument if it is a pipe or a device,
+// std::bad_alloc if memory does not suffice.
+Samples read_file(const std::string& path, const ReadOptions& options);
+
+// The same of text in memory.
+Samples read_text(std::string_view text, const ReadOptions& options);
 
 }  // namespace ffm::io
