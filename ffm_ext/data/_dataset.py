@@ -123,7 +123,10 @@ class SparseDataset(Dataset[Shard]):
             None if weights is None else _numbers(where, "weights", weights, len(batch)),
         )
         dataset = cls([shard], num_features=num_features, num_fields=num_fields)
-        check_contents(where, batch.indices, batch.values, batch.offsets, dataset.num_features)
+        limit = dataset.num_features
+        if batch.indices.dtype == torch.int32:
+            limit = min(limit, MAX_INT32)
+        check_contents(where, batch.indices, batch.values, batch.offsets, limit)
         outside = (batch.fields < 0) | (batch.fields >= dataset.num_fields)
         if outside.any():
             at = int(outside.nonzero()[0])
@@ -310,7 +313,8 @@ def compact(batch: SparseBatch) -> SparseBatch:
     """The same in the smallest dtypes: int32 ids where they fit, float32 values or none."""
     largest = int(batch.indices.max()) if batch.nnz else 0
     smallest = int(batch.indices.min()) if batch.nnz else 0
-    fits = smallest >= -MAX_INT32 and max(largest, batch.nnz) <= MAX_INT32
+    # The number of features, too.
+    fits = smallest >= -MAX_INT32 and max(largest + 1, batch.nnz) <= MAX_INT32
     values = batch.values
     if values is not None:
         values = None if bool((values == 1).all()) else values.float()

@@ -189,13 +189,14 @@ def _read(
 ) -> _Piece:
     """The lines that begin in the bytes ``begin:end``."""
     lenient, num_features, num_fields, num_threads = limits
+    path = os.fspath(path)
     for name, size in (
         ("num_features", num_features),
         ("num_fields", num_fields),
         ("num_threads", num_threads),
     ):
         if size is not None and size < (name == "num_threads"):
-            raise ValueError(f"{os.fspath(path)}: {name} = {size} is too small")
+            raise ValueError(f"{os.fsdecode(path)}: {name} = {size} is too small")
     found = _C.read_text(
         path,
         libsvm=feature_fields is not None,
