@@ -378,6 +378,7 @@ def test_any_name_of_a_file(tmp_path: Path) -> None:
         assert len(read_libffm(os.fsencode(path), lenient=True)) == 0
 
 
+@pytest.mark.slow
 def test_under_sanitizers(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     sys.path.insert(0, str(ROOT))
