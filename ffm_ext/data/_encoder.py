@@ -174,7 +174,8 @@ class Numeric:
 
     def encode(self, values: Array) -> tuple[Array, Array | None]:
         """Local ids of values that are there, and the value of each entry."""
-        numbers = _as_numbers(values).astype(np.float32)
+        with np.errstate(over="ignore"):
+            numbers = _as_numbers(values).astype(np.float32)
         if not np.isfinite(numbers).all():
             bad = values[~np.isfinite(numbers)][0]
             raise ValueError(f"{bad} is not finite in float32")

@@ -117,6 +117,8 @@ def _from_array(values: Any) -> Column:
 def _from_present(values: Array, missing: npt.NDArray[np.bool_]) -> Column:
     if values.dtype.kind == "O" and len(values) and _is_list(values[0]):
         return _from_lists(values, missing)
+    if values.dtype.kind == "O" and set(map(type, values)) == {float}:
+        values = values.astype(np.float64)
     return Column(values, (~missing).astype(np.int64), missing, False)
 
 
