@@ -161,18 +161,18 @@ class FusedOptimizer(torch.optim.Optimizer):
     """The handle on an optimizer that works inside ``backward``: ``layer.fuse_optimizer`` returns it.
 
     ``param_groups[0]["lr"]`` and ``["weight_decay"]`` are those of the next backward, so torch's learning-rate
-    schedulers work on it. ``step`` and ``zero_grad`` do nothing: the update is done by then. The state of the optimizer is part of
-    the layer's ``state_dict``; this one's holds the learning rate.
+    schedulers work on it. ``step`` and ``zero_grad`` do nothing: the update is done by then. The state of the optimizer
+    is part of the layer's ``state_dict``; this one's holds the learning rate.
     """
 
     def __init__(self, layer: torch.nn.Module, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self._layer = layer
         super().__init__(
-            [layer.weight], {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
+            [layer.get_parameter("weight")], {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
         )
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Only calls ``closure``: ``backward`` has updated the table already."""
         return None if closure is None else closure()
 
