@@ -156,7 +156,11 @@ constexpr double kPowersOfTen[] = {1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7
 
 // digits · 10^exponent to the nearest float, if two roundings do it: to double, which is right once (both operands are
 // exact), and to float, which is right unless the double lies halfway between two floats.
-bool nearest_float(uint64_t digits, int64_t exponent, float& result) {
+inline bool nearest_float(uint64_t digits, int64_t exponent, float& result) {
+  if (exponent == 0 && digits <= uint64_t{1} << 24) {  // a float holds it exactly
+    result = static_cast<float>(static_cast<int64_t>(digits));
+    return true;
+  }
   if (digits > uint64_t{1} << 53 || exponent < -22 || exponent > 22) return false;
   const double wide = exponent < 0 ? static_cast<double>(digits) / kPowersOfTen[-exponent]
                                    : static_cast<double>(digits) * kPowersOfTen[exponent];
@@ -244,7 +248,7 @@ class PartParser {
   }
 
   const char* parse_entry(const char* p) {
-    int64_t field = 0, index;
+    int64_t field = 0, index = 0;
     float value;
     if constexpr (kFormat == TextFormat::kLibffm) {
       if (!(p = parse_id(p, "field", options_.num_fields, field))) return nullptr;
@@ -275,26 +279,32 @@ class PartParser {
   }
 
   // An id in [0, limit).
-  const char* parse_id(const char* p, const char* name, int64_t limit, int64_t& id) {
+  __attribute__((always_inline)) inline const char* parse_id(const char* p, const char* name, int64_t limit,
+                                                             int64_t& id) {
     const char* const begin = p;
     uint64_t number = 0;
     while (is_digit(*p)) number = number * 10 + (*p++ - '0');
-    if (p - begin > 18) {  // more digits than surely fit
-      number = 0;
-      const auto [end, error] = std::from_chars(begin, p, number);
-      if (error != std::errc()) number = std::numeric_limits<uint64_t>::max();
-    }
-    if (p != begin && number < static_cast<uint64_t>(limit)) {
-      id = static_cast<int64_t>(number);
-      return p;
-    }
-    if (*begin == '-' && is_digit(begin[1])) return fail(begin, std::string(name) + " is negative");
-    if (p == begin) return fail(begin, std::string(name) + " expected" + got(begin));
-    return fail(begin, std::string(name) + " " + std::string(begin, std::min<size_t>(p - begin, 32)) +
-                           (p - begin > 32 ? "..." : "") + " is too large, it must be below " + std::to_string(limit));
+    if (p - begin > 18) number = long_number(begin, p);  // more digits than surely fit
+    if (p == begin || number >= static_cast<uint64_t>(limit)) return fail_id(begin, p, name, limit);
+    id = static_cast<int64_t>(number);
+    return p;
   }
 
-  const char* parse_float(const char* p, const char* name, float& result) {
+  __attribute__((cold)) static uint64_t long_number(const char* begin, const char* end) {
+    uint64_t number = 0;
+    const bool fits = std::from_chars(begin, end, number).ec == std::errc();
+    return fits ? number : std::numeric_limits<uint64_t>::max();
+  }
+
+  __attribute__((cold)) const char* fail_id(const char* begin, const char* end, const char* name, int64_t limit) {
+    std::string what = name;
+    if (*begin == '-' && is_digit(begin[1])) return fail(begin, what + " is negative");
+    if (begin == end) return fail(begin, what + " expected" + got(begin));
+    what += " " + std::string(begin, std::min<size_t>(end - begin, 32)) + (end - begin > 32 ? "..." : "");
+    return fail(begin, what + " is too large, it must be below " + std::to_string(limit));
+  }
+
+  __attribute__((always_inline)) inline const char* parse_float(const char* p, const char* name, float& result) {
     const char* const begin = p;
     if (*p == '-' || *p == '+') ++p;
     uint64_t digits = 0;
@@ -322,11 +332,14 @@ class PartParser {
       if (*begin == '-') result = -result;
       return p;
     }
-    if (nearest_float(begin, p, exponent + num_digits, result)) return p;
+    return nearest_float(begin, p, exponent + num_digits, result) ? p : fail_large(begin, name);
+  }
+
+  __attribute__((cold)) const char* fail_large(const char* begin, const char* name) {
     return fail(begin, std::string(name) + " is too large for float32");
   }
 
-  const char* fail_float(const char* begin, const char* p, const char* name) {
+  __attribute__((cold)) const char* fail_float(const char* begin, const char* p, const char* name) {
     char word[4] = {};
     for (int i = 0; i < 3 && p[i] != '\n'; ++i) word[i] = static_cast<char>(p[i] | 0x20);
     const bool not_finite = std::strcmp(word, "nan") == 0 || std::strcmp(word, "inf") == 0;
@@ -334,7 +347,7 @@ class PartParser {
                 not_finite ? std::string(name) + " is not finite" : std::string(name) + " expected" + got(begin));
   }
 
-  const char* fail(const char* at, std::string what) {
+  __attribute__((cold)) const char* fail(const char* at, std::string what) {
     fault_at_ = at;
     what_ = std::move(what);
     return nullptr;
