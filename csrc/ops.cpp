@@ -34,6 +34,29 @@ STABLE_TORCH_LIBRARY(ffm_ext, m) {
       "ffm_backward_values(Tensor grad_output, Tensor weight, Tensor indices, Tensor? fields, Tensor values, "
       "Tensor? offsets, str output, bool within_field) -> Tensor");
 
+  // Updates the table in place, with the gradient of a batch that is never made: -> grad_values.
+  // optimizer: sgd, adagrad, vector_adagrad, adam or ftrl; settings: lr, weight_decay, beta1, beta2, eps, l1; step: of
+  // this update, from 1; rounding_seed: rounds a bfloat16 table at random. states: [N, F, K] (vector_adagrad: [N, F])
+  // float32, float64 for a float64 table: adagrad's sum, adam's mean and square, ftrl's z and n.
+  m.def(
+      "ffm_backward_fused_(Tensor grad_output, Tensor(a!) weight, Tensor(b!)[] states, Tensor indices, Tensor? fields, "
+      "Tensor? values, Tensor? offsets, str output, bool within_field, bool values_grad, str optimizer, "
+      "float[] settings, int step, int? rounding_seed) -> Tensor");
+
+  // Updates rows of a table in place with their gradients grad_rows [R, F, K]; rows [R] int64 rise, None: all
+  m.def(
+      "ffm_update_(Tensor(a!) weight, Tensor(b!)[] states, Tensor? rows, Tensor grad_rows, str optimizer, "
+      "float[] settings, int step, int? rounding_seed) -> ()");
+
+  // Trains a table, and linear [N, 1] and bias [1] where given, with one sample after the other, those that order [n]
+  // int64 names, None: all as they stand. labels, sample_weights [B] float32; loss: logistic or squared. step: of the
+  // first sample. parallel: over threads that do not wait for each other. -> the sum of weight * loss, float64
+  m.def(
+      "ffm_train_(Tensor(a!) weight, Tensor(b!)[] states, Tensor(c!)? linear, Tensor(d!)[] linear_states, "
+      "Tensor(e!)? bias, Tensor(f!)[] bias_states, Tensor indices, Tensor? fields, Tensor? values, Tensor? offsets, "
+      "Tensor labels, Tensor? sample_weights, Tensor? order, str loss, bool within_field, bool normalize, "
+      "str optimizer, float[] settings, int step, int? rounding_seed, bool parallel) -> Tensor");
+
   // weight [N, F, K] of any dtype -> packed [N, R] uint8, R = packed_row_bytes(F, K) (params.h)
   m.def("ffm_quantize(Tensor weight) -> Tensor");
 

@@ -81,6 +81,8 @@ __attribute__((always_inline)) constexpr int64_t packed_row_bytes(int64_t num_fi
   return (bytes + step - 1) / step * step;
 }
 
+struct Update;
+
 // What is done with the gradient of an entry's row.
 enum class Put : uint8_t {
   kStore,  // stored: the entry is the first of its row in the batch
@@ -92,19 +94,22 @@ enum class Put : uint8_t {
 // staged to row stage_slots[e] of `stage`. Every row is summed in the order of its entries, whatever the number of
 // threads.
 //
-// Half-precision rows are summed in float32: a row with one entry is stored as above; of any other, the sum is made in
-// row sum_slots[e] of `sums`, and rounded once at the end.
+// With sum_slots, a row with one entry is stored as above; of any other, the sum is made in row sum_slots[e] of `sums`,
+// in float32 or float64, and stored once at the end. So it is for half precision, which is rounded only then, and with
+// `update`: there is no gradient, what would be stored moves the row of the table itself (optimizer.h), and rows that
+// several samples read must not move before all have.
 struct Gradient {
   const void* grad_output = nullptr;     // the shape that the output has
   void* grad_rows = nullptr;             // [R, F, K], or none
   Ids slots;                             // [nnz]: entry -> row of grad_rows
   const Put* put = nullptr;              // [nnz], with grad_rows
   bool is_streamed = false;              // whether rows are stored past the caches
-  void* sums = nullptr;                  // [., F, K] float32, half precision only
-  const int64_t* sum_slots = nullptr;    // [nnz]: entry -> row of sums, -1 for the only entry of a row
+  const int64_t* sum_slots = nullptr;    // [nnz]: entry -> row of sums, -1 for the only entry of a row; or none
+  void* sums = nullptr;                  // [., F, K]
   void* stage = nullptr;                 // [., F, K] in the type of sums
   const int64_t* stage_slots = nullptr;  // [nnz], where put[e] is kStage
   void* grad_values = nullptr;           // [nnz], or none
+  const Update* update = nullptr;        // instead of grad_rows
 };
 
 }  // namespace ffm

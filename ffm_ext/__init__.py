@@ -3,7 +3,7 @@
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
 
-from . import _C, _fake, datasets, functional, memory, reference  # noqa: F401
+from . import _C, _fake, datasets, functional, memory, optim, reference  # noqa: F401
 from ._build_info import __version__, build_info
 from .batch import SparseBatch
 from .modules import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine
@@ -21,6 +21,7 @@ __all__ = [
     "datasets",
     "functional",
     "memory",
+    "optim",
     "quantize",
     "reference",
 ]

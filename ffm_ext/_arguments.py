@@ -10,6 +10,7 @@ from torch import Tensor
 
 Output = Literal["sum", "dot", "hadamard"]
 GradMode = Literal["dense", "sparse"]
+LayerGradMode = Literal["dense", "sparse", "fused"]
 
 
 def check_modes(where: str, output: str, grad: str) -> None:

@@ -113,6 +113,54 @@ def _(
     )
 
 
+@torch.library.register_fake("ffm_ext::ffm_backward_fused_")
+def _(
+    grad_output: Tensor,
+    weight: Tensor,
+    states: list[Tensor],
+    indices: Tensor,
+    fields: Tensor | None,
+    values: Tensor | None,
+    offsets: Tensor | None,
+    output: str,
+    within_field: bool,
+    values_grad: bool,
+    optimizer: str,
+    settings: list[float],
+    step: int,
+    rounding_seed: int | None,
+) -> Tensor:
+    _check_device(
+        "ffm_backward_fused_",
+        weight,
+        indices=indices,
+        fields=fields,
+        values=values,
+        offsets=offsets,
+        grad_output=grad_output,
+    )
+    return _grad_values(values, values_grad, weight)
+
+
+@torch.library.register_fake("ffm_ext::ffm_update_")
+def _(
+    weight: Tensor,
+    states: list[Tensor],
+    rows: Tensor | None,
+    grad_rows: Tensor,
+    optimizer: str,
+    settings: list[float],
+    step: int,
+    rounding_seed: int | None,
+) -> None:
+    _check_device("ffm_update_", weight, rows=rows, grad_rows=grad_rows)
+
+
+@torch.library.register_fake("ffm_ext::ffm_train_")
+def _(weight: Tensor, *args: object) -> Tensor:
+    return weight.new_empty((), dtype=torch.float64)
+
+
 @torch.library.register_fake("ffm_ext::ffm_backward_values")
 def _(
     grad_output: Tensor,

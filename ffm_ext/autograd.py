@@ -6,6 +6,7 @@
     FFMFunction.forward    ->  ffm_forward
     FFMFunction.backward   ->  ffm_backward            grad="dense":  gradient [N, F, K] and that of values
                                ffm_backward_sparse     grad="sparse": touched rows, their gradient, that of values
+                               ffm_backward_fused_     grad="fused":  the table is updated, values get a gradient
                                ffm_backward_values     the table is frozen, values are not
                                reference.py            create_graph=True: gradients of gradients
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .optim import FusedOptimizer
 
 __all__ = ["FFMFunction"]
 
@@ -35,10 +37,10 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     """The gradients for ``create_graph=True``: those of the reference, which can be differentiated again."""
     weight, indices, fields, values, offsets = ctx.saved_tensors
     needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    if needs_weight and ctx.grad == "sparse":
+    if needs_weight and ctx.grad != "dense":
         raise RuntimeError(
-            "ffm_interaction: create_graph=True needs grad='dense': "
-            "a sparse gradient cannot be differentiated again"
+            f"ffm_interaction: create_graph=True needs grad='dense': with grad={ctx.grad!r} there is "
+            "no gradient that could be differentiated again"
         )
     out = reference.ffm_interaction(
         weight,
@@ -57,7 +59,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     grads = iter(torch.autograd.grad(out, inputs, grad_output, create_graph=True))
     grad_weight = next(grads) if needs_weight else None
     grad_values = next(grads) if needs_values else None
-    return grad_weight, None, None, grad_values, *(None,) * 5
+    return grad_weight, None, None, grad_values, *(None,) * 6
 
 
 class FFMFunction(torch.autograd.Function):
@@ -74,6 +76,7 @@ class FFMFunction(torch.autograd.Function):
         output: str,
         within_field: bool,
         grad: str,
+        fused: FusedOptimizer | None,
     ) -> Tensor:
         """The interaction, by one operator call."""
         table = _table(weight, num_fields)
@@ -84,7 +87,7 @@ class FFMFunction(torch.autograd.Function):
         """Keep the inputs; the field sums are cheaper to read again than to keep."""
         weight, indices, fields, values, offsets, *modes = inputs
         ctx.save_for_backward(weight, indices, fields, values, offsets)
-        ctx.num_fields, ctx.output, ctx.within_field, ctx.grad = modes
+        ctx.num_fields, ctx.output, ctx.within_field, ctx.grad, ctx.fused = modes
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,6 +111,14 @@ class FFMFunction(torch.autograd.Function):
         grad_values: Tensor | None = None
         if not needs_weight:
             grad_values = _ops.ffm_backward_values(*problem)
+        elif ctx.grad == "fused":
+            states, update = ctx.fused.next_step()
+            grad_output, table, *lists = problem
+            grad_values = _ops.ffm_backward_fused_(
+                grad_output, table, states, *lists, needs_values, *update
+            )
+            # Whoever saved the old table for a backward of their own must not go on with the new one.
+            torch.autograd.graph.increment_version(weight)
         elif ctx.grad == "dense":
             grad_weight, grad_values = _ops.ffm_backward(*problem, needs_values)
             grad_weight = grad_weight.view(weight.shape)
@@ -120,4 +131,4 @@ class FFMFunction(torch.autograd.Function):
                 is_coalesced=True,
                 check_invariants=False,
             )
-        return grad_weight, None, None, grad_values if needs_values else None, *(None,) * 5
+        return grad_weight, None, None, grad_values if needs_values else None, *(None,) * 6

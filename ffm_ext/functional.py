@@ -62,7 +62,7 @@ def ffm_interaction(
     needs_grad = weight.requires_grad or (values is not None and values.requires_grad)
     if needs_grad and torch.is_grad_enabled():
         return FFMFunction.apply(  # type: ignore[no-untyped-call]
-            weight, indices, fields, values, offsets, F, output, within_field, grad
+            weight, indices, fields, values, offsets, F, output, within_field, grad, None
         )
     return torch.ops.ffm_ext.ffm_forward(
         weight.view(N, F, K), indices, fields, values, offsets, output, within_field

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import GradMode, Output, check_contents, check_modes
+from .autograd import FFMFunction
 from .batch import SparseBatch
 from .functional import ffm_interaction
 from .memory import empty_table
+from .optim import FusedOptimizer, Optimizer, add_state, remove_state
 
 __all__ = ["FFM", "FM", "FFMInteraction", "FieldAwareFactorizationMachine"]
 
@@ -70,6 +72,7 @@ class FFMInteraction(nn.Module):
             empty_table(num_features, num_fields * embed_dim, dtype=dtype, device=device)
         )
         self.weight.register_post_accumulate_grad_hook(_keep_coalesced)
+        self._fused: FusedOptimizer | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -87,6 +90,19 @@ class FFMInteraction(nn.Module):
             values: ``[B, F]``, only with ids as a tensor; ``None`` = 1.
         """
         indices, fields, values, offsets = _entries("FFMInteraction", x, values, self.weight.dtype)
+        if self._fused is not None and torch.is_grad_enabled() and self.weight.requires_grad:
+            return FFMFunction.apply(  # type: ignore[no-untyped-call]
+                self.weight,
+                indices,
+                fields,
+                values,
+                offsets,
+                self.num_fields,
+                self.output,
+                self.within_field,
+                "fused",
+                self._fused,
+            )
         return ffm_interaction(
             self.weight,
             indices,
@@ -98,6 +114,29 @@ class FFMInteraction(nn.Module):
             within_field=self.within_field,
             grad=self.grad,
         )
+
+    def fuse_optimizer(self, optimizer: Optimizer) -> FusedOptimizer:
+        """Let every ``backward`` update the table by itself; its gradient is never made, ``weight.grad`` stays None.
+
+        The optimizer's state becomes buffers of this layer (``optimizer_step``, ``optimizer_sum``, …), which
+        ``state_dict`` holds: load one into a layer that has the same optimizer fused. A graph that was made before an
+        update raises if its backward comes after it. Called again, it starts anew with the new optimizer.
+
+        Args:
+            optimizer: one of :mod:`ffm_ext.optim`.
+
+        Returns:
+            The handle whose learning rate torch's schedulers change.
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                "FFMInteraction.fuse_optimizer: optimizer must be one of ffm_ext.optim, "
+                f"got {type(optimizer).__name__}"
+            )
+        remove_state(self)
+        add_state(self, optimizer)
+        self._fused = FusedOptimizer(self, optimizer)
+        return self._fused
 
     def extra_repr(self) -> str:
         """Sizes and modes, for ``repr``."""

@@ -13,6 +13,7 @@
 #include "isa.h"
 #include "new_result.h"
 #include "parallel.h"
+#include "updated_table.h"
 
 namespace ffm {
 namespace {
@@ -82,7 +83,7 @@ void stage_entries(const Problem& p, const RowGroups& groups, int64_t parts, std
 void run_samples(const Problem& p, Gradient grad, const RowGroups* groups) {
   const BackwardKernels& kernels = backward_kernels();
   const int64_t parts = sample_parts(p, 0, p.batch_size);
-  const Scratch scratch(parts, kernels.scratch_bytes(p));
+  const Scratch scratch(parts, kernels.scratch_bytes(p, grad.update != nullptr));
   std::vector<Block> blocks = {{0, p.batch_size}};
   std::unique_ptr<int64_t[]> stage_slots;
   int64_t num_staged = 0;
@@ -111,7 +112,7 @@ void run_samples(const Problem& p, Gradient grad, const RowGroups* groups) {
 void run_backward(const Problem& p, Gradient grad, const RowGroups& groups) {
   grad.put = groups.put.get();
   grad.is_streamed = groups.num_rows * p.row_size() * element_bytes(p.dtype) >= kStreamedBytes;
-  if (!is_narrow(p.dtype)) return run_samples(p, grad, &groups);
+  if (!is_narrow(p.dtype) && !grad.update) return run_samples(p, grad, &groups);
   const SharedRows shared = shared_rows(groups, p.num_entries);
   const AlignedBuffer sums(static_cast<size_t>(shared.count * p.row_size() * sum_bytes(p.dtype)));
   grad.sums = sums.data();
@@ -120,8 +121,8 @@ void run_backward(const Problem& p, Gradient grad, const RowGroups& groups) {
   const BackwardKernels& kernels = backward_kernels();
   const int64_t parts = num_parts(shared.count * p.row_size(), kGrainElements);
   parallel_parts(parts, [&](int64_t part) {
-    kernels.round_sums(p, grad, shared.first_entries.get(), shared.count * part / parts,
-                       shared.count * (part + 1) / parts);
+    kernels.finish_sums(p, grad, shared.first_entries.get(), shared.count * part / parts,
+                        shared.count * (part + 1) / parts);
   });
 }
 
@@ -216,6 +217,30 @@ std::tuple<Tensor, Tensor, Tensor> ffm_backward_sparse(const Tensor& grad_output
   return {rows, grad_rows, grad_values};
 }
 
+Tensor ffm_backward_fused_(const Tensor& grad_output, const Tensor& weight, const std::vector<Tensor>& states,
+                           const Tensor& indices, const OptionalTensor& fields, const OptionalTensor& values,
+                           const OptionalTensor& offsets, const std::string& output, bool within_field,
+                           bool values_grad, const std::string& optimizer, const std::vector<double>& settings,
+                           int64_t step, std::optional<int64_t> rounding_seed) {
+  const char* op = "ffm_backward_fused_";
+  const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
+  const Problem& p = batch.problem;
+  check_contents(op, p);
+  const Tensor grad_out = batch.checked_grad_output(op, grad_output);
+  Update update;
+  update.optimizer = checked_optimizer(op, optimizer, settings, step, rounding_seed, p.dtype);
+  update.table =
+      checked_table(op, "", weight, p.num_features, p.num_fields, p.embed_dim, states, update.optimizer.kind);
+  const RowGroups groups = group_rows(p.indices, p.num_entries, p.num_features);
+  Gradient grad;
+  grad.grad_output = grad_out.const_data_ptr();
+  grad.slots = {groups.slots.get(), true};
+  grad.update = &update;
+  Tensor grad_values = new_grad_values(op, batch, values_grad, grad);
+  run_backward(p, grad, groups);
+  return grad_values;
+}
+
 Tensor ffm_backward_values(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
                            const OptionalTensor& fields, const Tensor& values, const OptionalTensor& offsets,
                            const std::string& output, bool within_field) {
@@ -254,6 +279,7 @@ STABLE_TORCH_LIBRARY_IMPL(ffm_ext, CPU, m) {
   m.impl("ffm_forward", TORCH_BOX(&ffm::ffm_forward));
   m.impl("ffm_backward", TORCH_BOX(&ffm::ffm_backward));
   m.impl("ffm_backward_sparse", TORCH_BOX(&ffm::ffm_backward_sparse));
+  m.impl("ffm_backward_fused_", TORCH_BOX(&ffm::ffm_backward_fused_));
   m.impl("ffm_backward_values", TORCH_BOX(&ffm::ffm_backward_values));
   m.impl("gather_sum", TORCH_BOX(&ffm::gather_sum));
 }

@@ -5,7 +5,7 @@
 
 #include <cstddef>
 
-#include "../params.h"
+#include "../optimizer.h"
 
 namespace ffm {
 
@@ -21,8 +21,8 @@ struct ForwardKernels {
 };
 
 struct BackwardKernels {
-  // Bytes of scratch, aligned to 64, that a thread needs for `backward`.
-  size_t (*scratch_bytes)(const Problem&);
+  // Bytes of scratch, aligned to 64, that a thread needs for `backward`, where it updates the table or not.
+  size_t (*scratch_bytes)(const Problem&, bool updates);
 
   // Samples [begin, end) -> gradients.
   void (*backward)(const Problem&, const Gradient&, int64_t begin, int64_t end, void* scratch);
@@ -30,8 +30,22 @@ struct BackwardKernels {
   // Adds the staged rows of n entries, in the given order.
   void (*add_staged)(const Problem&, const Gradient&, const int64_t* entries, int64_t n);
 
-  // Half precision only: rounds the sums [begin, end) into the rows of the entries that are their first.
-  void (*round_sums)(const Problem&, const Gradient&, const int64_t* first_entries, int64_t begin, int64_t end);
+  // With sum_slots: stores the sums [begin, end) in the rows of the entries that are their first, or updates those.
+  void (*finish_sums)(const Problem&, const Gradient&, const int64_t* first_entries, int64_t begin, int64_t end);
+};
+
+struct TrainKernels {
+  // Bytes of scratch, aligned to 64, that a thread needs for `train`.
+  size_t (*scratch_bytes)(const Problem&);
+
+  // Samples [begin, end), one after the other: score, loss, update of all that the sample reads. labels [B]; weights
+  // [B], or none: all are 1. Sample b is update number step + b of its table. The sum of weight * loss.
+  double (*train)(const Problem&, const Training&, const float* labels, const float* weights, int64_t step,
+                  int64_t begin, int64_t end, void* scratch);
+
+  // Rows indices[i], each named once, for i in [begin, end): updated with gradient i of grad_rows [., F, K], in the
+  // type of the table.
+  void (*update_rows)(const Update&, ScalarKind, const Ids& indices, const void* grad_rows, int64_t begin, int64_t end);
 };
 
 // On a packed table (packed_row_bytes).

@@ -5,6 +5,7 @@
 // A sample is turned into its field sums S[f] (F rows of F * K); then pairs of fields are met: <S[f, g], S[g, f]>.
 // Where a field has one entry, S[f] is the table's own row and x is kept beside it: nothing is copied. Where it has
 // several, they are summed into scratch, which makes the cost linear in the number of entries.
+#pragma once
 
 // A view of scratch memory that hands out aligned pieces; without memory it only counts.
 class Arena {
@@ -277,25 +278,28 @@ class RowsAhead {
   int64_t next_sample_end_ = 0, limit_ = 0, work_done_ = 0, work_a_burst_ = 0;
 };
 
-// The gradients of as many fields as are worked on together are each kept in a row of scratch, with room for a register
-// behind it.
+// The gradients of as many fields as are worked on together, or of all, are each kept in a row of scratch, with room
+// for a register behind it.
 template <typename A>
 int64_t gradient_stride(const Problem& p) {
   return (p.row_size() + 2 * kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
+inline int64_t gradient_rows(const Problem& p, bool keeps_all) {
+  return keeps_all ? p.num_fields : std::max<int64_t>(1, kLanes<float> / p.embed_dim);
+}
 template <typename A>
-A* take_gradient_rows(const Problem& p, Arena& arena) {
-  return arena.take<A>(std::max<int64_t>(1, kLanes<A> / p.embed_dim) * gradient_stride<A>(p));
+A* take_gradient_rows(const Problem& p, Arena& arena, int64_t rows) {
+  return arena.take<A>(rows * gradient_stride<A>(p));
 }
 
-// Bytes of scratch for the field sums and the gradients of fields.
-inline size_t field_sums_bytes(const Problem& p) {
+// Bytes of scratch for the field sums and so many gradients of fields.
+inline size_t field_sums_bytes(const Problem& p, int64_t rows) {
   size_t bytes = 0;
   dispatch_dtype(p.dtype, [&](auto scalar) {
     using T = typename decltype(scalar)::type;
     Arena arena(nullptr);
     FieldSums<T> s(p, arena);
-    take_gradient_rows<Sum<T>>(p, arena);
+    take_gradient_rows<Sum<T>>(p, arena, rows);
     bytes = arena.used();
   });
   return bytes;

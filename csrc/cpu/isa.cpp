@@ -13,6 +13,7 @@ namespace ffm {
   namespace isa {                                \
   extern const ForwardKernels forward_kernels;   \
   extern const BackwardKernels backward_kernels; \
+  extern const TrainKernels train_kernels;       \
   extern const Int8Kernels int8_kernels;         \
   }
 FFM_DECLARE_KERNELS(baseline)
@@ -26,6 +27,7 @@ struct Isa {
   const char* name;
   const ForwardKernels* forward;
   const BackwardKernels* backward;
+  const TrainKernels* train;
   const Int8Kernels* int8;
   bool (*is_supported)();
 };
@@ -34,14 +36,16 @@ struct Isa {
 constexpr Isa kIsas[] = {
 #if defined(__aarch64__)
     // Every AArch64 CPU has NEON, so nothing lies below it.
-    {"neon", &neon::forward_kernels, &neon::backward_kernels, &neon::int8_kernels, [] { return true; }},
+    {"neon", &neon::forward_kernels, &neon::backward_kernels, &neon::train_kernels, &neon::int8_kernels,
+     [] { return true; }},
 #else
-    {"baseline", &baseline::forward_kernels, &baseline::backward_kernels, &baseline::int8_kernels, [] { return true; }},
+    {"baseline", &baseline::forward_kernels, &baseline::backward_kernels, &baseline::train_kernels,
+     &baseline::int8_kernels, [] { return true; }},
 #endif
 #if defined(__x86_64__)
-    {"avx2", &avx2::forward_kernels, &avx2::backward_kernels, &avx2::int8_kernels,
+    {"avx2", &avx2::forward_kernels, &avx2::backward_kernels, &avx2::train_kernels, &avx2::int8_kernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
-    {"avx512", &avx512::forward_kernels, &avx512::backward_kernels, &avx512::int8_kernels,
+    {"avx512", &avx512::forward_kernels, &avx512::backward_kernels, &avx512::train_kernels, &avx512::int8_kernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -75,6 +79,7 @@ const Isa& chosen() {
 
 const ForwardKernels& forward_kernels() { return *chosen().forward; }
 const BackwardKernels& backward_kernels() { return *chosen().backward; }
+const TrainKernels& train_kernels() { return *chosen().train; }
 const Int8Kernels& int8_kernels() { return *chosen().int8; }
 const char* cpu_isa() { return chosen().name; }
 

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: MIT
+// The operators that update tables outside of backward: passes over samples, and rows with given gradients.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "batch.h"
+#include "isa.h"
+#include "updated_table.h"
+
+namespace ffm {
+namespace {
+
+// Samples in the order in which they are trained, so many at a time: kernels read them one behind the other.
+constexpr int64_t kSamplesAtATime = 256;
+
+int64_t value_bytes(ScalarKind dtype) {
+  switch (dtype) {
+    case ScalarKind::kFloat32: return 4;
+    case ScalarKind::kFloat64: return 8;
+    case ScalarKind::kBFloat16:
+    case ScalarKind::kFloat16: return 2;
+  }
+  return 0;
+}
+
+// A copy of some samples of a Problem.
+class Samples {
+ public:
+  explicit Samples(const Problem& p) : p_(p) {}
+
+  // Those that numbers[0 .. n) name.
+  const Problem& gather(const int64_t* numbers, int64_t n) {
+    offsets_.assign(1, 0);
+    for (int64_t i = 0; i < n; ++i) {
+      offsets_.push_back(offsets_.back() + p_.entries_begin(numbers[i] + 1) - p_.entries_begin(numbers[i]));
+    }
+    copy_ = p_;
+    copy_.batch_size = n;
+    copy_.num_entries = offsets_.back();
+    if (p_.offsets) copy_.offsets = {offsets_.data(), true};
+    copy_.indices.data = gather(p_.indices.data, p_.indices.is_int64 ? 8 : 4, numbers, n, indices_);
+    copy_.fields.data = gather(p_.fields.data, p_.fields.is_int64 ? 8 : 4, numbers, n, fields_);
+    copy_.values = gather(p_.values, value_bytes(p_.dtype), numbers, n, values_);
+    return copy_;
+  }
+
+ private:
+  const void* gather(const void* entries, int64_t bytes, const int64_t* numbers, int64_t n, std::vector<char>& copy) {
+    if (entries == nullptr) return nullptr;
+    copy.resize(std::max<int64_t>(1, offsets_.back()) * bytes);
+    for (int64_t i = 0; i < n; ++i) {
+      const char* const from = static_cast<const char*>(entries) + p_.entries_begin(numbers[i]) * bytes;
+      const int64_t size = (offsets_[i + 1] - offsets_[i]) * bytes;
+      if (size > 0) std::memcpy(copy.data() + offsets_[i] * bytes, from, size);
+    }
+    return copy.data();
+  }
+
+  const Problem& p_;
+  Problem copy_;
+  std::vector<int64_t> offsets_;
+  std::vector<char> indices_, fields_, values_;
+};
+
+// A list of one number a sample.
+Tensor checked_list(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Tensor& weight,
+                    int64_t size) {
+  check_same_device(op, name, t, weight);
+  if (t.scalar_type() != dtype) fail(op, name, " must be ", dtype_text(dtype), ", got ", dtype_text(t.scalar_type()));
+  if (t.dim() != 1 || (size >= 0 && t.size(0) != size)) {
+    fail(op, name, " has shape ", shape_text(t), ", the batch has ", size, " samples");
+  }
+  return torch::stable::contiguous(t);
+}
+
+Loss checked_loss(const char* op, const std::string& loss) {
+  if (loss == "logistic") return Loss::kLogistic;
+  if (loss == "squared") return Loss::kSquared;
+  fail(op, "loss = '", loss, "' is not one of logistic, squared");
+}
+
+// The linear weights or the bias.
+UpdatedTable checked_vector(const char* op, const std::string& name, const OptionalTensor& vector,
+                            const std::vector<Tensor>& states, int64_t size, const Tensor& weight, OptimizerKind kind) {
+  if (!vector) return {};
+  check_same_device(op, name.c_str(), *vector, weight);
+  if (vector->scalar_type() != sum_type(weight.scalar_type())) {
+    fail(op, name, " must be ", dtype_text(sum_type(weight.scalar_type())), ", got ",
+         dtype_text(vector->scalar_type()));
+  }
+  if (vector->numel() != size || !vector->is_contiguous()) {
+    fail(op, name, " has shape ", shape_text(*vector), ", it needs ", size, " numbers, contiguous");
+  }
+  return checked_table(op, name + "_", *vector, size, 1, 1, states, kind);
+}
+
+void check_finite_list(const char* op, const char* name, const float* list, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (!std::isfinite(list[i])) fail(op, name, "[", i, "] = ", list[i], " is not finite");
+  }
+}
+
+Tensor ffm_train_(const Tensor& weight, const std::vector<Tensor>& states, const OptionalTensor& linear,
+                  const std::vector<Tensor>& linear_states, const OptionalTensor& bias,
+                  const std::vector<Tensor>& bias_states, const Tensor& indices, const OptionalTensor& fields,
+                  const OptionalTensor& values, const OptionalTensor& offsets, const Tensor& labels,
+                  const OptionalTensor& sample_weights, const OptionalTensor& order, const std::string& loss,
+                  bool within_field, bool normalize, const std::string& optimizer, const std::vector<double>& settings,
+                  int64_t step, std::optional<int64_t> rounding_seed, bool parallel) {
+  const char* op = "ffm_train_";
+  const Batch batch(op, weight, indices, fields, values, offsets, "sum", within_field);
+  const Problem& p = batch.problem;
+  check_contents(op, p);
+
+  Training training;
+  training.optimizer = checked_optimizer(op, optimizer, settings, step, rounding_seed, p.dtype);
+  const OptimizerKind kind = training.optimizer.kind;
+  training.table = checked_table(op, "", weight, p.num_features, p.num_fields, p.embed_dim, states, kind);
+  training.linear = checked_vector(op, "linear", linear, linear_states, p.num_features, weight, kind);
+  training.bias = checked_vector(op, "bias", bias, bias_states, 1, weight, kind);
+  training.loss = checked_loss(op, loss);
+  training.normalize = normalize;
+
+  const Tensor all_labels = checked_list(op, "labels", labels, ScalarType::Float, weight, p.batch_size);
+  const float* const label = static_cast<const float*>(all_labels.const_data_ptr());
+  check_finite_list(op, "labels", label, p.batch_size);
+  std::optional<Tensor> all_weights, numbers;
+  if (sample_weights) {
+    all_weights = checked_list(op, "sample_weights", *sample_weights, ScalarType::Float, weight, p.batch_size);
+    check_finite_list(op, "sample_weights", static_cast<const float*>(all_weights->const_data_ptr()), p.batch_size);
+  }
+  const float* const sample_weight = all_weights ? static_cast<const float*>(all_weights->const_data_ptr()) : nullptr;
+  int64_t n = p.batch_size;
+  if (order) {
+    numbers = checked_list(op, "order", *order, ScalarType::Long, weight, -1);
+    n = numbers->numel();
+    if (!all_in_range({numbers->const_data_ptr(), true}, n, p.batch_size)) {
+      fail<std::out_of_range>(op, "order names samples out of range for ", p.batch_size);
+    }
+  }
+
+  const TrainKernels& kernels = train_kernels();
+  const int64_t entries = p.num_entries;
+  const int64_t parts =
+      parallel ? std::min(std::max<int64_t>(1, n), num_parts(entries * p.row_size(), kGrainElements)) : 1;
+  const Scratch scratch(parts, kernels.scratch_bytes(p));
+  std::vector<double> losses(parts, 0);
+  parallel_parts(parts, [&](int64_t part) {
+    const int64_t begin = n * part / parts, end = n * (part + 1) / parts;
+    if (!numbers) {
+      losses[part] = kernels.train(p, training, label, sample_weight, step, begin, end, scratch.of(part));
+      return;
+    }
+    const int64_t* const at = static_cast<const int64_t*>(numbers->const_data_ptr());
+    Samples samples(p);
+    std::vector<float> some_labels(kSamplesAtATime), some_weights(kSamplesAtATime);
+    for (int64_t from = begin; from < end; from += kSamplesAtATime) {
+      const int64_t count = std::min(kSamplesAtATime, end - from);
+      for (int64_t i = 0; i < count; ++i) {
+        some_labels[i] = label[at[from + i]];
+        if (sample_weight) some_weights[i] = sample_weight[at[from + i]];
+      }
+      losses[part] +=
+          kernels.train(samples.gather(at + from, count), training, some_labels.data(),
+                        sample_weight ? some_weights.data() : nullptr, step + from, 0, count, scratch.of(part));
+    }
+  });
+  Tensor total = torch::stable::new_empty(all_labels, std::vector<int64_t>{}, ScalarType::Double);
+  double sum = 0;
+  for (const double part : losses) sum += part;
+  *static_cast<double*>(total.mutable_data_ptr()) = sum;
+  return total;
+}
+
+void ffm_update_(const Tensor& weight, const std::vector<Tensor>& states, const OptionalTensor& rows,
+                 const Tensor& grad_rows, const std::string& optimizer, const std::vector<double>& settings,
+                 int64_t step, std::optional<int64_t> rounding_seed) {
+  const char* op = "ffm_update_";
+  const Problem p = float_table(op, weight).problem;
+  Update update;
+  update.optimizer = checked_optimizer(op, optimizer, settings, step, rounding_seed, p.dtype);
+  update.table =
+      checked_table(op, "", weight, p.num_features, p.num_fields, p.embed_dim, states, update.optimizer.kind);
+  check_same_device(op, "grad_rows", grad_rows, weight);
+  const int64_t n = rows ? rows->numel() : p.num_features;
+  if (grad_rows.scalar_type() != weight.scalar_type() || grad_rows.numel() != n * p.row_size()) {
+    fail(op, "grad_rows is ", dtype_text(grad_rows.scalar_type()), " ", shape_text(grad_rows), ", it must be ",
+         dtype_text(weight.scalar_type()), " with ", n, " rows of ", p.row_size());
+  }
+  const Tensor gradient = torch::stable::contiguous(grad_rows);
+  std::vector<int64_t> every_row;
+  Ids ids_of_rows;
+  std::optional<Tensor> listed;
+  if (rows) {
+    listed = checked_list(op, "rows", *rows, ScalarType::Long, weight, n);
+    ids_of_rows = ids(op, "rows", *listed);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = ids_of_rows[i];
+      if (row < 0 || row >= p.num_features) {
+        fail<std::out_of_range>(op, "rows[", i, "] = ", row, " is out of range for a table of ", p.num_features,
+                                " features");
+      }
+      if (i > 0 && row <= ids_of_rows[i - 1]) fail(op, "rows[", i, "] = ", row, " does not rise");
+    }
+  } else {
+    every_row.resize(n);
+    for (int64_t i = 0; i < n; ++i) every_row[i] = i;
+    ids_of_rows = {every_row.data(), true};
+  }
+  const TrainKernels& kernels = train_kernels();
+  const int64_t parts = num_parts(n * p.row_size(), kGrainElements);
+  parallel_parts(parts, [&](int64_t part) {
+    kernels.update_rows(update, p.dtype, ids_of_rows, gradient.const_data_ptr(), n * part / parts,
+                        n * (part + 1) / parts);
+  });
+}
+
+}  // namespace
+}  // namespace ffm
+
+STABLE_TORCH_LIBRARY_IMPL(ffm_ext, CPU, m) {
+  m.impl("ffm_train_", TORCH_BOX(&ffm::ffm_train_));
+  m.impl("ffm_update_", TORCH_BOX(&ffm::ffm_update_));
+}

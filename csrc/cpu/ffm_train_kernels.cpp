@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: MIT
+// A pass over samples that updates the model with each of them: the rows of a sample are read once, for its score and
+// for its update, and no gradient leaves the scratch memory.
+//
+// The arithmetic is libffm's: with r = 1 / sum x^2 (or 1) and t the score, every pair of entries i, j has the gradients
+//   dL/dt r x_i x_j w[j, f_i] + weight_decay w[i, f_j]  of  w[i, f_j],  and the mirror of it,
+// and nothing else of their rows moves. Where every field has one entry at most, every K-vector is in one pair, so all
+// pairs may move at once; where a field has several, pairs move one after the other.
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <type_traits>
+#include <utility>
+
+#include "../dispatch.h"
+#include "../optimizer.h"
+#include "ffm_kernels.h"
+#include "intrinsics.h"
+
+namespace ffm::FFM_ISA {
+namespace {
+
+#include "vec.h"
+// after vec.h, which they use
+#include "field_gradients.h"
+#include "field_sums.h"
+#include "pair_sum.h"
+#include "update_rules.h"
+
+// Loss of a score, and its derivative.
+template <typename A>
+struct LossAt {
+  LossAt(Loss loss, A score, A label) {
+    if (loss == Loss::kSquared) {
+      slope = score - label;
+      value = slope * slope / 2;
+      return;
+    }
+    const A sign = label > 0 ? A(1) : A(-1), margin = sign * score;
+    const A e = std::exp(-std::abs(margin));
+    value = std::log1p(e) + std::max(-margin, A(0));
+    slope = -sign * (margin > 0 ? e / (1 + e) : 1 / (1 + e));
+  }
+  A value, slope;
+};
+
+// A sample at a time: what its rows, its linear weights and the bias do.
+template <typename T, int kEmbedDim>
+class Trainer {
+ public:
+  using A = Sum<T>;
+
+  Trainer(const Problem& p, const Training& t, Arena& arena)
+      : p_(p),
+        t_(t),
+        optimizer_(t.optimizer),
+        s_(p, arena),
+        entries_(s_.entries()),
+        d_(take_gradient_rows<A>(p, arena, p.num_fields)),
+        stride_(gradient_stride<A>(p)),
+        pair_(arena.take<A>(2 * p.embed_dim)),
+        update_row_(choose_update<T>(t.optimizer.kind)),
+        update_linear_(choose_update<A>(t.optimizer.kind)) {}
+
+  // The loss of the sample with the entries [first, last), weighted.
+  template <typename Step>
+  A train(int64_t first, int64_t last, A label, A weight, int64_t step, const Step& on_step) {
+    A r = 1;
+    if (t_.normalize) {
+      A squares = 0;
+      for (int64_t e = first; e < last; ++e) squares += entries_.value(e) * entries_.value(e);
+      r = squares > 0 ? 1 / squares : 0;
+    }
+    const A root = std::sqrt(r);
+    A score = 0;
+    s_.with_rows([&](auto rows) { score = r * sum_pairs<kEmbedDim>(p_, s_, rows, on_step); });
+    if (t_.linear.weight) {
+      A sum = 0;
+      for (int64_t e = first; e < last; ++e) sum += entries_.value(e) * linear_weight(e);
+      score += root * sum;
+    }
+    if (t_.bias.weight) score += *static_cast<const A*>(t_.bias.weight);
+    const LossAt<A> loss(t_.loss, score, label);
+    const A slope = weight * loss.slope;
+
+    optimizer_.set_step(step);
+    if (has_several()) {
+      update_pairs(first, last, slope * r);
+    } else {
+      update_rows(first, last, slope * r, on_step);
+    }
+    if (t_.linear.weight) {
+      const A one = 1;
+      for (int64_t e = first; e < last; ++e) {
+        update_linear_(t_.linear, optimizer_, p_.indices[e], slope * root * entries_.value(e), &one, 0, 1);
+      }
+    }
+    if (t_.bias.weight) {
+      Optimizer without_decay = optimizer_;
+      without_decay.weight_decay = 0;
+      update_linear_(t_.bias, without_decay, 0, A(1), &slope, 0, 1);
+    }
+    return weight * loss.value;
+  }
+
+  FieldSums<T>& sums() { return s_; }
+
+ private:
+  A linear_weight(int64_t e) const { return static_cast<const A*>(t_.linear.weight)[p_.indices[e]]; }
+  bool has_several() const {
+    bool several = false;
+    for (int64_t i = 0; i < s_.num_active(); ++i) several |= s_.count(s_.active(i)) > 1;
+    return several;
+  }
+
+  template <typename Step>
+  void update_rows(int64_t first, int64_t last, A slope, const Step& on_step) {
+    const int64_t K = kEmbedDim ? kEmbedDim : p_.embed_dim;
+    s_.with_rows([&](auto rows) { all_field_gradients<kEmbedDim>(p_, s_, slope, rows, d_, stride_, on_step); });
+    for (int64_t e = first; e < last; ++e) {
+      const int64_t f = entries_.field(e, first), row = p_.indices[e];
+      const A x = entries_.value(e);
+      const A* const d = d_ + f * stride_;
+      const auto update = [&](int64_t begin, int64_t end) {
+        if (begin < end) update_row_(t_.table, optimizer_, row, x, d + begin * K, begin * K, (end - begin) * K);
+      };
+      // Runs of fields that have entries, without f: what does not meet the entry does not move.
+      for (int64_t i = 0; i < s_.num_active();) {
+        const int64_t begin = s_.active(i);
+        int64_t end = begin + 1;
+        if (s_.is_dense()) end = p_.num_fields;
+        for (++i; !s_.is_dense() && i < s_.num_active() && s_.active(i) == end; ++i) ++end;
+        if (begin <= f && f < end) {
+          update(begin, f);
+          update(f + 1, end);
+        } else {
+          update(begin, end);
+        }
+        if (s_.is_dense()) break;
+      }
+    }
+  }
+
+  void update_pairs(int64_t first, int64_t last, A slope) {
+    const int64_t K = kEmbedDim ? kEmbedDim : p_.embed_dim;
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t f = entries_.field(i, first);
+      for (int64_t j = i + 1; j < last; ++j) {
+        const int64_t g = entries_.field(j, first);
+        if (f == g && !p_.within_field) continue;
+        const A x = entries_.value(i) * entries_.value(j);
+        scale_into(pair_, x, entries_.row(j) + f * K, K);
+        scale_into(pair_ + K, x, entries_.row(i) + g * K, K);
+        update_row_(t_.table, optimizer_, p_.indices[i], slope, pair_, g * K, K);
+        update_row_(t_.table, optimizer_, p_.indices[j], slope, pair_ + K, f * K, K);
+      }
+    }
+  }
+
+  const Problem& p_;
+  const Training& t_;
+  Optimizer optimizer_;
+  FieldSums<T> s_;
+  const Entries<T>& entries_;
+  A* d_;
+  int64_t stride_;
+  A* pair_;
+  UpdateRow<T> update_row_;
+  UpdateRow<A> update_linear_;
+};
+
+template <typename T, int kEmbedDim>
+double train(const Problem& p, const Training& t, const float* labels, const float* weights, int64_t step,
+             int64_t begin, int64_t end, void* scratch) {
+  using A = Sum<T>;
+  Arena arena(scratch);
+  Trainer<T, kEmbedDim> trainer(p, t, arena);
+  const auto prefetch_states = [&](int64_t e) __attribute__((always_inline)) {
+    const int64_t row = p.indices[e];
+    for (void* const state : t.table.states) {
+      if (state) prefetch(static_cast<const A*>(state) + row * t.table.state_row_size, t.table.state_row_size);
+    }
+    if (!t.linear.weight) return;
+    prefetch(static_cast<const A*>(t.linear.weight) + row, 1);
+    for (void* const state : t.linear.states) {
+      if (state) prefetch(static_cast<const A*>(state) + row, 1);
+    }
+  };
+  RowsAhead<T, decltype(prefetch_states)> ahead(p, begin, end, prefetch_states);
+  const auto on_step = [&](int64_t work) { ahead.step(work); };
+  double loss = 0;
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t first = p.entries_begin(b), last = p.entries_begin(b + 1);
+    FieldSums<T>& s = trainer.sums();
+    s.load_sample(first, last);
+    ahead.at_sample(b, s.num_active() * (s.num_active() - 1) / 2 + s.num_active());
+    loss += trainer.train(first, last, A(labels[b]), weights ? A(weights[b]) : A(1), step + b, on_step);
+    ahead.after_sample();
+  }
+  return loss;
+}
+
+size_t train_bytes(const Problem& p) {
+  return field_sums_bytes(p, p.num_fields) + (2 * p.embed_dim * sizeof(double) + kCacheLine);
+}
+
+double dispatch_train(const Problem& p, const Training& t, const float* labels, const float* weights, int64_t step,
+                      int64_t begin, int64_t end, void* scratch) {
+  double loss = 0;
+  dispatch_dtype(p.dtype, [&](auto scalar) {
+    using T = typename decltype(scalar)::type;
+    dispatch_embed_dim(p.embed_dim, [&](auto embed_dim) {
+      loss = train<T, embed_dim()>(p, t, labels, weights, step, begin, end, scratch);
+    });
+  });
+  return loss;
+}
+
+void dispatch_update_rows(const Update& update, ScalarKind dtype, const Ids& indices, const void* grad_rows,
+                          int64_t begin, int64_t end) {
+  dispatch_dtype(dtype, [&](auto scalar) {
+    using T = typename decltype(scalar)::type;
+    using A = Sum<T>;
+    const int64_t row_size = update.table.row_size, K = update.table.embed_dim;
+    const UpdateRow<T> update_row = choose_update<T>(update.optimizer.kind);
+    for (int64_t i = begin; i < end; ++i) {
+      const T* const gradient = static_cast<const T*>(grad_rows) + i * row_size;
+      if constexpr (!kIsNarrow<T>) {
+        update_row(update.table, update.optimizer, indices[i], A(1), gradient, 0, row_size);
+      } else {
+        // Widened in pieces of whole K-vectors.
+        constexpr int64_t kPiece = 1024;
+        alignas(kCacheLine) A wide[kPiece];
+        const int64_t piece = std::max<int64_t>(1, kPiece / K) * K;
+        for (int64_t j = 0; j < row_size; j += piece) {
+          const int64_t n = std::min(piece, row_size - j);
+          scale_into(wide, A(1), gradient + j, n);
+          update_row(update.table, update.optimizer, indices[i], A(1), wide, j, n);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+extern const TrainKernels train_kernels;
+const TrainKernels train_kernels = {train_bytes, dispatch_train, dispatch_update_rows};
+
+}  // namespace ffm::FFM_ISA

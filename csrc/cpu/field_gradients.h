@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: MIT
+// The gradients of a sample's field sums. Included after vec.h, inside the namespace of an ISA.
+#pragma once
+
+#include "field_sums.h"
+
+// d = dL/dS[f]: for every field g that has entries, grad_output(f, g) * S[g, f]; zero at f itself.
+// terms.pair(f, g) is the gradient of the pair's terms, terms.at(term, k) that of its number k.
+template <Output kOutput, typename T, typename R, typename Terms>
+void field_gradient(const FieldSums<T>& s, const Terms& terms, const R* const* rows, int64_t f, int64_t K, Sum<T>* d) {
+  for (int64_t i = 0; i < s.num_active(); ++i) {
+    const int64_t g = s.active(i);
+    if (g == f) continue;
+    const auto term = terms.pair(f, g);
+    const R* const column = rows[g] + f * K;
+    if constexpr (kOutput == Output::kHadamard) {
+      for (int64_t k = 0; k < K; ++k) d[g * K + k] = terms.at(term, k) * (s.scale(g) * load(column + k));
+    } else {
+      scale_into(d + g * K, terms.at(term, 0) * s.scale(g), column, K);
+    }
+  }
+  for (int64_t k = 0; k < K; ++k) d[f * K + k] = 0;
+}
+
+// The same for kSum, where all fields have entries: d[r] = dL/dS[f + r] for `kFields` fields, a register at a time.
+// What the last register of a K-vector has too much, the next one overwrites. See dispatch_registers.
+template <int kEmbedDim, int kRest, int kFields, typename T, typename R>
+void field_gradients(const FieldSums<T>& s, Sum<T> grad_output, const R* const* rows, int64_t f, int64_t F,
+                     int64_t embed_dim, Sum<T>* d, int64_t stride) {
+  using A = Sum<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t K = kEmbedDim ? kEmbedDim : embed_dim;
+  const bool has_values = s.entries().has_values();
+  int64_t g = 0;
+  if constexpr (kFields > 1) {
+    // A square of K-vectors at a time, read along the rows g and transposed.
+    const auto load_pairs = [](const auto* p) { return load_first<L>(p, kFields * kEmbedDim); };
+    for (; g + kFields <= F; g += kFields) {
+      Vec<A, L> columns[kFields];
+      for (int r = 0; r < kFields; ++r) columns[r] = load_pairs(rows[g + r] + f * K);
+      transpose<kEmbedDim>(columns);
+      for (int r = 0; r < kFields; ++r) {
+        columns[r] *= grad_output;
+        if (has_values) columns[r] *= load_pairs(s.wide_scale() + g * K);
+        store<L>(d + r * stride + g * K, columns[r]);
+      }
+    }
+  }
+  for (; g < F; ++g) {
+    for (int r = 0; r < kFields; ++r) {
+      const R* const column = rows[g] + (f + r) * K;
+      A* const to = d + r * stride + g * K;
+      const A x = grad_output * s.scale(g);
+      int64_t k = 0;
+      for (; k + L <= K; k += L) store<L>(to + k, x * load<L>(column + k));
+      if constexpr (kRest > 0) store<kRest>(to + k, x * load_first<kRest>(column + k, K - k));
+    }
+  }
+  for (int r = 0; r < kFields; ++r) {
+    for (int64_t k = 0; k < K; ++k) d[r * stride + (f + r) * K + k] = 0;
+  }
+}
+
+// dL/dS of every field of a sample that has entries, field f's in d + f * stride: all that the gradients of its rows
+// are made of, so that the rows may change afterwards. What d holds of fields without entries stays as it is.
+template <int kEmbedDim, typename T, typename R, typename Step>
+void all_field_gradients(const Problem& p, const FieldSums<T>& s, Sum<T> grad_output, const R* const* rows, Sum<T>* d,
+                         int64_t stride, const Step& step) {
+  using A = Sum<T>;
+  const int64_t F = p.num_fields, K = kEmbedDim ? kEmbedDim : p.embed_dim;
+  if (!s.is_dense()) {
+    struct Same {
+      A value;
+      A pair(int64_t, int64_t) const { return value; }
+      A at(A term, int64_t) const { return term; }
+    };
+    for (int64_t i = 0; i < s.num_active(); ++i) {
+      const int64_t f = s.active(i);
+      field_gradient<Output::kSum>(s, Same{grad_output}, rows, f, K, d + f * stride);
+      step(1);
+    }
+    return;
+  }
+  dispatch_registers<kEmbedDim, kLanes<A>>(K, [&](auto embed_dim, auto rest) {
+    constexpr int kFields = kPairsPerRegister<embed_dim(), kLanes<A>>;
+    int64_t f = 0;
+    for (; f + kFields <= F; f += kFields) {
+      field_gradients<embed_dim(), rest(), kFields>(s, grad_output, rows, f, F, K, d + f * stride, stride);
+      step(kFields);
+    }
+    for (; f < F; ++f) {
+      field_gradients<embed_dim(), rest(), 1>(s, grad_output, rows, f, F, K, d + f * stride, stride);
+      step(1);
+    }
+  });
+}

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: MIT
+// How rows of a table are updated. Included after vec.h, inside the namespace of an ISA. An optimizer is a struct whose
+// update(w, s0, s1, g) takes registers of weights, of its two states and of the gradient.
+
+// 1 / sqrt(v) for v >= 0, to the last bit or two; a large finite number where v is 0.
+template <typename A, int N>
+inline Vec<A, N> inverse_sqrt(Vec<A, N> v) {
+  constexpr A kSmallest = std::is_same_v<A, float> ? A(0x1p-126) : A(0x1p-1022);
+  v = v < kSmallest ? Vec<A, N>{} + kSmallest : v;
+  // An estimate of 12 bits or more, and a step of Newton's.
+  [[maybe_unused]] const auto refine = [v](Vec<A, N> y) { return y * (A(1.5) - (A(0.5) * v * y) * y); };
+  if constexpr (std::is_same_v<A, float>) {
+    using V = Vec<A, N>;
+#if defined(__AVX512F__)
+    if constexpr (N == 16) return refine(bit_copy<V>(_mm512_rsqrt14_ps(bit_copy<__m512>(v))));
+#endif
+#if defined(__AVX__)
+    if constexpr (N == 8) return refine(bit_copy<V>(_mm256_rsqrt_ps(bit_copy<__m256>(v))));
+#endif
+#if defined(__x86_64__)
+    if constexpr (N == 4) return refine(bit_copy<V>(_mm_rsqrt_ps(bit_copy<__m128>(v))));
+#endif
+#if defined(__aarch64__)
+    if constexpr (N == 4) return refine(refine(bit_copy<V>(vrsqrteq_f32(bit_copy<float32x4_t>(v)))));
+#endif
+  }
+  Vec<A, N> y;
+  for (int i = 0; i < N; ++i) y[i] = A(1) / std::sqrt(v[i]);
+  return y;
+}
+template <typename A, int N>
+inline Vec<A, N> square_root(Vec<A, N> v) {
+  return v * inverse_sqrt<A, N>(v);
+}
+
+template <typename A>
+struct Sgd {
+  static constexpr int kStates = 0;
+  explicit Sgd(const Optimizer& o) : lr(o.lr), weight_decay(o.weight_decay) {}
+  template <int N>
+  void update(Vec<A, N>& w, Vec<A, N>&, Vec<A, N>&, Vec<A, N> g) const {
+    w -= lr * (g + weight_decay * w);
+  }
+  A lr, weight_decay;
+};
+
+// Duchi, Hazan, Singer, "Adaptive Subgradient Methods", JMLR 12 (2011), without an epsilon: libffm's form.
+template <typename A>
+struct AdaGrad {
+  static constexpr int kStates = 1;
+  explicit AdaGrad(const Optimizer& o) : lr(o.lr), weight_decay(o.weight_decay) {}
+  template <int N>
+  void update(Vec<A, N>& w, Vec<A, N>& sum, Vec<A, N>&, Vec<A, N> g) const {
+    g += weight_decay * w;
+    sum += g * g;
+    w -= lr * g * inverse_sqrt<A, N>(sum);
+  }
+  A lr, weight_decay;
+};
+
+// Kingma, Ba, "Adam", ICLR 2015; rows that a batch does not touch stay as they are, and eps is that of
+// the paper's last remark in section 2, as in torch.optim.SparseAdam.
+template <typename A>
+struct Adam {
+  static constexpr int kStates = 2;
+  explicit Adam(const Optimizer& o)
+      : beta1(o.beta1),
+        beta2(o.beta2),
+        eps(o.eps),
+        weight_decay(o.weight_decay),
+        rate(o.lr * std::sqrt(o.correction2) / o.correction1) {}
+  template <int N>
+  void update(Vec<A, N>& w, Vec<A, N>& mean, Vec<A, N>& square, Vec<A, N> g) const {
+    g += weight_decay * w;
+    mean += (1 - beta1) * (g - mean);
+    square += (1 - beta2) * (g * g - square);
+    w -= rate * mean / (square_root<A, N>(square) + eps);
+  }
+  A beta1, beta2, eps, weight_decay, rate;
+};
+
+// McMahan et al., "Ad Click Prediction: a View from the Trenches", KDD 2013, Algorithm 1. weight_decay is its lambda_2.
+template <typename A>
+struct Ftrl {
+  static constexpr int kStates = 2;
+  explicit Ftrl(const Optimizer& o) : inverse_lr(1 / o.lr), beta(o.beta1), l1(o.l1), l2(o.weight_decay) {}
+  template <int N>
+  void update(Vec<A, N>& w, Vec<A, N>& z, Vec<A, N>& n, Vec<A, N> g) const {
+    const Vec<A, N> sum = n + g * g, root = square_root<A, N>(sum);
+    z += g - (root - square_root<A, N>(n)) * inverse_lr * w;
+    n = sum;
+    const Vec<A, N> size = z < 0 ? -z : z, shrunk = l1 - size;
+    const Vec<A, N> toward = (z < 0 ? -shrunk : shrunk) / ((beta + root) * inverse_lr + l2);
+    w = size <= l1 ? Vec<A, N>{} : toward;
+  }
+  A inverse_lr, beta, l1, l2;
+};
+
+// How the weights of a row are rounded: to nearest, or by a hash of (seed, step, row) and of the place in the row.
+class Rounding {
+ public:
+  Rounding(const Optimizer& o, int64_t row) : is_stochastic_(o.is_stochastic) {
+    if (!is_stochastic_) return;
+    uint64_t h = o.seed ^ static_cast<uint64_t>(o.step) * 0x9e3779b97f4a7c15u;
+    for (int i = 0; i < 2; ++i) {
+      h = (h ^ h >> 32) * 0xd6e8feb86659fd93u;
+      if (i == 0) h ^= static_cast<uint64_t>(row);
+    }
+    key_ = static_cast<uint32_t>(h >> 32);
+  }
+  // 16 random bits for each of the places i, i + 1, ...
+  template <int N>
+  Vec<uint32_t, N> bits(int64_t i) const {
+    Vec<uint32_t, N> h;
+    for (int lane = 0; lane < N; ++lane) h[lane] = lane;
+    h = (h + static_cast<uint32_t>(i)) * 0x9e3779b9u + key_;
+    // MurmurHash3's finalizer (Appleby, public domain).
+    h = (h ^ h >> 16) * 0x85ebca6bu;
+    h = (h ^ h >> 13) * 0xc2b2ae35u;
+    return h >> 16;
+  }
+
+  bool is_stochastic() const { return is_stochastic_; }
+
+ private:
+  bool is_stochastic_;
+  uint32_t key_ = 0;
+};
+
+// Where a finite weight lies between two bfloat16, the nearer one is taken the more often: the mean stays.
+template <int N>
+inline Vec<uint16_t, N> round_at_random(Vec<float, N> v, Vec<uint32_t, N> random) {
+  const Vec<uint32_t, N> bits = bit_copy<Vec<uint32_t, N>>(v);
+  const Vec<uint32_t, N> rounded = (bits & 0x7f800000u) == 0x7f800000u ? bits : bits + random;
+  return __builtin_convertvector(rounded >> 16, Vec<uint16_t, N>);
+}
+
+// weight[row] moves against the gradient x * d at its elements [begin, begin + n); d[0] is that of the first.
+template <typename T>
+using UpdateRow = void (*)(const UpdatedTable&, const Optimizer&, int64_t row, Sum<T> x, const Sum<T>* d, int64_t begin,
+                           int64_t n);
+
+// Stores the first kCount weights of a register, which begin at place i of their row.
+template <int kCount, int N, typename T>
+inline void store_weights(T* p, Vec<Sum<T>, N> w, Rounding rounding, int64_t i) {
+  Vec<Bits<T>, N> bits = narrow<T, N>(w);
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (rounding.is_stochastic()) bits = round_at_random<N>(w, rounding.bits<N>(i));
+  }
+  __builtin_memcpy(p, &bits, kCount * sizeof(T));
+}
+
+template <typename T, template <typename> typename Rule>
+void update_row(const UpdatedTable& table, const Optimizer& o, int64_t row, Sum<T> x, const Sum<T>* d, int64_t begin,
+                int64_t n) {
+  using A = Sum<T>;
+  const Rule<A> rule(o);
+  const Rounding rounding(o, row);
+  const int64_t at = row * table.row_size + begin;
+  T* const weight = static_cast<T*>(table.weight) + at;
+  A* const first = static_cast<A*>(table.states[0]) + at;
+  A* const second = static_cast<A*>(table.states[1]) + at;
+  for_aligned<kLanes<A>>(weight, n, [=](auto size, int64_t i) __attribute__((always_inline)) {
+    constexpr int N = size();
+    Vec<A, N> w = load<N>(weight + i), s0 = {}, s1 = {};
+    if constexpr (Rule<A>::kStates > 0) s0 = load<N>(first + i);
+    if constexpr (Rule<A>::kStates > 1) s1 = load<N>(second + i);
+    rule.template update<N>(w, s0, s1, x * load<N>(d + i));
+    store_weights<N, N>(weight + i, w, rounding, begin + i);
+    if constexpr (Rule<A>::kStates > 0) store<N>(first + i, s0);
+    if constexpr (Rule<A>::kStates > 1) store<N>(second + i, s1);
+  });
+}
+
+// AdaGrad with one sum for each K-vector: that of the mean of g^2 over its K elements. kVectors of them in a register
+// of N lanes.
+template <typename T, int kEmbedDim, int kVectors, int N>
+__attribute__((always_inline)) inline void update_vectors(T* weight, Sum<T>* sums, Sgd<Sum<T>> rates, Rounding rounding,
+                                                          Sum<T> x, const Sum<T>* d, int64_t begin) {
+  using A = Sum<T>;
+  constexpr int kCount = kEmbedDim * kVectors;
+  Vec<A, N> w = load_first<N>(weight, kCount);
+  const Vec<A, N> g = x * load_first<N>(d, kCount) + rates.weight_decay * w;
+  // The sum of each K-vector in all of its lanes. Shuffles between registers of one size are single instructions.
+  Vec<A, N> squares = g * g;
+  constexpr auto kLanesOf = std::make_integer_sequence<int, N>{};
+  const auto add_lanes =
+      [&]<int kStep, int... I>(std::integer_sequence<int, kStep>, std::integer_sequence<int, I...>)
+          __attribute__((always_inline)) { squares += __builtin_shufflevector(squares, squares, (I ^ kStep)...); };
+  if constexpr (kEmbedDim > 1) add_lanes(std::integer_sequence<int, 1>{}, kLanesOf);
+  if constexpr (kEmbedDim > 2) add_lanes(std::integer_sequence<int, 2>{}, kLanesOf);
+  if constexpr (kEmbedDim > 4) add_lanes(std::integer_sequence<int, 4>{}, kLanesOf);
+  if constexpr (kEmbedDim > 8) add_lanes(std::integer_sequence<int, 8>{}, kLanesOf);
+  const Vec<A, N> before = load_first<N>(sums, kVectors);
+  const Vec<A, N> sum = squares * (A(1) / kEmbedDim) + [&]<int... I>(std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(before, before, (I / kEmbedDim)...);
+  }(kLanesOf);
+  const Vec<A, N> after = [&]<int... I>(std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(sum, sum, (I * kEmbedDim % N)...);
+  }(kLanesOf);
+  __builtin_memcpy(sums, &after, kVectors * sizeof(A));
+  w -= rates.lr * g * inverse_sqrt<A, N>(sum);
+  store_weights<kCount, N>(weight, w, rounding, begin);
+}
+
+template <typename T>
+void update_row_vector_wise(const UpdatedTable& table, const Optimizer& o, int64_t row, Sum<T> x, const Sum<T>* d,
+                            int64_t begin, int64_t n) {
+  using A = Sum<T>;
+  const Rounding rounding(o, row);
+  T* const weight = static_cast<T*>(table.weight) + row * table.row_size + begin;
+  A* const sums = static_cast<A*>(table.states[0]) + row * table.state_row_size + begin / table.embed_dim;
+  const Sgd<A> rates(o);
+  const auto with_constant = [=](auto embed_dim) {
+    constexpr int K = embed_dim();
+    constexpr int N = std::max(K, kLanes<A>), kMost = N / K;
+    int64_t i = 0;
+    const auto update = [&](auto vectors) __attribute__((always_inline)) {
+      update_vectors<T, K, vectors(), N>(weight + i, sums + i / K, rates, rounding, x, d + i, begin + i);
+      i += vectors() * K;
+    };
+    while (i + N <= n) update(std::integral_constant<int, kMost>{});
+    if constexpr (kMost > 2) {
+      if (i + 2 * K <= n) update(std::integral_constant<int, 2>{});
+    }
+    while (i < n) update(std::integral_constant<int, 1>{});
+  };
+  switch (table.embed_dim) {
+    case 4: return with_constant(std::integral_constant<int, 4>{});
+    case 8: return with_constant(std::integral_constant<int, 8>{});
+    case 16: return with_constant(std::integral_constant<int, 16>{});
+  }
+  const int64_t K = table.embed_dim;
+  for (int64_t i = 0; i < n; i += K) {
+    const auto gradient = [&](int64_t k) { return x * d[i + k] + rates.weight_decay * load(weight + i + k); };
+    A squares = 0;
+    for (int64_t k = 0; k < K; ++k) squares += gradient(k) * gradient(k);
+    A& sum = sums[i / K];
+    sum += squares / static_cast<A>(K);
+    const A rate = rates.lr * inverse_sqrt<A, 2>(Vec<A, 2>{sum})[0];
+    for (int64_t k = 0; k < K; ++k) {
+      store_weights<1, 2>(weight + i + k, Vec<A, 2>{load(weight + i + k) - rate * gradient(k)}, rounding,
+                          begin + i + k);
+    }
+  }
+}
+
+template <typename T>
+UpdateRow<T> choose_update(OptimizerKind kind) {
+  switch (kind) {
+    case OptimizerKind::kSgd: return update_row<T, Sgd>;
+    case OptimizerKind::kAdaGrad: return update_row<T, AdaGrad>;
+    case OptimizerKind::kVectorAdaGrad: return update_row_vector_wise<T>;
+    case OptimizerKind::kAdam: return update_row<T, Adam>;
+    case OptimizerKind::kFtrl: return update_row<T, Ftrl>;
+  }
+  return nullptr;
+}

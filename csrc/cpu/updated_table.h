@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: MIT
+// From the arguments of the operators that update tables to optimizer.h.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../checks.h"
+#include "../optimizer.h"
+
+namespace ffm {
+
+// How the schemas of ops.cpp name an optimizer and give its numbers.
+inline Optimizer checked_optimizer(const char* op, const std::string& name, const std::vector<double>& settings,
+                                   int64_t step, std::optional<int64_t> rounding_seed, ScalarKind dtype) {
+  Optimizer o;
+  if (name == "sgd") {
+    o.kind = OptimizerKind::kSgd;
+  } else if (name == "adagrad") {
+    o.kind = OptimizerKind::kAdaGrad;
+  } else if (name == "vector_adagrad") {
+    o.kind = OptimizerKind::kVectorAdaGrad;
+  } else if (name == "adam") {
+    o.kind = OptimizerKind::kAdam;
+  } else if (name == "ftrl") {
+    o.kind = OptimizerKind::kFtrl;
+  } else {
+    fail(op, "optimizer = '", name, "' is not one of sgd, adagrad, vector_adagrad, adam, ftrl");
+  }
+  if (settings.size() != 6) {
+    fail(op, "settings has ", settings.size(), " numbers, not lr, weight_decay, beta1, beta2, eps, l1");
+  }
+  o.lr = settings[0];
+  o.weight_decay = settings[1];
+  o.beta1 = settings[2];
+  o.beta2 = settings[3];
+  o.eps = settings[4];
+  o.l1 = settings[5];
+  if (step < 1) fail(op, "step = ", step, " must be at least 1");
+  o.set_step(step);
+  if (rounding_seed) {
+    if (dtype != ScalarKind::kBFloat16) fail(op, "rounding_seed is given, but weight is not bfloat16");
+    o.is_stochastic = true;
+    o.seed = static_cast<uint64_t>(*rounding_seed);
+  }
+  return o;
+}
+
+inline ScalarType sum_type(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
+// A table of rows [F, K] and its states, which are dense, on the table's device, and as long as the optimizer needs.
+inline UpdatedTable checked_table(const char* op, const std::string& name, const Tensor& weight, int64_t num_rows,
+                                  int64_t num_fields, int64_t embed_dim, const std::vector<Tensor>& states,
+                                  OptimizerKind kind) {
+  UpdatedTable table;
+  table.weight = weight.mutable_data_ptr();
+  table.row_size = num_fields * embed_dim;
+  table.embed_dim = embed_dim;
+  table.state_row_size = is_vector_wise(kind) ? num_fields : table.row_size;
+  if (static_cast<int64_t>(states.size()) != num_states(kind)) {
+    fail(op, name, "states has ", states.size(), " tensors, the optimizer keeps ", num_states(kind));
+  }
+  for (size_t i = 0; i < states.size(); ++i) {
+    const std::string state = name + "states[" + std::to_string(i) + "]";
+    check_same_device(op, state.c_str(), states[i], weight);
+    if (states[i].scalar_type() != sum_type(weight.scalar_type())) {
+      fail(op, state, " must be ", dtype_text(sum_type(weight.scalar_type())), ", got ",
+           dtype_text(states[i].scalar_type()));
+    }
+    if (!states[i].is_contiguous()) fail(op, state, " is not contiguous");
+    if (states[i].numel() != num_rows * table.state_row_size) {
+      fail(op, state, " has shape ", shape_text(states[i]), ", it needs ", num_rows, " rows of ", table.state_row_size);
+    }
+    table.states[i] = states[i].mutable_data_ptr();
+  }
+  return table;
+}
+
+}  // namespace ffm

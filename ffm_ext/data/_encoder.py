@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: MIT
+"""Columns of a frame to features: a column is a field."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ffm_ext.batch import SparseBatch
+
+from ._dataset import compact
+from ._frames import Column, columns_of
+from ._store import new_file
+
+Array = npt.NDArray[Any]
+Kind = Literal["vocabulary", "hash", "bins", "numeric"]
+
+FORMAT, VERSION = "ffm_ext.FieldEncoder", 1
+
+
+@dataclass
+class Vocabulary:
+    """A feature for each category that occurs, one for those that do not, one for a missing value.
+
+    Args:
+        min_count: categories with fewer occurrences in :meth:`FieldEncoder.fit` count as unknown.
+
+    The ids of the field: missing, unknown, then the categories in the order of their text.
+    """
+
+    min_count: int = 1
+    categories: list[str] = field(default_factory=list)
+    kind: ClassVar[Kind] = "vocabulary"
+
+    def __post_init__(self) -> None:
+        if self.min_count < 1:
+            raise ValueError(f"Vocabulary: min_count = {self.min_count} must be positive")
+
+    @property
+    def num_features(self) -> int:
+        """How many ids the field has."""
+        return 2 + len(self.categories)
+
+    def fit(self, values: Array) -> None:
+        """Learn the categories."""
+        texts, inverse = _unique_texts(values)
+        counts = Counter[str]()
+        for text, count in zip(texts, np.bincount(inverse, minlength=len(texts)), strict=True):
+            counts[text] += int(count)
+        self.categories = sorted(text for text, n in counts.items() if n >= self.min_count)
+
+    def encode(self, values: Array) -> tuple[Array, Array | None]:
+        """Local ids of values that are there, and the value of each entry (``None``: 1)."""
+        ids = {text: i for i, text in enumerate(self.categories, 2)}
+        texts, inverse = _unique_texts(values)
+        return np.array([ids.get(text, 1) for text in texts], dtype=np.int64)[inverse], None
+
+    def names(self) -> Iterable[str]:
+        """What each local id stands for."""
+        return ["=<missing>", "=<unknown>", *(f"={text}" for text in self.categories)]
+
+
+@dataclass
+class Hash:
+    """A feature for each of ``buckets`` buckets, and one for a missing value. It needs no vocabulary.
+
+    Args:
+        buckets: a category goes into the bucket ``blake2b(its text, 8 bytes, key=seed) mod buckets``: the same one on
+            every machine.
+        seed: of the hash.
+    """
+
+    buckets: int = 1 << 18
+    seed: int = 0
+    kind: ClassVar[Kind] = "hash"
+
+    def __post_init__(self) -> None:
+        if self.buckets < 1:
+            raise ValueError(f"Hash: buckets = {self.buckets} must be positive")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"Hash: seed = {self.seed} must be in [0, 2**64)")
+
+    @property
+    def num_features(self) -> int:
+        """How many ids the field has."""
+        return 1 + self.buckets
+
+    def fit(self, values: Array) -> None:
+        """Nothing is to be learnt."""
+
+    def encode(self, values: Array) -> tuple[Array, Array | None]:
+        """Local ids of values that are there, and the value of each entry (``None``: 1)."""
+        key = self.seed.to_bytes(8, "little")
+
+        def bucket(text: str) -> int:
+            data = text.encode("utf-8", "surrogatepass")
+            digest = hashlib.blake2b(data, digest_size=8, key=key).digest()
+            return 1 + int.from_bytes(digest, "little") % self.buckets
+
+        texts, inverse = _unique_texts(values)
+        return np.array([bucket(text) for text in texts], dtype=np.int64)[inverse], None
+
+    def names(self) -> Iterable[str]:
+        """What each local id stands for."""
+        return ["=<missing>", *(f"#{i}" for i in range(self.buckets))]
+
+
+@dataclass
+class Bins:
+    """A feature for each of about ``bins`` intervals that hold equally many numbers, and one for a missing value.
+
+    Args:
+        bins: at most so many; fewer where one number makes up several of them.
+    """
+
+    bins: int = 10
+    edges: list[float] = field(default_factory=list)
+    kind: ClassVar[Kind] = "bins"
+
+    def __post_init__(self) -> None:
+        if self.bins < 1:
+            raise ValueError(f"Bins: bins = {self.bins} must be positive")
+
+    @property
+    def num_features(self) -> int:
+        """How many ids the field has."""
+        return 2 + len(self.edges)
+
+    def fit(self, values: Array) -> None:
+        """Learn the inner edges, which are quantiles."""
+        numbers = _as_numbers(values)
+        numbers = numbers[np.isfinite(numbers)]
+        self.edges = []
+        if numbers.size:
+            inner = np.quantile(numbers, np.arange(1, self.bins) / self.bins)
+            # An edge at the least number would leave nothing below it.
+            self.edges = np.unique(inner[inner > numbers.min()]).tolist()
+
+    def encode(self, values: Array) -> tuple[Array, Array | None]:
+        """Local ids of values that are there, and the value of each entry (``None``: 1)."""
+        return 1 + np.searchsorted(np.array(self.edges), _as_numbers(values), side="right"), None
+
+    def names(self) -> Iterable[str]:
+        """What each local id stands for."""
+        ends = [-np.inf, *self.edges, np.inf]
+        return ["=<missing>", *(f" in [{low:g}, {high:g})" for low, high in pairwise(ends))]
+
+
+@dataclass
+class Numeric:
+    """One feature, whose value is the number itself; a missing number is no entry."""
+
+    kind: ClassVar[Kind] = "numeric"
+
+    @property
+    def num_features(self) -> int:
+        """How many ids the field has."""
+        return 1
+
+    def fit(self, values: Array) -> None:
+        """Nothing is to be learnt."""
+
+    def encode(self, values: Array) -> tuple[Array, Array | None]:
+        """Local ids of values that are there, and the value of each entry."""
+        with np.errstate(over="ignore"):
+            numbers = _as_numbers(values).astype(np.float32)
+        if not np.isfinite(numbers).all():
+            bad = values[~np.isfinite(numbers)][0]
+            raise ValueError(f"{bad} is not finite in float32")
+        return np.zeros(len(numbers), dtype=np.int64), numbers
+
+    def names(self) -> Iterable[str]:
+        """What each local id stands for."""
+        return [""]
+
+
+Encoding = Vocabulary | Hash | Bins | Numeric
+_ENCODINGS: dict[str, type[Encoding]] = {cls.kind: cls for cls in (Vocabulary, Hash, Bins, Numeric)}
+
+
+class FieldEncoder:
+    """Learns how the columns of a frame become features, and makes batches of frames. A column is a field.
+
+    Frames are pandas and polars data frames, pyarrow tables, and dicts of arrays or lists. Missing are ``None``, NaN,
+    NaT and what the frame calls null. A column of lists is multi-hot: an entry for each element; an empty list is a
+    sample without entries in this field, a missing list is a missing value.
+
+    Categories are told apart by their text, numbers by value: 1, 1.0, ``True`` and ``"1"`` are the same, so that a
+    column may be of integers here and, for a missing value, of floats there.
+
+    Args:
+        columns: column -> :class:`Vocabulary`, :class:`Hash`, :class:`Bins` or :class:`Numeric`, or the name of one
+            (``"vocabulary"``, ``"hash"``, ``"bins"``, ``"numeric"``) with its defaults. ``None``: all columns of the
+            frame that :meth:`fit` sees, floating-point ones as ``"bins"``, others as ``"vocabulary"``.
+
+    Raises:
+        ValueError: there is no encoding of that name.
+    """
+
+    def __init__(self, columns: Mapping[str, Kind | Encoding] | None = None) -> None:
+        self._infer = columns is None
+        self._is_fitted = False
+        self.columns: dict[str, Encoding] = {}
+        for name, encoding in (columns or {}).items():
+            if isinstance(encoding, str):
+                if encoding not in _ENCODINGS:
+                    raise ValueError(
+                        f"FieldEncoder: columns[{name!r}] = {encoding!r} is not one of "
+                        f"{', '.join(get_args(Kind))}"
+                    )
+                encoding = _ENCODINGS[encoding]()
+            self.columns[name] = encoding
+
+    @property
+    def num_fields(self) -> int:
+        """F, the number of columns."""
+        return len(self.columns)
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        """The columns, in the order of their fields."""
+        return tuple(self.columns)
+
+    @property
+    def field_dims(self) -> tuple[int, ...]:
+        """How many features each field has, ``F`` of them."""
+        self._check_fitted()
+        return tuple(encoding.num_features for encoding in self.columns.values())
+
+    @property
+    def num_features(self) -> int:
+        """N, over all fields."""
+        return sum(self.field_dims)
+
+    @property
+    def feature_fields(self) -> Tensor:
+        """The field of each feature, ``[N]`` int32."""
+        dims = torch.tensor(self.field_dims, dtype=torch.int64)
+        return torch.arange(self.num_fields, dtype=torch.int32).repeat_interleave(dims)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """What each feature stands for, ``N`` texts: ``"user=alice"``, ``"age in [20, 30)"``, ``"site#17"``."""
+        self._check_fitted()
+        return tuple(
+            name + rest for name, encoding in self.columns.items() for rest in encoding.names()
+        )
+
+    def fit(self, frame: Any) -> FieldEncoder:
+        """Learn vocabularies and bins.
+
+        Raises:
+            KeyError: the frame lacks a column.
+            ValueError: columns differ in length, or numbers are asked of a column that holds none.
+        """
+        found = columns_of(frame, None if self._infer else self.columns)
+        if self._infer:
+            self.columns = {
+                name: Bins() if column.values.dtype.kind == "f" else Vocabulary()
+                for name, column in found.items()
+            }
+        for name, encoding in self.columns.items():
+            with _naming(name):
+                encoding.fit(found[name].values)
+        self._is_fitted = True
+        return self
+
+    def transform(self, frame: Any) -> SparseBatch:
+        """A batch of the frame's rows; the entries of a row in the order of the fields.
+
+        Raises:
+            KeyError: the frame lacks a column.
+            RuntimeError: :meth:`fit` has not been called.
+            ValueError: columns differ in length, a column should hold numbers and does not, or is ``"numeric"`` and
+                holds lists or an infinite number.
+        """
+        self._check_fitted()
+        found = columns_of(frame, self.columns)
+        fields = []
+        begin = 0
+        for name, encoding in self.columns.items():
+            with _naming(name):
+                fields.append(_encode(found[name], encoding, begin))
+            begin += encoding.num_features
+        return _interleave(fields, len(next(iter(found.values())).counts) if found else 0)
+
+    def fit_transform(self, frame: Any) -> SparseBatch:
+        """:meth:`fit`, then :meth:`transform`."""
+        return self.fit(frame).transform(frame)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write it as JSON, for :meth:`load`. The file is there whole, or as it was."""
+        self._check_fitted()
+        info = {
+            "format": FORMAT,
+            "version": VERSION,
+            "columns": [
+                {"name": name, "kind": encoding.kind, **asdict(encoding)}
+                for name, encoding in self.columns.items()
+            ],
+        }
+        with new_file(path) as new:
+            new.write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> FieldEncoder:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is corrupt, holds something else, or is of a later version.
+            OSError: it cannot be read.
+        """
+        try:
+            info = json.loads(Path(path).read_text(encoding="utf-8"))
+            if info["format"] != FORMAT or info["version"] != VERSION:
+                raise ValueError(f"it is not {FORMAT} of version {VERSION}")
+            encoder = cls({})
+            for column in info["columns"]:
+                name, kind = column.pop("name"), column.pop("kind")
+                encoder.columns[name] = _ENCODINGS[kind](**column)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: corrupt: {type(error).__name__}: {error}") from None
+        encoder._is_fitted = True
+        return encoder
+
+    def _check_fitted(self) -> None:
+        if not self._is_fitted:
+            raise RuntimeError("FieldEncoder: call fit first")
+
+    def __repr__(self) -> str:
+        columns = ", ".join(f"{name}: {e.kind}" for name, e in self.columns.items())
+        return f"FieldEncoder({columns or 'not fitted'})"
+
+
+class _naming:
+    """Puts the column's name before the text of a ValueError."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError):
+            raise ValueError(f"FieldEncoder: column {self.name!r}: {error}") from error
+
+
+def _encode(column: Column, encoding: Encoding, begin: int) -> tuple[Array, Array | None, Array]:
+    """Global ids, values, and how many of them each row has."""
+    is_numeric = isinstance(encoding, Numeric)
+    if is_numeric and column.is_list:
+        raise ValueError("a numeric column cannot hold lists")
+    ids, values = encoding.encode(column.values)
+    counts = column.counts
+    if not is_numeric and column.missing.any():
+        # A missing value has no entry yet, and gets that of local id 0.
+        ids = np.insert(ids, (counts.cumsum() - counts)[column.missing], 0)
+        counts = counts + column.missing
+    return ids + begin, values, counts
+
+
+def _interleave(fields: list[tuple[Array, Array | None, Array]], n: int) -> SparseBatch:
+    """The entries of all fields, row by row."""
+    rows = sum((counts for _, _, counts in fields), np.zeros(n, dtype=np.int64))
+    offsets = np.concatenate([[0], rows.cumsum()])
+    indices = np.empty(offsets[-1], dtype=np.int64)
+    field_of = np.empty(offsets[-1], dtype=np.int64)
+    reals = np.ones(offsets[-1], dtype=np.float32)
+    starts = offsets[:-1].copy()
+    for f, (ids, values, counts) in enumerate(fields):
+        before = counts.cumsum() - counts
+        at = np.repeat(starts - before, counts) + np.arange(len(ids))
+        indices[at], field_of[at] = ids, f
+        if values is not None:
+            reals[at] = values
+        starts += counts
+    tensors = map(torch.from_numpy, (indices, field_of, reals, offsets))
+    return compact(SparseBatch(*tensors))
+
+
+def _unique_texts(values: Array) -> tuple[list[str], Array]:
+    """The texts of ``values``, each about once, and which of them each value has."""
+    if values.dtype.kind == "M":
+        values = values.astype("datetime64[us]")
+    if values.dtype.kind != "O":
+        unique, inverse = np.unique(values, return_inverse=True)
+        return list(map(_text, unique.tolist() if unique.dtype.kind != "f" else unique)), inverse
+    numbers: dict[Any, int] = {}
+    inverse = np.fromiter(
+        (numbers.setdefault(value, len(numbers)) for value in values), np.int64, len(values)
+    )
+    return list(map(_text, numbers)), inverse
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    if isinstance(value, bool | int | np.bool_ | np.integer):
+        return str(int(value))
+    if isinstance(value, float | np.floating):
+        return str(int(value)) if float(value).is_integer() else str(value)
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _as_numbers(values: Array) -> npt.NDArray[np.float64]:
+    if values.dtype.kind not in "biufO":
+        raise ValueError(f"numbers are needed, got {values.dtype}")
+    try:
+        return values.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError("numbers are needed, got something else") from None

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""Optimizers that update a table in place: inside ``backward`` (fused), or in :mod:`ffm_ext.training`.
+
+An optimizer here is a description, a frozen dataclass of its numbers. ``layer.fuse_optimizer(AdaGrad(lr=0.1))`` gives the
+layer its state and returns a :class:`FusedOptimizer`, which torch's learning-rate schedulers take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["SGD", "AdaGrad", "VectorAdaGrad", "Adam", "FTRL", "FusedOptimizer", "Optimizer"]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What all optimizers have.
+
+    Args:
+        lr: learning rate, positive.
+        weight_decay: L2, added to the gradient as ``weight_decay * weight``. Only rows that a step touches decay.
+        rounding_seed: for bfloat16 tables: round weights up or down at random (so that steps below half a unit in the
+            last place are not lost), replayable from this seed; ``None`` rounds to nearest.
+
+    Raises:
+        ValueError: a number is negative or not finite, or ``lr`` is not positive.
+    """
+
+    lr: float
+    weight_decay: float = 0.0
+    rounding_seed: int | None = None
+
+    name: ClassVar[str]
+    state_names: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float | int) and field.name != "rounding_seed":
+                if not math.isfinite(value) or value < 0 or (field.name == "lr" and value == 0):
+                    raise ValueError(
+                        f"{type(self).__name__}: {field.name} = {value} is out of range"
+                    )
+
+    def settings(self) -> list[float]:
+        """``lr, weight_decay, beta1, beta2, eps, l1``, as the operators take them."""
+        return [self.lr, self.weight_decay, 0.0, 0.0, 0.0, 0.0]
+
+    def new_state(self, weight: Tensor, embed_dim: int) -> dict[str, Tensor]:
+        """What is kept for a table ``[N, F·K]``: name -> tensor, float32 (float64 for a float64 table)."""
+        return {name: _zeros(weight) for name in self.state_names}
+
+
+def _zeros(weight: Tensor, fill: float = 0.0, width: int | None = None) -> Tensor:
+    from .memory import empty_table
+
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    width = weight.shape[1] if width is None else width
+    return empty_table(weight.shape[0], width, dtype=dtype, device=weight.device).fill_(fill)
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent: ``w -= lr · g``."""
+
+    name: ClassVar[str] = "sgd"
+
+
+@dataclass(frozen=True)
+class AdaGrad(Optimizer):
+    """``sum += g²;  w -= lr · g / √sum`` for each weight (Duchi et al., JMLR 12, 2011), without an epsilon, as in libffm.
+
+    Args:
+        initial_accumulator: what ``sum`` starts from: 1 in libffm. ``torch.optim.Adagrad`` starts from 0.
+    """
+
+    lr: float = 0.2
+    initial_accumulator: float = 1.0
+
+    name: ClassVar[str] = "adagrad"
+    state_names: ClassVar[tuple[str, ...]] = ("sum",)
+
+    def new_state(self, weight: Tensor, embed_dim: int) -> dict[str, Tensor]:
+        """``sum``, the shape of the table."""
+        return {"sum": _zeros(weight, self.initial_accumulator)}
+
+
+@dataclass(frozen=True)
+class VectorAdaGrad(Optimizer):
+    """AdaGrad with one sum for each K-vector, of the mean of ``g²`` over its elements: 1/K of the state."""
+
+    lr: float = 0.2
+    initial_accumulator: float = 1.0
+
+    name: ClassVar[str] = "vector_adagrad"
+    state_names: ClassVar[tuple[str, ...]] = ("sum",)
+
+    def new_state(self, weight: Tensor, embed_dim: int) -> dict[str, Tensor]:
+        """``sum``, ``[N, F]``."""
+        return {"sum": _zeros(weight, self.initial_accumulator, weight.shape[1] // embed_dim)}
+
+
+@dataclass(frozen=True)
+class Adam(Optimizer):
+    """Adam (Kingma, Ba, ICLR 2015) of the rows that a step touches, as ``torch.optim.SparseAdam`` does it."""
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    name: ClassVar[str] = "adam"
+    state_names: ClassVar[tuple[str, ...]] = ("mean", "square")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"Adam: betas = {self.betas} must lie in [0, 1)")
+
+    def settings(self) -> list[float]:
+        """``lr, weight_decay, beta1, beta2, eps, l1``."""
+        return [self.lr, self.weight_decay, *self.betas, self.eps, 0.0]
+
+
+@dataclass(frozen=True)
+class FTRL(Optimizer):
+    """FTRL-Proximal (McMahan et al., KDD 2013, Algorithm 1); ``l1`` makes weights exactly 0.
+
+    Args:
+        lr, beta: the paper's α and β.
+        l1, weight_decay: the paper's λ₁ and λ₂.
+    """
+
+    lr: float = 0.1
+    beta: float = 1.0
+    l1: float = 0.0
+
+    name: ClassVar[str] = "ftrl"
+    state_names: ClassVar[tuple[str, ...]] = ("z", "n")
+
+    def settings(self) -> list[float]:
+        """``lr, weight_decay, beta, 0, 0, l1``."""
+        return [self.lr, self.weight_decay, self.beta, 0.0, 0.0, self.l1]
+
+    def new_state(self, weight: Tensor, embed_dim: int) -> dict[str, Tensor]:
+        """``z`` such that it stands for the weights as they are, and ``n`` = 0, each the shape of the table."""
+        state = super().new_state(weight, embed_dim)
+        wide = weight.detach().to(state["z"].dtype)
+        state["z"].copy_(-wide * (self.beta / self.lr + self.weight_decay) - wide.sign() * self.l1)
+        return state
+
+
+OPTIMIZERS = {cls.name: cls for cls in (SGD, AdaGrad, VectorAdaGrad, Adam, FTRL)}
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """The handle on an optimizer that works inside ``backward``: ``layer.fuse_optimizer`` returns it.
+
+    ``param_groups[0]["lr"]`` and ``["weight_decay"]`` are those of the next backward, so torch's learning-rate schedulers
+    work on it. ``step`` and ``zero_grad`` do nothing: the update is done by then. The state of the optimizer is part of
+    the layer's ``state_dict``; this one's holds the learning rate.
+    """
+
+    def __init__(self, layer: torch.nn.Module, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._layer = layer
+        super().__init__(
+            [layer.weight], {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
+        )
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Only calls ``closure``: ``backward`` has updated the table already."""
+        return None if closure is None else closure()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: the table has no gradient."""
+
+    def next_step(self) -> tuple[list[Tensor], tuple[str, list[float], int, int | None]]:
+        """The layer's state tensors, and what an operator is told of the update that comes now, which is counted."""
+        count = self._layer.get_buffer("optimizer_step")
+        count += 1
+        group, optimizer = self.param_groups[0], self.optimizer
+        settings = [float(group["lr"]), float(group["weight_decay"]), *optimizer.settings()[2:]]
+        states = [self._layer.get_buffer(f"optimizer_{name}") for name in optimizer.state_names]
+        return states, (optimizer.name, settings, int(count), optimizer.rounding_seed)
+
+
+def add_state(layer: torch.nn.Module, optimizer: Optimizer) -> None:
+    """Give a layer the buffers that ``optimizer`` keeps for its table: ``optimizer_step`` and one for each state."""
+    layer.register_buffer("optimizer_step", torch.zeros((), dtype=torch.int64))
+    for name, tensor in optimizer.new_state(layer.weight, layer.embed_dim).items():  # type: ignore[arg-type]
+        layer.register_buffer(f"optimizer_{name}", tensor)
+
+
+def remove_state(layer: torch.nn.Module) -> None:
+    """Take those buffers away again."""
+    for name in [name for name in layer._buffers if name.startswith("optimizer_")]:
+        delattr(layer, name)

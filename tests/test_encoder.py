@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: MIT
+"""Frames to features: the same for pandas, polars, pyarrow and dicts."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ffm_ext import SparseBatch
+from ffm_ext.data import Bins, FieldEncoder, Hash, Numeric, SparseDataset, Vocabulary
+
+
+def pandas_frame(data: dict[str, Any]) -> Any:
+    return pytest.importorskip("pandas").DataFrame(data)
+
+
+def polars_frame(data: dict[str, Any]) -> Any:
+    return pytest.importorskip("polars").DataFrame(data, strict=False)
+
+
+def arrow_table(data: dict[str, Any]) -> Any:
+    return pytest.importorskip("pyarrow").table(data)
+
+
+Make = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture(params=[pandas_frame, polars_frame, arrow_table, dict], ids=lambda f: f.__name__)
+def make(request: pytest.FixtureRequest) -> Make:
+    return request.param
+
+
+Entry = tuple[str, float]
+
+
+def rows(encoder: FieldEncoder, batch: SparseBatch) -> list[list[Entry]]:
+    """Every sample by the names of its features."""
+    names, fields = encoder.feature_names, encoder.feature_fields
+    assert len(names) == len(fields) == encoder.num_features == sum(encoder.field_dims)
+    assert torch.equal(fields[batch.indices], batch.fields)
+    values = torch.ones(batch.nnz) if batch.values is None else batch.values
+    found = [(names[i], v) for i, v in zip(batch.indices.tolist(), values.tolist(), strict=True)]
+    ends = batch.offsets.tolist()
+    for start, end in pairwise(ends):
+        assert batch.fields[start:end].tolist() == sorted(batch.fields[start:end].tolist())
+    return [found[start:end] for start, end in pairwise(ends)]
+
+
+TRAIN = {
+    "user": ["ann", "bob", None, "ann"],
+    "site": ["x", None, "y", "x"],
+    "age": [20.5, None, 41.0, 30.0],
+    "price": [0.5, 2.0, None, 1.0],
+    "genres": [["a", "b"], [], None, ["b", None]],
+    "item": [3, 1, 2, 3],
+}
+TEST = {
+    "user": ["eve", "bob", None],
+    "site": ["z", "x", None],
+    "age": [-1.0, 99.0, None],
+    "price": [-3.0, None, 0.0],
+    "genres": [["c", "a"], None, []],
+    "item": [7, 3, 1],
+}
+COLUMNS: Any = {
+    "user": "vocabulary",
+    "site": Hash(8, seed=1),
+    "age": Bins(2),
+    "price": "numeric",
+    "genres": "vocabulary",
+    "item": "vocabulary",
+}
+
+
+def test_every_kind_of_column(make: Make) -> None:
+    encoder = FieldEncoder(COLUMNS)
+    batch = encoder.fit_transform(make(TRAIN))
+    one = 1.0
+    x, y, z = (f"site#{Hash(8, 1).encode(np.array([t]))[0][0] - 1}" for t in "xyz")
+    low, high = "age in [-inf, 30)", "age in [30, inf)"
+    assert rows(encoder, batch) == [
+        [("user=ann", one), (x, one), (low, one), ("price", 0.5), ("genres=a", one),
+         ("genres=b", one), ("item=3", one)],
+        [("user=bob", one), ("site=<missing>", one), ("age=<missing>", one), ("price", 2.0),
+         ("item=1", one)],
+        [("user=<missing>", one), (y, one), (high, one), ("genres=<missing>", one),
+         ("item=2", one)],
+        [("user=ann", one), (x, one), (high, one), ("price", 1.0), ("genres=b", one),
+         ("item=3", one)],
+    ]  # fmt: skip
+    assert rows(encoder, encoder.transform(make(TEST))) == [
+        [("user=<unknown>", one), (z, one), (low, one), ("price", -3.0), ("genres=<unknown>", one),
+         ("genres=a", one), ("item=<unknown>", one)],
+        [("user=bob", one), (x, one), (high, one), ("genres=<missing>", one), ("item=3", one)],
+        [("user=<missing>", one), ("site=<missing>", one), ("age=<missing>", one), ("price", 0.0),
+         ("item=1", one)],
+    ]  # fmt: skip
+    assert batch.indices.dtype == torch.int32
+    assert encoder.field_names == tuple(COLUMNS)
+    assert encoder.field_dims == (4, 9, 3, 1, 4, 5)
+    assert (encoder.num_features, encoder.num_fields) == (26, 6)
+    assert encoder.feature_fields.tolist() == [0] * 4 + [1] * 9 + [2] * 3 + [3] + [4] * 4 + [5] * 5
+
+
+def test_columns_are_found_by_name(make: Make) -> None:
+    encoder = FieldEncoder(COLUMNS).fit(make(TRAIN))
+    shuffled = {"more": [1, 2, 3], **dict(reversed(TEST.items()))}
+    wanted, found = encoder.transform(make(TEST)), encoder.transform(make(shuffled))
+    assert torch.equal(wanted.indices, found.indices)
+    with pytest.raises(KeyError, match="the frame has no column 'age'"):
+        encoder.transform(make({k: v for k, v in TEST.items() if k != "age"}))
+
+
+def test_inferred_kinds(make: Make) -> None:
+    encoder = FieldEncoder().fit(make(TRAIN))
+    assert {name: encoding.kind for name, encoding in encoder.columns.items()} == {
+        "user": "vocabulary",
+        "site": "vocabulary",
+        "age": "bins",
+        "price": "bins",
+        "genres": "vocabulary",
+        "item": "vocabulary",
+    }
+
+
+def test_no_rows(make: Make) -> None:
+    encoder = FieldEncoder({"a": "vocabulary", "b": Bins(3)})
+    for batch in (encoder.fit_transform(make({"a": [], "b": []})),):
+        assert (len(batch), batch.nnz) == (0, 0)
+    assert encoder.feature_names == (
+        *("a=<missing>", "a=<unknown>", "b=<missing>"),
+        "b in [-inf, inf)",
+    )
+
+
+def test_one_hot_columns_have_no_values() -> None:
+    batch = FieldEncoder({"a": "vocabulary"}).fit_transform({"a": ["x", "y"]})
+    assert batch.values is None
+
+
+def test_frames_agree_on_what_a_category_is() -> None:
+    """Integers that are floats for a missing value beside them, in another frame texts."""
+    encoder = FieldEncoder({"a": "vocabulary", "b": Hash(10**6)})
+    wanted = encoder.fit_transform({"a": [1, 2, 3], "b": [1, 2, 3]}).indices.tolist()
+    for column in (
+        np.array([1.0, 2.0, 3.0]),
+        np.array([1, 2, 3], dtype=np.uint8),
+        np.array([1, 2, 3], dtype=np.float32),
+        ["1", "2", "3"],
+        [1, "2", 3.0],
+        [True, 2, 3],
+        (b"1", b"2", b"3"),
+        torch.tensor([1, 2, 3]),
+    ):
+        assert encoder.transform({"a": column, "b": column}).indices.tolist() == wanted
+    found = encoder.transform({"a": [1.0, math.nan], "b": [None, 2]}).indices.tolist()
+    assert found == [wanted[0], encoder.field_dims[0], 0, wanted[3]]
+
+
+def test_special_columns_of_pandas() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(
+        {
+            "category": pandas.Categorical(["b", None, "a"], categories=["c", "b", "a"]),
+            "large": pandas.array([2**62 + 1, None, 3], dtype="Int64"),
+            "real": pandas.array([0.5, None, 1.5], dtype="Float64"),
+            "flag": pandas.array([True, None, False], dtype="boolean"),
+            "text": pandas.array(["é", None, ""], dtype="string"),
+            "day": pandas.to_datetime(["2024-02-29", None, "2024-03-01"]),
+        },
+        index=[5, 5, 0],
+    )
+    kinds: Any = {"real": "numeric"}
+    encoder = FieldEncoder({name: kinds.get(name, "vocabulary") for name in frame.columns})
+    found = rows(encoder, encoder.fit_transform(frame))
+    assert [name for name, _ in found[0]] == [
+        *("category=b", "large=4611686018427387905", "real", "flag=1", "text=é"),
+        "day=2024-02-29T00:00:00",
+    ]
+    assert [name for name, _ in found[1]] == [
+        f"{name}=<missing>" for name in frame.columns if name != "real"
+    ]
+    assert [name for name, _ in found[2]] == [
+        *("category=a", "large=3", "real", "flag=0", "text="),
+        "day=2024-03-01T00:00:00",
+    ]
+
+
+def test_special_columns_of_polars_and_pyarrow() -> None:
+    polars, arrow = pytest.importorskip("polars"), pytest.importorskip("pyarrow")
+    day = datetime.datetime(2024, 2, 29)
+    frame = polars.DataFrame(
+        {
+            "category": polars.Series(["b", None, "a"], dtype=polars.Categorical),
+            "kind": polars.Series(["b", None, "a"], dtype=polars.Enum(["a", "b"])),
+            "large": [2**62 + 1, None, 3],
+            "real": [0.5, math.nan, None],
+            "flag": [True, None, False],
+            "day": [day, None, day],
+            "pair": polars.Series([[1, 2], None, [2, 2]], dtype=polars.Array(polars.Int64, 2)),
+        }
+    )
+    table = arrow.table(
+        {
+            "category": arrow.array(["b", None, "a"]).dictionary_encode(),
+            "kind": arrow.array(["b", None, "a"], type=arrow.large_string()),
+            "large": arrow.chunked_array([[2**62 + 1, None], [3]]),
+            "real": arrow.array([0.5, math.nan, None]),
+            "flag": arrow.array([True, None, False]),
+            "day": arrow.array([day, None, day]),
+            "pair": arrow.array([[1, 2], None, [2, 2]], type=arrow.list_(arrow.int64(), 2)),
+        }
+    )
+    plain = {
+        "category": ["b", None, "a"],
+        "kind": ["b", None, "a"],
+        "large": [2**62 + 1, None, 3],
+        "real": [0.5, math.nan, None],
+        "flag": [True, None, False],
+        "day": np.array(["2024-02-29", "NaT", "2024-02-29"], dtype="datetime64[ns]"),
+        "pair": [[1, 2], None, [2, 2]],
+    }
+    encoder = FieldEncoder(dict.fromkeys(plain, "vocabulary"))
+    wanted = rows(encoder, encoder.fit_transform(plain))
+    assert [name for name, _ in wanted[0]] == [
+        *("category=b", "kind=b", "large=4611686018427387905", "real=0.5", "flag=1"),
+        *("day=2024-02-29T00:00:00", "pair=1", "pair=2"),
+    ]
+    assert [name for name, _ in wanted[1]] == [f"{name}=<missing>" for name in plain]
+    for other in (frame, table):
+        assert rows(encoder, encoder.transform(other)) == wanted
+        assert rows(encoder, encoder.fit_transform(other)) == wanted
+
+
+def test_lists_in_arrays() -> None:
+    wanted = [[("a=1", 1), ("a=2", 1)], [("a=2", 1), ("a=2", 1)]]
+    for column in (np.array([[1, 2], [2, 2]]), [[1, 2], (2, 2)], torch.tensor([[1, 2], [2, 2]])):
+        encoder = FieldEncoder({"a": "vocabulary"})
+        assert rows(encoder, encoder.fit_transform({"a": column})) == wanted
+
+
+def test_vocabulary() -> None:
+    encoder = FieldEncoder({"a": Vocabulary(min_count=2)})
+    batch = encoder.fit_transform({"a": ["x", "y", "x", "z", "z", "1", 1]})
+    assert encoder.feature_names == ("a=<missing>", "a=<unknown>", "a=1", "a=x", "a=z")
+    assert batch.indices.tolist() == [3, 1, 3, 4, 4, 2, 2]
+    reordered = FieldEncoder({"a": "vocabulary"}).fit({"a": ["z", "x", "y"]})
+    assert reordered.feature_names[2:] == ("a=x", "a=y", "a=z")
+
+
+def test_hashes_stay_the_same() -> None:
+    """Models that people have trained depend on these numbers."""
+    texts = np.array(["a", "b", "ä", "", "1"], dtype=object)
+    assert Hash(1000).encode(texts)[0].tolist() == [474, 754, 759, 44, 763]
+    assert Hash(1000, seed=7).encode(texts)[0].tolist() == [875, 549, 79, 745, 282]
+    assert Hash(1000).encode(np.array([1]))[0].tolist() == [763]
+
+
+def test_hash_spreads() -> None:
+    batch = FieldEncoder({"a": Hash(10)}).fit_transform({"a": np.arange(10_000)})
+    counts = torch.bincount(batch.indices)
+    assert counts[0] == 0
+    assert counts[1:].min() > 900
+
+
+def test_bins() -> None:
+    numbers = np.random.default_rng(0).normal(size=1000)
+    encoder = FieldEncoder({"a": Bins(4)})
+    batch = encoder.fit_transform({"a": numbers})
+    assert torch.bincount(batch.indices).tolist() == [0, 250, 250, 250, 250]
+    assert encoder.transform({"a": [-math.inf, math.inf, None]}).indices.tolist() == [1, 4, 0]
+    # Half of the numbers are equal: they share a bin.
+    encoder = FieldEncoder({"a": Bins(4)})
+    batch = encoder.fit_transform({"a": [0] * 50 + list(range(1, 51))})
+    assert encoder.num_features == 4
+    assert torch.bincount(batch.indices).tolist() == [0, 50, 25, 25]
+    constant = FieldEncoder({"a": Bins(4)}).fit({"a": [3.0, 3.0]})
+    assert constant.num_features == 2
+
+
+def test_saved_and_loaded(make: Make, tmp_path: Path) -> None:
+    encoder = FieldEncoder(COLUMNS).fit(make(TRAIN))
+    encoder.save(tmp_path / "encoder.json")
+    found = FieldEncoder.load(tmp_path / "encoder.json")
+    assert found.columns == encoder.columns
+    assert found.feature_names == encoder.feature_names
+    a, b = encoder.transform(make(TEST)), found.transform(make(TEST))
+    assert torch.equal(a.indices, b.indices)
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.json"]
+
+
+def test_files_that_hold_no_encoder(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.json"
+    FieldEncoder(COLUMNS).fit(TRAIN).save(path)
+    text = path.read_text()
+    info = json.loads(text)
+    columns = info["columns"]
+    for bad in (
+        "",
+        text[:-9],
+        "[]",
+        json.dumps({**info, "version": 2}),
+        json.dumps({**info, "format": "other"}),
+        json.dumps({**info, "columns": [{"name": "a", "kind": "other"}]}),
+        json.dumps({**info, "columns": [{**columns[0], "min_count": 0}]}),
+        json.dumps({**info, "columns": [{**columns[0], "more": 0}]}),
+    ):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: corrupt: "):
+            FieldEncoder.load(path)
+    with pytest.raises(FileNotFoundError):
+        FieldEncoder.load(tmp_path / "no")
+
+
+def test_misuse() -> None:
+    with pytest.raises(
+        ValueError, match=r"columns\['a'\] = 'words' is not one of vocabulary, hash"
+    ):
+        FieldEncoder({"a": "words"})  # type: ignore[dict-item]
+    for wrong in (lambda: Hash(0), lambda: Bins(0), lambda: Vocabulary(0), lambda: Hash(4, -1)):
+        with pytest.raises(ValueError, match="must be"):
+            wrong()
+    encoder = FieldEncoder({"a": "numeric"})
+    for use in (encoder.transform, lambda _: encoder.num_features):
+        with pytest.raises(RuntimeError, match="FieldEncoder: call fit first"):
+            use({"a": [1]})
+    encoder.fit({"a": [1]})
+    for column, text in (
+        (["x"], "numbers are needed, got"),
+        ([math.inf], "inf is not finite in float32"),
+        ([1e300], "1e.300 is not finite in float32"),
+        ([[1.0, 2.0], [3.0]], "a numeric column cannot hold lists"),
+    ):
+        with pytest.raises(ValueError, match=f"FieldEncoder: column 'a': {text}"):
+            encoder.transform({"a": column})
+    with pytest.raises(ValueError, match=r"columns differ in length: \{'a': 1, 'b': 2\}"):
+        FieldEncoder().fit({"a": [1], "b": [1, 2]})
+    with pytest.raises(TypeError, match=r"a frame is a pandas .* got list"):
+        FieldEncoder().fit([1, 2])
+    with pytest.raises(ValueError, match="column 'b': numbers are needed"):
+        FieldEncoder({"b": Bins(3)}).fit({"b": ["x"]})
+
+
+def test_a_dataset_from_a_frame(make: Make) -> None:
+    encoder = FieldEncoder({"user": "vocabulary", "price": Numeric()})
+    batch = encoder.fit_transform(make(TRAIN))
+    data = SparseDataset.from_arrays(
+        batch, [1, 0, 0, 1], num_features=encoder.num_features, num_fields=encoder.num_fields
+    )
+    assert (len(data), data.num_features, data.num_fields) == (4, 5, 2)

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: MIT
+"""Optimizers inside backward, against torch.optim on dense gradients and against formulas."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import ffm_ext
+from ffm_ext import optim
+
+N, F, K = 23, 5, 4
+SHAPES = [(23, 5, 4), (40, 7, 3), (31, 4, 8), (19, 3, 16), (17, 3, 20), (9, 2, 1)]
+
+
+def batch(N, F, B=33, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, N, (B, F), generator=generator, dtype=torch.int32)
+
+
+def layer(N, F, K, dtype=torch.float64, grad="dense", **options):
+    torch.manual_seed(1)
+    made = ffm_ext.FFMInteraction(N, F, K, dtype=dtype, grad=grad, **options)
+    with torch.no_grad():
+        made.weight.normal_(std=0.5)
+    return made
+
+
+def loss_of(made, ids, values=None):
+    return torch.nn.functional.softplus(made(ids, values)).sum()
+
+
+def fit(made, optimizer, steps=4, N=N, F=F, values=None):
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(made, batch(N, F, seed=step), values).backward()
+        optimizer.step()
+
+
+TORCH = {
+    "sgd": (optim.SGD(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+    "adagrad": (
+        optim.AdaGrad(lr=0.1, initial_accumulator=0.5),
+        lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.5, eps=0),
+    ),
+    "adagrad from 0": (
+        optim.AdaGrad(lr=0.1, initial_accumulator=0),
+        lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-30),
+    ),
+    "adam": (optim.Adam(lr=0.05), lambda p: torch.optim.SparseAdam(p, lr=0.05)),
+}
+
+
+@pytest.mark.parametrize("N, F, K", SHAPES)
+@pytest.mark.parametrize("name", TORCH)
+def test_as_torch_optim(name, N, F, K):
+    ours, theirs = TORCH[name]
+    fused = layer(N, F, K)
+    plain = copy.deepcopy(fused)
+    plain.grad = "sparse" if name == "adam" else "dense"
+    fit(fused, fused.fuse_optimizer(ours), N=N, F=F)
+    fit(plain, theirs(plain.parameters()), N=N, F=F)
+    torch.testing.assert_close(fused.weight, plain.weight, rtol=1e-9, atol=1e-12)
+    assert fused.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "adam"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)]
+)
+def test_narrow_tables(name, dtype, tolerance):
+    ours, theirs = TORCH[name]
+    fused, plain = (
+        layer(N, F, K, dtype=dtype),
+        layer(N, F, K, grad="sparse" if name == "adam" else "dense"),
+    )
+    with torch.no_grad():
+        plain.weight.copy_(fused.weight)
+    fit(fused, fused.fuse_optimizer(ours))
+    fit(plain, theirs(plain.parameters()))
+    torch.testing.assert_close(fused.weight.double(), plain.weight, rtol=tolerance, atol=tolerance)
+
+
+def test_weight_decay_is_that_of_touched_rows():
+    fused, plain = layer(N, F, K), layer(N, F, K)
+    ids = batch(N - 3, F)
+    handle = fused.fuse_optimizer(optim.SGD(lr=0.1, weight_decay=0.3))
+    loss_of(fused, ids).backward()
+    handle.step()
+    loss_of(plain, ids).backward()
+    expected = plain.weight.detach().clone()
+    touched = ids.unique().long()
+    expected[touched] -= 0.1 * (plain.weight.grad[touched] + 0.3 * plain.weight.detach()[touched])
+    torch.testing.assert_close(fused.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("N, F, K", SHAPES)
+def test_vector_adagrad(N, F, K):
+    fused, plain = layer(N, F, K), layer(N, F, K)
+    fused.fuse_optimizer(optim.VectorAdaGrad(lr=0.1, initial_accumulator=0.7))
+    total = torch.full((N, F, 1), 0.7, dtype=torch.float64)
+    for step in range(3):
+        ids = batch(N, F, seed=step)
+        loss_of(fused, ids).backward()
+        plain.weight.grad = None
+        loss_of(plain, ids).backward()
+        g = plain.weight.grad.view(N, F, K)
+        total += (g**2).mean(2, keepdim=True)
+        with torch.no_grad():
+            plain.weight.view(N, F, K).sub_(0.1 * g / total.sqrt())
+    torch.testing.assert_close(fused.weight, plain.weight)
+    torch.testing.assert_close(fused.optimizer_sum, total[..., 0])
+
+
+@pytest.mark.parametrize("N, F, K", SHAPES)
+def test_ftrl(N, F, K):
+    options = dict(lr=0.2, beta=0.5, weight_decay=0.1)
+    fused, plain = layer(N, F, K), layer(N, F, K)
+    fused.fuse_optimizer(optim.FTRL(l1=0.05, **options))
+    w = plain.weight.detach().clone()
+    z, n = -w * (0.5 / 0.2 + 0.1) - w.sign() * 0.05, torch.zeros_like(w)
+    for step in range(4):
+        ids = batch(N, F, seed=step)
+        loss_of(fused, ids).backward()
+        plain.weight.grad = None
+        loss_of(plain, ids).backward()
+        g = plain.weight.grad
+        z += g - ((n + g * g).sqrt() - n.sqrt()) / 0.2 * w
+        n += g * g
+        new = -(z - z.sign() * 0.05) / ((0.5 + n.sqrt()) / 0.2 + 0.1)
+        new[z.abs() <= 0.05] = 0
+        touched = ids.unique().long()
+        w[touched] = new[touched]
+        with torch.no_grad():
+            plain.weight.copy_(w)
+    torch.testing.assert_close(fused.weight.detach(), w)
+
+
+def test_l1_of_ftrl_makes_zeros():
+    zeros = []
+    for l1 in (0.0, 3.0):
+        made = layer(N, F, K)
+        made.fuse_optimizer(optim.FTRL(lr=0.1, l1=l1))
+        for step in range(20):
+            loss_of(made, batch(N, F, seed=step)).backward()
+        zeros.append(int((made.weight == 0).sum()))
+    assert zeros[0] == 0 and zeros[1] > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "optimizer", [optim.AdaGrad(lr=0.1), optim.VectorAdaGrad(lr=0.1), optim.Adam()]
+)
+def test_same_bits_for_any_number_of_threads(dtype, optimizer, threads_restored):
+    tables = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        made = layer(200, 13, 4, dtype=dtype)
+        handle = made.fuse_optimizer(optimizer)
+        for step in range(2):
+            loss_of(made, batch(200, 13, B=3000, seed=step)).backward()
+            handle.step()
+        tables.append(made.weight.detach())
+    assert torch.equal(tables[0], tables[1]) and torch.equal(tables[0], tables[2])
+
+
+@pytest.fixture
+def threads_restored():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def ragged(N, F, B, seed=0):
+    rng = np.random.RandomState(seed)
+    counts = rng.randint(0, 9, B)
+    nnz = int(counts.sum())
+    return ffm_ext.SparseBatch(
+        torch.from_numpy(rng.randint(0, N, nnz)),
+        torch.from_numpy(rng.randint(0, F, nnz)),
+        torch.from_numpy(rng.randn(nnz)),
+        torch.from_numpy(np.concatenate([[0], counts.cumsum()])),
+    )
+
+
+@pytest.mark.parametrize("output", ["sum", "dot", "hadamard"])
+@pytest.mark.parametrize("within_field", [False, True])
+def test_ragged_samples_and_every_output(output, within_field):
+    options = dict(output=output, within_field=within_field)
+    fused, plain = layer(N, F, K, **options), layer(N, F, K, **options)
+    data = ragged(N, F, 60)
+    a, b = (copy.deepcopy(data.values).requires_grad_() for _ in range(2))
+    handle = fused.fuse_optimizer(optim.SGD(lr=0.1))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for made, values in ((fused, a), (plain, b)):
+        sample = ffm_ext.SparseBatch(data.indices, data.fields, values, data.offsets)
+        loss_of(made, sample).backward()
+    handle.step()
+    optimizer.step()
+    torch.testing.assert_close(fused.weight, plain.weight)
+    torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_second_forward_on_an_updated_table_raises():
+    made = layer(N, F, K)
+    made.fuse_optimizer(optim.SGD(lr=0.1))
+    first, second = loss_of(made, batch(N, F)), loss_of(made, batch(N, F, seed=1))
+    first.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
+def test_schedulers_change_the_learning_rate():
+    made, other = layer(N, F, K), layer(N, F, K)
+    handle = made.fuse_optimizer(optim.SGD(lr=0.1))
+    scheduler = torch.optim.lr_scheduler.StepLR(handle, 1, gamma=0.5)
+    plain = torch.optim.SGD(other.parameters(), lr=0.1)
+    plain_scheduler = torch.optim.lr_scheduler.StepLR(plain, 1, gamma=0.5)
+    for step in range(3):
+        for m, o, s in ((made, handle, scheduler), (other, plain, plain_scheduler)):
+            o.zero_grad()
+            loss_of(m, batch(N, F, seed=step)).backward()
+            o.step()
+            s.step()
+    torch.testing.assert_close(made.weight, other.weight)
+
+
+def test_state_dict_goes_on_where_it_stopped():
+    made = layer(N, F, K)
+    fit(made, made.fuse_optimizer(optim.Adam(lr=0.01)))
+    again = layer(N, F, K)
+    handle = again.fuse_optimizer(optim.Adam(lr=0.01))
+    again.load_state_dict(made.state_dict())
+    fit(made, made._fused)
+    fit(again, handle)
+    assert torch.equal(made.weight, again.weight)
+    assert set(made.state_dict()) == {
+        "weight",
+        "optimizer_step",
+        "optimizer_mean",
+        "optimizer_square",
+    }
+
+
+def test_stochastic_rounding_keeps_the_mean_and_can_be_replayed():
+    tables = []
+    for seed in (1, 1, 2):
+        made = layer(2000, 2, 4, dtype=torch.bfloat16)
+        with torch.no_grad():
+            made.weight.fill_(1.0)
+        made.fuse_optimizer(optim.SGD(lr=2**-12, rounding_seed=seed))
+        ids = torch.arange(2000, dtype=torch.int32).view(-1, 2)
+        made(ids).sum().backward()
+        tables.append(made.weight.detach().float())
+    # A step of 2^-12 is a sixteenth of the distance of 2^-8 to the next bfloat16 below 1: nearest would lose all of it.
+    moved = tables[0].view(-1, 2, 2, 4)[:, [0, 1], [1, 0]]
+    assert (moved == 1).float().mean() == pytest.approx(15 / 16, abs=0.01)
+    assert moved.mean() == pytest.approx(1 - 2**-12, abs=3e-5)
+    assert torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
+
+
+def test_bad_input():
+    made = layer(N, F, K)
+    with pytest.raises(TypeError, match="must be one of ffm_ext.optim"):
+        made.fuse_optimizer(torch.optim.SGD(made.parameters(), lr=0.1))
+    for bad in (
+        dict(lr=0.0),
+        dict(lr=-1.0),
+        dict(lr=float("nan")),
+        dict(lr=0.1, weight_decay=-1.0),
+    ):
+        with pytest.raises(ValueError, match="SGD: .* is out of range"):
+            optim.SGD(**bad)
+    made.fuse_optimizer(optim.SGD(lr=0.1, rounding_seed=3))
+    with pytest.raises(ValueError, match="rounding_seed is given, but weight is not bfloat16"):
+        loss_of(made, batch(N, F)).backward()
+    weight, rows = torch.zeros(4, 2, 3), torch.zeros(2, 2, 3)
+
+    def update(
+        states=(), listed=(0, 1), grad=rows, name="sgd", settings=(0.1, 0, 0, 0, 0, 0), step=1
+    ):
+        torch.ops.ffm_ext.ffm_update_(
+            weight, list(states), torch.tensor(listed), grad, name, list(settings), step, None
+        )
+
+    update()
+    for match, options in (
+        (r"rows\[1\] = 4 is out of range for a table of 4", dict(listed=(0, 4))),
+        (r"rows\[1\] = 0 does not rise", dict(listed=(0, 0))),
+        (r"optimizer = 'rmsprop' is not one of", dict(name="rmsprop")),
+        (r"settings has 1 numbers", dict(settings=(0.1,))),
+        (r"states has 0 tensors, the optimizer keeps 1", dict(name="adagrad")),
+        (
+            r"states\[0\] has shape \[4, 5\], it needs 4 rows of 6",
+            dict(name="adagrad", states=[torch.zeros(4, 5)]),
+        ),
+        (
+            r"states\[0\] must be float32, got float64",
+            dict(name="adagrad", states=[torch.zeros(4, 6).double()]),
+        ),
+        (r"step = 0 must be at least 1", dict(step=0)),
+        (r"grad_rows is float32 \[1, 2, 3\]", dict(grad=rows[:1])),
+    ):
+        with pytest.raises((ValueError, IndexError), match=match):
+            update(**options)
