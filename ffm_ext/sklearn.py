@@ -26,6 +26,7 @@ that ``fit`` has not seen, is no entry: it adds nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +38,7 @@ from . import inspection
 from .batch import SparseBatch
 from .modules import FFM
 from .optim import OPTIMIZERS, Optimizer
-from .training import Trainer
+from .training import Progress, Trainer
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -156,16 +157,22 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
         valid = None
         if self.early_stopping:
             data, valid = self._set_aside(data, y, seed)
-        self.history_ = list(
-            self.trainer_.fit(
-                data,
-                valid,
-                epochs=self.epochs,
-                auto_stop=self.early_stopping,
-                patience=self.patience,
-                callback=self._report if self.verbose else None,
-            )
+        trainer = self.trainer_
+        if not new:
+            # Whether it gets worse is asked anew: the part set aside may be another one.
+            state = trainer.state_dict()
+            state["position"] |= {"stopped": False, "best_loss": math.inf, "rises": 0}
+            trainer.load_state_dict(state)
+        before = trainer.epoch
+        trainer.fit(
+            data,
+            valid,
+            epochs=before + self.epochs,
+            auto_stop=self.early_stopping,
+            patience=self.patience,
+            callback=self._report if self.verbose else None,
         )
+        self.history_ = trainer.history[before:]
         self.n_iter_ = len(self.history_)
 
     def _new_model(self, seed: int) -> None:
@@ -211,7 +218,11 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
         )
         return tuple(part[kept] for part in data), tuple(part[aside] for part in data)
 
-    def _report(self, epoch: Any) -> None:
+    @staticmethod
+    def _report(progress: Progress) -> None:
+        epoch = progress.finished
+        if epoch is None:
+            return
         line = f"epoch {epoch.epoch}: train loss {epoch.train_loss:.5f}"
         if epoch.valid_loss is not None:
             line += f", validation loss {epoch.valid_loss:.5f}"
@@ -378,7 +389,7 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
         feature_fields: the field of each column of ``X``, ``"categorical"``, or ``None``: see the top of
             :mod:`ffm_ext.sklearn`.
         early_stopping: set a part of the data aside, stop once the loss on it has not fallen for ``patience`` epochs,
-            and keep the weights of the best.
+            and take the weights of the epoch before these.
         validation_fraction: how large that part is.
         patience: epochs.
         num_threads: ``None`` = those of torch.
@@ -390,7 +401,7 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
     Attributes:
         model_: the trained :class:`~ffm_ext.FFM`.
         trainer_: the :class:`~ffm_ext.training.Trainer`, with the state of the optimizer.
-        history_: what the trainer has to say of each epoch of the last ``fit``.
+        history_: an :class:`~ffm_ext.training.Epoch` for each epoch of the last ``fit``, with its losses.
         n_iter_: the number of these.
         n_features_in_, feature_names_in_: of ``X``, as scikit-learn has them; the largest id + 1 for a ``SparseBatch``.
         classes_: the two labels; the second is the positive one.

@@ -220,6 +220,11 @@ def test_early_stopping() -> None:
     assert model.n_iter_ < 200
     assert len(model.history_) == model.n_iter_
     assert all(epoch.valid_loss is not None for epoch in model.history_)
+    # It goes on all the same where it is asked to.
+    before = model.decision_function(ids)
+    model.set_params(warm_start=True, early_stopping=False, epochs=3).fit(ids, y)
+    assert model.n_iter_ == 3
+    assert (model.decision_function(ids) != before).any()
 
 
 def test_warm_start_and_partial_fit() -> None:
