@@ -3,7 +3,7 @@
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
 
-from . import _C, _fake, datasets, functional, memory, optim, reference  # noqa: F401
+from . import _C, _fake, data, datasets, functional, interop, memory, optim, reference, training  # noqa: F401
 from ._build_info import __version__, build_info
 from .batch import SparseBatch
 from .modules import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine
@@ -18,10 +18,13 @@ __all__ = [
     "SparseBatch",
     "__version__",
     "build_info",
+    "data",
     "datasets",
     "functional",
+    "interop",
     "memory",
     "optim",
     "quantize",
     "reference",
+    "training",
 ]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Optimizers that update a table in place: inside ``backward`` (fused), or in :mod:`ffm_ext.training`.
 
-An optimizer here is a description, a frozen dataclass of its numbers. ``layer.fuse_optimizer(AdaGrad(lr=0.1))`` gives the
-layer its state and returns a :class:`FusedOptimizer`, which torch's learning-rate schedulers take.
+An optimizer here is a description, a frozen dataclass of its numbers. ``layer.fuse_optimizer(AdaGrad(lr=0.1))`` gives
+the layer its state and returns a :class:`FusedOptimizer`, which torch's learning-rate schedulers take.
 """
 
 from __future__ import annotations
@@ -42,11 +42,10 @@ class Optimizer:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float | int) and field.name != "rounding_seed":
-                if not math.isfinite(value) or value < 0 or (field.name == "lr" and value == 0):
-                    raise ValueError(
-                        f"{type(self).__name__}: {field.name} = {value} is out of range"
-                    )
+            if field.name == "rounding_seed" or not isinstance(value, float | int):
+                continue
+            if not math.isfinite(value) or value < 0 or (field.name == "lr" and value == 0):
+                raise ValueError(f"{type(self).__name__}: {field.name} = {value} is out of range")
 
     def settings(self) -> list[float]:
         """``lr, weight_decay, beta1, beta2, eps, l1``, as the operators take them."""
@@ -74,7 +73,7 @@ class SGD(Optimizer):
 
 @dataclass(frozen=True)
 class AdaGrad(Optimizer):
-    """``sum += g²;  w -= lr · g / √sum`` for each weight (Duchi et al., JMLR 12, 2011), without an epsilon, as in libffm.
+    """``sum += g²;  w -= lr · g / √sum`` for each weight (Duchi et al., JMLR 12, 2011). No epsilon, as in libffm.
 
     Args:
         initial_accumulator: what ``sum`` starts from: 1 in libffm. ``torch.optim.Adagrad`` starts from 0.
@@ -161,8 +160,8 @@ OPTIMIZERS = {cls.name: cls for cls in (SGD, AdaGrad, VectorAdaGrad, Adam, FTRL)
 class FusedOptimizer(torch.optim.Optimizer):
     """The handle on an optimizer that works inside ``backward``: ``layer.fuse_optimizer`` returns it.
 
-    ``param_groups[0]["lr"]`` and ``["weight_decay"]`` are those of the next backward, so torch's learning-rate schedulers
-    work on it. ``step`` and ``zero_grad`` do nothing: the update is done by then. The state of the optimizer is part of
+    ``param_groups[0]["lr"]`` and ``["weight_decay"]`` are those of the next backward, so torch's learning-rate
+    schedulers work on it. ``step`` and ``zero_grad`` do nothing: the update is done by then. The state of the optimizer is part of
     the layer's ``state_dict``; this one's holds the learning rate.
     """
 

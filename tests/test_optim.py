@@ -52,7 +52,7 @@ TORCH = {
 }
 
 
-@pytest.mark.parametrize("N, F, K", SHAPES)
+@pytest.mark.parametrize(("N", "F", "K"), SHAPES)
 @pytest.mark.parametrize("name", TORCH)
 def test_as_torch_optim(name, N, F, K):
     ours, theirs = TORCH[name]
@@ -95,7 +95,7 @@ def test_weight_decay_is_that_of_touched_rows():
     torch.testing.assert_close(fused.weight.detach(), expected)
 
 
-@pytest.mark.parametrize("N, F, K", SHAPES)
+@pytest.mark.parametrize(("N", "F", "K"), SHAPES)
 def test_vector_adagrad(N, F, K):
     fused, plain = layer(N, F, K), layer(N, F, K)
     fused.fuse_optimizer(optim.VectorAdaGrad(lr=0.1, initial_accumulator=0.7))
@@ -113,9 +113,9 @@ def test_vector_adagrad(N, F, K):
     torch.testing.assert_close(fused.optimizer_sum, total[..., 0])
 
 
-@pytest.mark.parametrize("N, F, K", SHAPES)
+@pytest.mark.parametrize(("N", "F", "K"), SHAPES)
 def test_ftrl(N, F, K):
-    options = dict(lr=0.2, beta=0.5, weight_decay=0.1)
+    options = {"lr": 0.2, "beta": 0.5, "weight_decay": 0.1}
     fused, plain = layer(N, F, K), layer(N, F, K)
     fused.fuse_optimizer(optim.FTRL(l1=0.05, **options))
     w = plain.weight.detach().clone()
@@ -187,7 +187,7 @@ def ragged(N, F, B, seed=0):
 @pytest.mark.parametrize("output", ["sum", "dot", "hadamard"])
 @pytest.mark.parametrize("within_field", [False, True])
 def test_ragged_samples_and_every_output(output, within_field):
-    options = dict(output=output, within_field=within_field)
+    options = {"output": output, "within_field": within_field}
     fused, plain = layer(N, F, K, **options), layer(N, F, K, **options)
     data = ragged(N, F, 60)
     a, b = (copy.deepcopy(data.values).requires_grad_() for _ in range(2))
@@ -262,15 +262,15 @@ def test_stochastic_rounding_keeps_the_mean_and_can_be_replayed():
 
 def test_bad_input():
     made = layer(N, F, K)
-    with pytest.raises(TypeError, match="must be one of ffm_ext.optim"):
+    with pytest.raises(TypeError, match=r"must be one of ffm_ext\.optim"):
         made.fuse_optimizer(torch.optim.SGD(made.parameters(), lr=0.1))
     for bad in (
-        dict(lr=0.0),
-        dict(lr=-1.0),
-        dict(lr=float("nan")),
-        dict(lr=0.1, weight_decay=-1.0),
+        {"lr": 0.0},
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"lr": 0.1, "weight_decay": -1.0},
     ):
-        with pytest.raises(ValueError, match="SGD: .* is out of range"):
+        with pytest.raises(ValueError, match=r"SGD: .* is out of range"):
             optim.SGD(**bad)
     made.fuse_optimizer(optim.SGD(lr=0.1, rounding_seed=3))
     with pytest.raises(ValueError, match="rounding_seed is given, but weight is not bfloat16"):
@@ -286,21 +286,21 @@ def test_bad_input():
 
     update()
     for match, options in (
-        (r"rows\[1\] = 4 is out of range for a table of 4", dict(listed=(0, 4))),
-        (r"rows\[1\] = 0 does not rise", dict(listed=(0, 0))),
-        (r"optimizer = 'rmsprop' is not one of", dict(name="rmsprop")),
-        (r"settings has 1 numbers", dict(settings=(0.1,))),
-        (r"states has 0 tensors, the optimizer keeps 1", dict(name="adagrad")),
+        (r"rows\[1\] = 4 is out of range for a table of 4", {"listed": (0, 4)}),
+        (r"rows\[1\] = 0 does not rise", {"listed": (0, 0)}),
+        (r"optimizer = 'rmsprop' is not one of", {"name": "rmsprop"}),
+        (r"settings has 1 numbers", {"settings": (0.1,)}),
+        (r"states has 0 tensors, the optimizer keeps 1", {"name": "adagrad"}),
         (
             r"states\[0\] has shape \[4, 5\], it needs 4 rows of 6",
-            dict(name="adagrad", states=[torch.zeros(4, 5)]),
+            {"name": "adagrad", "states": [torch.zeros(4, 5)]},
         ),
         (
             r"states\[0\] must be float32, got float64",
-            dict(name="adagrad", states=[torch.zeros(4, 6).double()]),
+            {"name": "adagrad", "states": [torch.zeros(4, 6).double()]},
         ),
-        (r"step = 0 must be at least 1", dict(step=0)),
-        (r"grad_rows is float32 \[1, 2, 3\]", dict(grad=rows[:1])),
+        (r"step = 0 must be at least 1", {"step": 0}),
+        (r"grad_rows is float32 \[1, 2, 3\]", {"grad": rows[:1]}),
     ):
         with pytest.raises((ValueError, IndexError), match=match):
             update(**options)

@@ -1,0 +1,690 @@
+# SPDX-License-Identifier: MIT
+"""Single-pass training: one kernel reads a sample's rows once, for its score, its loss and its update.
+
+::
+
+    model = FFM(num_features=N, num_fields=F, embed_dim=4, bias=False, linear=False, normalize=True, within_field=True)
+    trainer = Trainer(model, optimizer=AdaGrad(lr=0.2, weight_decay=2e-5))      # libffm's defaults
+    trainer.fit(train, valid, epochs=15, auto_stop=True)
+    trainer.predict(test)
+
+Modes:
+
+``"exact"``
+    One sample after the other on one thread: libffm's arithmetic and order of updates, to float32 rounding.
+``"hogwild"``
+    The same over threads that do not wait for each other (Niu et al., NIPS 2011): faster, and no two runs are alike.
+``"deterministic"``
+    Batches: every sample of a batch is scored with the weights from before it, and their gradients are summed, not
+    averaged. The same bits for any number of threads.
+
+With one thread ``"exact"`` and ``"hogwild"`` are the same. The weights of the model are changed in place, so it stays
+an ordinary module: what ``model(batch)`` returns is what :meth:`Trainer.predict` starts from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._files import atomic_write
+from .batch import SparseBatch
+from .data import SparseDataset, open_dataset
+from .interop import model_arguments, model_from_arguments
+from .modules import FFM, _entries, _global_ids
+from .optim import OPTIMIZERS, AdaGrad, Optimizer
+
+__all__ = ["Epoch", "History", "Progress", "Trainer"]
+
+Loss = Literal["logistic", "squared"]
+Mode = Literal["exact", "hogwild", "deterministic"]
+Data = SparseDataset | str | os.PathLike[str] | tuple[Any, ...]
+
+# Samples between two looks at the clock, and at whether someone has pressed Ctrl-C.
+_PIECE = 1 << 17
+_PREDICTED = 1 << 16
+_FORMAT = "ffm_ext.Trainer"
+_VERSION = "1"
+
+
+class Epoch(NamedTuple):
+    """What an epoch came to.
+
+    Attributes:
+        epoch: from 1.
+        train_loss: mean over the epoch, each sample's loss taken before it was trained with.
+        valid_loss: mean after the epoch; ``None`` without validation data.
+        seconds: of training, without validation.
+        samples: trained with.
+    """
+
+    epoch: int
+    train_loss: float
+    valid_loss: float | None
+    seconds: float
+    samples: int
+
+
+class Progress(NamedTuple):
+    """What :meth:`Trainer.fit` tells its callback. ``finished`` is the epoch's result, at its end.
+
+    ``loss`` is the mean so far, ``seconds`` the time since the epoch (or this part of it) began.
+    """
+
+    epoch: int
+    epochs: int
+    samples: int
+    total: int
+    loss: float
+    seconds: float
+    finished: Epoch | None
+
+
+History = list[Epoch]
+
+
+class _Part(NamedTuple):
+    """Samples as the kernels take them."""
+
+    x: Tensor | SparseBatch
+    labels: Tensor
+    weights: Tensor | None
+
+
+class Trainer:
+    """Trains an :class:`~ffm_ext.FFM` on the CPU, and keeps all that is needed to go on where it stopped.
+
+    Args:
+        model: changed in place. Its table may be float32, float64, bfloat16 or float16; linear weights and bias are
+            float32 (float64 with a float64 table).
+        optimizer: one of :mod:`ffm_ext.optim`, for table, linear weights and bias (the bias does not decay). In
+            ``"exact"`` and ``"hogwild"`` a weight decays once for each pair it is in, as in libffm; in
+            ``"deterministic"`` once for each batch that touches its row.
+        loss: ``"logistic"``: ``log(1 + exp(-y t))`` with ``y = 1`` for labels > 0, else -1. ``"squared"``:
+            ``(t - label)² / 2``.
+        mode: see above.
+        batch_size: samples that ``"deterministic"`` updates with together.
+        num_threads: ``None``: torch's number. ``"exact"`` uses one.
+        shuffle: take the samples of an epoch in another order each time: shards, and samples within a shard.
+        seed: of that order.
+
+    Attributes:
+        epoch: how many epochs are complete.
+        history: a list of :class:`Epoch`.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be.
+    """
+
+    def __init__(
+        self,
+        model: FFM,
+        *,
+        optimizer: Optimizer | None = None,
+        loss: Loss = "logistic",
+        mode: Mode = "exact",
+        batch_size: int = 1024,
+        num_threads: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, FFM):
+            raise TypeError(f"Trainer: model must be an FFM, got {type(model).__name__}")
+        optimizer = AdaGrad(lr=0.2, weight_decay=2e-5) if optimizer is None else optimizer
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"Trainer: optimizer must be one of ffm_ext.optim, got {type(optimizer).__name__}"
+            )
+        for name, value, allowed in (
+            ("loss", loss, get_args(Loss)),
+            ("mode", mode, get_args(Mode)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"Trainer: {name} = {value!r} is not one of {', '.join(allowed)}")
+        for name, number in (("batch_size", batch_size), ("num_threads", num_threads)):
+            if number is not None and number < 1:
+                raise ValueError(f"Trainer: {name} = {number} must be positive")
+        if model.interaction.weight.device.type != "cpu":
+            raise ValueError(f"Trainer: model is on {model.interaction.weight.device}, not the CPU")
+        self.model = model
+        self.optimizer = optimizer
+        self.loss: Loss = loss
+        self.mode: Mode = mode
+        self.batch_size = batch_size
+        self.num_threads = num_threads
+        self.shuffle = shuffle
+        self.seed = seed
+
+        self.epoch = 0
+        self.history: History = []
+        self._step = 1  # number of the next update
+        # Within an epoch: shards that are done, samples of the next that are, and their losses.
+        self._shard, self._sample = 0, 0
+        self._loss, self._weight, self._seconds, self._samples = 0.0, 0.0, 0.0, 0
+        self._best: dict[str, Tensor] = {}
+        self._best_loss, self._rises, self._stopped = math.inf, 0, False
+        table = model.interaction.weight
+        self._states = {
+            "table": list(optimizer.new_state(table, model.interaction.embed_dim).values())
+        }
+        for name, parameter in self._small_parameters().items():
+            shape = parameter.detach().view(-1, 1)
+            self._states[name] = list(optimizer.new_state(shape, 1).values())
+
+    # ---------------------------------------------------------------- training
+
+    def fit(
+        self,
+        train: Data,
+        valid: Data | None = None,
+        *,
+        epochs: int = 15,
+        auto_stop: bool = False,
+        patience: int = 1,
+        callback: Callable[[Progress], None] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+    ) -> History:
+        """Train until ``epochs`` epochs are complete, those of earlier calls and of a loaded checkpoint included.
+
+        Args:
+            train, valid: a :class:`~ffm_ext.data.SparseDataset`, the folder of one, or ``(x, labels)`` or
+                ``(x, labels, weights)`` with x ids ``[n, F]`` (as ``model`` takes them) or a ``SparseBatch``.
+            epochs: in all.
+            auto_stop: stop when the loss of ``valid`` has risen ``patience`` times in a row, and take the weights
+                from before the first of them (libffm's auto-stop has patience 1).
+            callback: is told of the progress, every 131,072 samples and at the end of each epoch.
+            checkpoint: a file that :meth:`save` writes after every epoch, when Ctrl-C is pressed, and every
+                ``checkpoint_every`` samples.
+
+        Returns:
+            :attr:`history`.
+        """
+        if auto_stop and valid is None:
+            raise ValueError("Trainer.fit: auto_stop needs valid")
+        for name, number in (
+            ("epochs", epochs),
+            ("patience", patience),
+            ("checkpoint_every", checkpoint_every),
+        ):
+            if number is not None and number < 1:
+                raise ValueError(f"Trainer.fit: {name} = {number} must be positive")
+        if checkpoint_every is not None and checkpoint is None:
+            raise ValueError("Trainer.fit: checkpoint_every needs checkpoint")
+        parts = self._parts("Trainer.fit", train)
+        valid_parts = None if valid is None else self._parts("Trainer.fit", valid)
+
+        def save() -> None:
+            if checkpoint is not None:
+                self.save(checkpoint)
+
+        try:
+            while self.epoch < epochs and not self._stopped:
+                self._run_epoch(parts, epochs, callback, save, checkpoint_every)
+                finished = self._finish_epoch(valid_parts, auto_stop, patience)
+                if callback is not None:
+                    callback(
+                        Progress(
+                            finished.epoch,
+                            epochs,
+                            finished.samples,
+                            finished.samples,
+                            finished.train_loss,
+                            finished.seconds,
+                            finished,
+                        )
+                    )
+                save()
+        except KeyboardInterrupt:
+            save()
+            raise
+        return self.history
+
+    def partial_fit(self, data: Data) -> float:
+        """One pass over ``data``, for what arrives a piece at a time. The mean loss, before each update.
+
+        It counts as an epoch, so that the next pass takes another order.
+        """
+        self._run_epoch(self._parts("Trainer.partial_fit", data), self.epoch + 1, None, None, None)
+        return self._finish_epoch(None, False, 1).train_loss
+
+    def _run_epoch(
+        self,
+        parts: list[_Part],
+        epochs: int,
+        callback: Callable[[Progress], None] | None,
+        save: Callable[[], None] | None,
+        save_every: int | None,
+    ) -> None:
+        start, total = time.perf_counter() - self._seconds, sum(len(part.labels) for part in parts)
+        shards = self._order(len(parts), 0)
+        saved = self._samples
+        with self._threads():
+            while self._shard < len(parts):
+                number = int(shards[self._shard])
+                part = parts[number]
+                order = self._order(len(part.labels), 1 + number)
+                while self._sample < len(order):
+                    piece = order[self._sample : self._sample + self._piece(save_every)]
+                    loss = self._train(part, piece)
+                    weights = part.weights
+                    self._loss += loss
+                    self._weight += (
+                        len(piece) if weights is None else float(weights[piece].double().sum())
+                    )
+                    self._sample += len(piece)
+                    self._samples += len(piece)
+                    self._seconds = time.perf_counter() - start
+                    if not math.isfinite(loss):
+                        raise FloatingPointError(
+                            f"Trainer: the loss is {loss} after {self._samples} samples of epoch "
+                            f"{self.epoch + 1}: a smaller learning rate may help"
+                        )
+                    if callback is not None:
+                        callback(
+                            Progress(
+                                self.epoch + 1,
+                                epochs,
+                                self._samples,
+                                total,
+                                self._loss / max(self._weight, 1e-300),
+                                self._seconds,
+                                None,
+                            )
+                        )
+                    if save is not None and save_every and self._samples - saved >= save_every:
+                        save()
+                        saved = self._samples
+                self._shard, self._sample = self._shard + 1, 0
+
+    def _finish_epoch(self, valid: list[_Part] | None, auto_stop: bool, patience: int) -> Epoch:
+        valid_loss = None if valid is None else self._mean_loss(valid)
+        self.epoch += 1
+        finished = Epoch(
+            self.epoch,
+            self._loss / max(self._weight, 1e-300),
+            valid_loss,
+            self._seconds,
+            self._samples,
+        )
+        self.history.append(finished)
+        self._shard, self._sample = 0, 0
+        self._loss, self._weight, self._seconds, self._samples = 0.0, 0.0, 0.0, 0
+        if auto_stop and valid_loss is not None:
+            if valid_loss < self._best_loss:
+                self._best_loss, self._rises = valid_loss, 0
+                self._best = {
+                    name: parameter.detach().clone()
+                    for name, parameter in self.model.named_parameters()
+                }
+            else:
+                self._rises += 1
+                if self._rises >= patience:
+                    self._stopped = True
+                    self._load_weights(self._best)
+        return finished
+
+    def _piece(self, save_every: int | None) -> int:
+        piece = _PIECE if not save_every else min(_PIECE, save_every)
+        if self.mode != "deterministic":
+            return piece
+        return max(1, piece // self.batch_size) * self.batch_size
+
+    def _order(self, n: int, stream: int) -> np.ndarray:
+        """The order of this epoch, of shards (stream 0) or of the samples in a shard."""
+        if not self.shuffle:
+            return np.arange(n)
+        return np.random.default_rng([self.seed, self.epoch, stream]).permutation(n)
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        wanted = 1 if self.mode == "exact" else self.num_threads
+        if wanted is not None and wanted != before:
+            torch.set_num_threads(wanted)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    def _train(self, part: _Part, order: np.ndarray) -> float:
+        """Train with some samples of a part; the sum of their losses."""
+        if self.mode == "deterministic":
+            return sum(
+                self._train_batch(_take(part, order[i : i + self.batch_size]))
+                for i in range(0, len(order), self.batch_size)
+            )
+        layer = self.model.interaction
+        indices, fields, values, offsets = _entries("Trainer", part.x, None, layer.weight.dtype)
+        small, empty = self._small_parameters(), list[Tensor]()
+        loss = torch.ops.ffm_ext.ffm_train_(
+            self._table(),
+            self._states["table"],
+            small.get("linear"),
+            self._states.get("linear", empty),
+            small.get("bias"),
+            self._states.get("bias", empty),
+            indices,
+            fields,
+            values,
+            offsets,
+            part.labels,
+            part.weights,
+            torch.from_numpy(order),
+            self.loss,
+            layer.within_field,
+            self.model.normalize,
+            self.optimizer.name,
+            self.optimizer.settings(),
+            self._step,
+            self.optimizer.rounding_seed,
+            self.mode == "hogwild",
+        )
+        self._step += len(order)
+        return float(loss)
+
+    def _train_batch(self, part: _Part) -> float:
+        """One update with the summed gradients of a batch."""
+        layer, dtype = self.model.interaction, self.model.interaction.weight.dtype
+        x: Tensor | SparseBatch = part.x
+        values: Tensor | None = None
+        if self.model.normalize:
+            x, values = self.model._normalized(x, None, torch.float64)
+        indices, fields, values, offsets = _entries("Trainer", x, values, torch.float64)
+        table_values = None if values is None else values.to(dtype)
+        lists = (indices, fields, table_values, offsets, "sum", layer.within_field)
+        table, small = self._table(), self._small_parameters()
+        score = torch.ops.ffm_ext.ffm_forward(table, *lists).double().numpy()
+        wide = np.ones(indices.numel()) if values is None else values.flatten().numpy()
+        ids, B = indices.flatten().numpy(), len(part.labels)
+        counts = np.full(B, indices.shape[1]) if offsets is None else offsets.diff().numpy()
+        samples = np.repeat(np.arange(B), counts)
+        if "linear" in small:
+            weights = small["linear"].double().numpy()[ids, 0]
+            score = score + np.bincount(samples, wide * weights, B)
+        if "bias" in small:
+            score = score + float(small["bias"])
+        loss, slope = _loss_and_slope(self.loss, score, part.labels.double().numpy())
+        if part.weights is not None:
+            loss, slope = loss * part.weights.numpy(), slope * part.weights.numpy()
+
+        update = (
+            self.optimizer.name,
+            self.optimizer.settings(),
+            self._step,
+            self.optimizer.rounding_seed,
+        )
+        torch.ops.ffm_ext.ffm_backward_fused_(
+            torch.from_numpy(slope).to(dtype),
+            table,
+            self._states["table"],
+            *lists,
+            False,
+            *update,
+        )
+        exact = (*update[:3], None)
+        if "linear" in small and len(ids):
+            rows, inverse = np.unique(ids, return_inverse=True)
+            gradient = np.bincount(inverse.ravel(), wide * slope[samples], len(rows))
+            self._update_small("linear", torch.from_numpy(rows).long(), gradient, exact)
+        if "bias" in small:
+            name, settings, *rest = exact
+            without_decay = [settings[0], 0.0, *settings[2:]]
+            gradient = np.add.reduce(slope, keepdims=True)
+            self._update_small("bias", None, gradient, (name, without_decay, *rest))
+        self._step += 1
+        return float(np.add.reduce(loss))
+
+    def _update_small(
+        self, name: str, rows: Tensor | None, gradient: np.ndarray, update: tuple[Any, ...]
+    ) -> None:
+        parameter = self._small_parameters()[name]
+        grad_rows = torch.from_numpy(gradient).to(parameter.dtype).view(-1, 1, 1)
+        weight = parameter.view(-1, 1, 1)
+        torch.ops.ffm_ext.ffm_update_(weight, self._states[name], rows, grad_rows, *update)
+
+    def _table(self) -> Tensor:
+        layer = self.model.interaction
+        return layer.weight.detach().view(layer.num_features, layer.num_fields, layer.embed_dim)
+
+    def _small_parameters(self) -> dict[str, Tensor]:
+        """``linear`` ``[N, 1]`` and ``bias``, where the model has them."""
+        wide = (
+            torch.float64 if self.model.interaction.weight.dtype == torch.float64 else torch.float32
+        )
+        found: dict[str, Tensor] = {}
+        for name, parameter in (
+            ("linear", self.model.linear.weight),
+            ("bias", self.model.linear.bias),
+        ):
+            if parameter is None:
+                continue
+            if parameter.dtype != wide:
+                raise ValueError(f"Trainer: model.linear's {name} is {parameter.dtype}, not {wide}")
+            found[name] = parameter.detach()
+        return found
+
+    # ---------------------------------------------------------------- using
+
+    def evaluate(self, data: Data) -> float:
+        """The mean loss (weighted where the data has weights) of the model as it is."""
+        return self._mean_loss(self._parts("Trainer.evaluate", data))
+
+    def predict(self, data: Data | Tensor | SparseBatch) -> Tensor:
+        """Probabilities of a positive label (logistic), or values (squared): ``[n]`` float32.
+
+        Args:
+            data: as for :meth:`fit`; labels may be left out: ids ``[n, F]`` or a ``SparseBatch`` alone.
+        """
+        if isinstance(data, Tensor | SparseBatch):
+            data = (data, torch.zeros(len(data)))
+        parts = self._parts("Trainer.predict", data)
+        scores = torch.cat([torch.zeros(0), *(self._scores(part) for part in parts)])
+        return torch.sigmoid(scores) if self.loss == "logistic" else scores
+
+    def _scores(self, part: _Part) -> Tensor:
+        pieces = []
+        x = part.x
+        with torch.inference_mode(), self._without_offsets():
+            for i in range(0, len(part.labels), _PREDICTED):
+                pieces.append(self.model(x[i : i + _PREDICTED]).float())
+        return torch.cat(pieces) if pieces else torch.zeros(0)
+
+    @contextlib.contextmanager
+    def _without_offsets(self) -> Iterator[None]:
+        """Parts hold ids of the whole table already."""
+        offsets, self.model.offsets = self.model.offsets, None
+        try:
+            yield
+        finally:
+            self.model.offsets = offsets
+
+    def _mean_loss(self, parts: list[_Part]) -> float:
+        total = weight = 0.0
+        for part in parts:
+            loss, _ = _loss_and_slope(
+                self.loss, self._scores(part).double().numpy(), part.labels.double().numpy()
+            )
+            weights = np.ones(len(loss)) if part.weights is None else part.weights.double().numpy()
+            total += float(np.add.reduce(loss * weights))
+            weight += float(np.add.reduce(weights))
+        return total / max(weight, 1e-300)
+
+    def _parts(self, where: str, data: Any) -> list[_Part]:
+        if isinstance(data, str | os.PathLike):
+            data = open_dataset(data)
+        if isinstance(data, SparseDataset):
+            return [_Part(*shard) for shard in data.shards]
+        if not isinstance(data, tuple) or len(data) not in (2, 3):
+            raise TypeError(
+                f"{where}: data must be a SparseDataset, its folder, (x, labels) or "
+                f"(x, labels, weights), got {type(data).__name__}"
+            )
+        x, labels, weights = (*data, None)[:3]
+        if isinstance(x, Tensor) and self.model.offsets is not None:
+            x = _global_ids(where, x, self.model.offsets)
+        if not isinstance(x, Tensor | SparseBatch):
+            raise TypeError(
+                f"{where}: x must be ids [n, F] or a SparseBatch, got {type(x).__name__}"
+            )
+        labels = torch.as_tensor(labels, dtype=torch.float32)
+        if weights is not None:
+            weights = torch.as_tensor(weights, dtype=torch.float32)
+        for name, tensor in (("labels", labels), ("weights", weights)):
+            if tensor is not None and tensor.shape != (len(x),):
+                raise ValueError(
+                    f"{where}: {name} has shape {list(tensor.shape)}, x has {len(x)} samples"
+                )
+        return [_Part(x, labels, weights)]
+
+    # ---------------------------------------------------------------- keeping
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer states (tensors, not copied) and position (``"position"``: plain numbers)."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for table, states in self._states.items():
+            tensors |= {f"optimizer.{table}.{i}": state for i, state in enumerate(states)}
+        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
+        position = {name: getattr(self, f"_{name}") for name in _POSITION}
+        position |= {"epoch": self.epoch, "history": [list(epoch) for epoch in self.history]}
+        return {**tensors, "position": position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of a trainer with the same model and optimizer.
+
+        Raises:
+            ValueError: it is that of another model or optimizer; nothing is changed then.
+        """
+        mine = self.state_dict()
+        wanted = {name: t.shape for name, t in mine.items() if name.split(".")[0] in _KEPT}
+        found = {name: t.shape for name, t in state.items() if name.split(".")[0] in _KEPT}
+        if wanted != found:
+            differing = sorted(
+                name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+            )
+            raise ValueError(f"Trainer.load_state_dict: these do not fit: {', '.join(differing)}")
+        for name in wanted:
+            mine[name].copy_(state[name])
+        self._best = {
+            name.removeprefix("best."): tensor.clone()
+            for name, tensor in state.items()
+            if name.startswith("best.")
+        }
+        position = state["position"]
+        for name in _POSITION:
+            setattr(self, f"_{name}", position[name])
+        self.epoch = position["epoch"]
+        self.history[:] = [Epoch(*epoch) for epoch in position["history"]]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all that is needed to go on, as one safetensors file. A crash or a full disk leaves an older one as is.
+
+        It names its data position, seed and optimizer; :meth:`load` goes on from it. In ``"deterministic"`` mode, and
+        in ``"exact"``, what comes out then has the same bits as without the interruption.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        state = self.state_dict()
+        position = state.pop("position")
+        arguments = {name: getattr(self, name) for name in _ARGUMENTS}
+        optimizer = {"name": self.optimizer.name, **dataclasses.asdict(self.optimizer)}
+        metadata = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "model": json.dumps(model_arguments(self.model)),
+            "trainer": json.dumps({**arguments, "optimizer": optimizer}),
+            "position": json.dumps(position),
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        if self.model.feature_fields is not None and self.model.offsets is None:
+            tensors["feature_fields"] = self.model.feature_fields
+        with atomic_write(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata)
+            except SafetensorError as error:
+                raise OSError(f"Trainer.save: {os.fspath(path)}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trainer:
+        """A trainer, and its model, as :meth:`save` wrote them.
+
+        Raises:
+            ValueError: the file is truncated, corrupt or something else; the text names it.
+            OSError: it cannot be read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        where = f"Trainer.load: {os.fspath(path)}"
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{where}: no such file")
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{where}: not a whole safetensors file ({error})") from error
+        if metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
+            raise ValueError(f"{where}: not a checkpoint of this version of ffm_ext.Trainer")
+        try:
+            arguments = json.loads(metadata["trainer"])
+            settings = arguments.pop("optimizer")
+            kind = OPTIMIZERS[settings.pop("name")]
+            if "betas" in settings:
+                settings["betas"] = tuple(settings["betas"])
+            model = model_from_arguments(json.loads(metadata["model"]))
+            model.interaction.weight.data = model.interaction.weight.data.to(
+                state["model.interaction.weight"].dtype
+            )
+            for name, parameter in model.linear.named_parameters():
+                parameter.data = parameter.data.to(state[f"model.linear.{name}"].dtype)
+            if "feature_fields" in state:
+                model.feature_fields = state.pop("feature_fields")
+            trainer = cls(model, optimizer=kind(**settings), **arguments)
+            state["position"] = json.loads(metadata["position"])
+            trainer.load_state_dict(state)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{where}: its metadata describes no trainer ({type(error).__name__}: {error})"
+            ) from error
+        return trainer
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(weights[name])
+
+
+_ARGUMENTS = ("loss", "mode", "batch_size", "num_threads", "shuffle", "seed")
+_POSITION = (
+    *("step", "shard", "sample", "loss", "weight", "seconds", "samples"),
+    *("best_loss", "rises", "stopped"),
+)
+_KEPT = ("model", "optimizer")
+
+
+def _take(part: _Part, rows: np.ndarray) -> _Part:
+    at = torch.from_numpy(rows)
+    return _Part(part.x[at], part.labels[at], None if part.weights is None else part.weights[at])
+
+
+def _loss_and_slope(
+    loss: Loss, score: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of float64 scores, and their derivatives."""
+    if loss == "squared":
+        return (score - labels) ** 2 / 2, score - labels
+    sign = np.where(labels > 0, 1.0, -1.0)
+    margin = sign * score
+    return np.logaddexp(0, -margin), -sign * np.exp(-np.logaddexp(0, margin))

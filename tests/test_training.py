@@ -1,0 +1,494 @@
+# SPDX-License-Identifier: MIT
+"""The single-pass engine against libffm's formulas, against libffm itself, and against interruptions."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import ffm_ext
+from ffm_ext import optim
+from ffm_ext.data import SparseDataset
+from ffm_ext.training import Trainer
+
+N, F, K = 60, 6, 4
+
+
+def samples(kind, n=200, seed=0):
+    """Lists of (field, feature, value)."""
+    rng = np.random.RandomState(seed)
+    per = N // F
+    made = []
+    for _ in range(n):
+        if kind == "one-hot":
+            ids = rng.randint(0, per, F) + np.arange(F) * per
+            values = np.ones(F)
+        elif kind == "missing fields":
+            fields = np.flatnonzero(rng.rand(F) < 0.6)
+            ids = rng.randint(0, per, len(fields)) + fields * per
+            values = rng.rand(len(ids)) + 0.1
+        else:
+            ids = np.sort(rng.choice(N, rng.randint(0, 10), replace=False))
+            values = rng.rand(len(ids)) + 0.1
+        made.append([(int(a) // per, int(a), float(x)) for a, x in zip(ids, values)])
+    return made, (rng.rand(n) < 0.4).astype(np.float32)
+
+
+def model(dtype=torch.float64, embed_dim=K, within_field=True, bias=False, linear=False, **options):
+    torch.manual_seed(0)
+    made = ffm_ext.FFM(
+        embed_dim,
+        num_features=N,
+        num_fields=F,
+        within_field=within_field,
+        bias=bias,
+        linear=linear,
+        **{"normalize": True, **options},
+    ).to(dtype)
+    if made.linear.weight is not None:
+        made.linear.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        with torch.no_grad():
+            made.linear.weight.normal_(std=0.1)
+    with torch.no_grad():
+        made.interaction.weight.uniform_(0, 0.5)
+    return made
+
+
+class Reference:
+    """One sample after the other, one pair after the other, as peers of libffm do it: float64, AdaGrad from 1."""
+
+    def __init__(self, made, lr, decay, loss):
+        self.w = made.interaction.weight.detach().double().numpy().reshape(N, F, -1).copy()
+        self.G = np.ones_like(self.w)
+        self.linear, self.bias = made.linear.weight, made.linear.bias
+        self.v = None if self.linear is None else self.linear.detach().double().numpy()[:, 0].copy()
+        self.c = None if self.bias is None else float(self.bias.detach())
+        self.Gv, self.Gc = np.ones(N), 1.0
+        self.within, self.normalize = made.interaction.within_field, made.normalize
+        self.lr, self.decay, self.loss = lr, decay, loss
+
+    def pairs(self, sample):
+        for i in range(len(sample)):
+            for j in range(i + 1, len(sample)):
+                if sample[i][0] != sample[j][0] or self.within:
+                    yield sample[i], sample[j]
+
+    def train(self, sample, label, weight=1.0):
+        squares = sum(x * x for _, _, x in sample)
+        r = (1 / squares if squares else 0) if self.normalize else 1.0
+        t = sum(
+            self.w[a, g] @ self.w[b, f] * x * y * r for (f, a, x), (g, b, y) in self.pairs(sample)
+        )
+        if self.v is not None:
+            t += np.sqrt(r) * sum(self.v[a] * x for _, a, x in sample)
+        t += self.c or 0
+        if self.loss == "squared":
+            loss, kappa = (t - label) ** 2 / 2, t - label
+        else:
+            y = 1 if label > 0 else -1
+            loss, kappa = np.log1p(np.exp(-y * t)), -y / (1 + np.exp(y * t))
+        kappa *= weight
+        for (f, a, x), (g, b, y) in self.pairs(sample):
+            one = self.decay * self.w[a, g] + kappa * x * y * r * self.w[b, f]
+            two = self.decay * self.w[b, f] + kappa * x * y * r * self.w[a, g]
+            for row, field, gradient in ((a, g, one), (b, f, two)):
+                self.G[row, field] += gradient**2
+                self.w[row, field] -= self.lr * gradient / np.sqrt(self.G[row, field])
+        if self.v is not None:
+            for _, a, x in sample:
+                gradient = self.decay * self.v[a] + kappa * np.sqrt(r) * x
+                self.Gv[a] += gradient**2
+                self.v[a] -= self.lr * gradient / np.sqrt(self.Gv[a])
+        if self.c is not None:
+            self.Gc += kappa**2
+            self.c -= self.lr * kappa / np.sqrt(self.Gc)
+        return weight * loss
+
+
+@pytest.mark.parametrize("kind", ["one-hot", "missing fields", "multi-hot"])
+@pytest.mark.parametrize("loss", ["logistic", "squared"])
+@pytest.mark.parametrize("options", [{}, {"bias": True, "linear": True}, {"normalize": False}])
+@pytest.mark.parametrize("embed_dim", [3, 4, 16])
+def test_exact_follows_libffm(kind, loss, options, embed_dim):
+    made = model(embed_dim=embed_dim, **options)
+    reference = Reference(made, 0.2, 2e-3, loss)
+    lists, labels = samples(kind)
+    weights = np.random.RandomState(1).rand(len(labels)).astype(np.float32)
+    trainer = Trainer(
+        made, optimizer=optim.AdaGrad(lr=0.2, weight_decay=2e-3), loss=loss, shuffle=False
+    )
+    data = (ffm_ext.SparseBatch.from_lists(lists), labels, weights)
+    for _ in range(2):
+        expected = sum(map(reference.train, lists, labels, weights)) / weights.sum()
+        assert trainer.partial_fit(data) == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(
+        made.interaction.weight.detach().numpy().reshape(reference.w.shape),
+        reference.w,
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    if options.get("bias"):
+        np.testing.assert_allclose(
+            made.linear.weight.detach()[:, 0], reference.v, rtol=1e-5, atol=1e-7
+        )
+        assert float(made.linear.bias) == pytest.approx(reference.c, rel=1e-5)
+
+
+def test_pairs_inside_a_field_can_be_left_out():
+    made = model(within_field=False)
+    reference = Reference(made, 0.2, 2e-5, "logistic")
+    lists, labels = samples("multi-hot")
+    Trainer(made, shuffle=False).partial_fit((ffm_ext.SparseBatch.from_lists(lists), labels))
+    for sample, label in zip(lists, labels):
+        reference.train(sample, label)
+    np.testing.assert_allclose(
+        made.interaction.weight.detach().numpy().reshape(reference.w.shape),
+        reference.w,
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+LIBFFM = """
+import ctypes, sys, tempfile
+import numpy as np, pylibffm, scipy.sparse
+given = np.load(sys.argv[1])
+x = scipy.sparse.csr_matrix((given["values"], given["indices"], given["offsets"]), (len(given["labels"]), {N}))
+ctypes.CDLL(None).srand(1)
+model = pylibffm.train(x, given["labels"], given["fields"], tempfile.mkdtemp(), {{"nr_iters": 5}})
+# Its array has stride 0 with new releases of numpy; what it points to is right.
+weights = np.lib.stride_tricks.as_strided(model.W, (model.W.size,), (4,))
+np.save(sys.argv[2], weights.reshape({N}, {F}, 2, {K}))
+"""
+
+
+@pytest.mark.parametrize("kind", ["one-hot", "multi-hot"])
+def test_as_libffm_itself(kind, tmp_path):
+    pytest.importorskip("pylibffm", reason="pylibffm, which wraps libffm, is not installed")
+    lists, labels = samples(kind, n=1500)
+    data = ffm_ext.SparseBatch.from_lists(lists)
+    np.savez(
+        tmp_path / "given.npz",
+        values=data.values.double().numpy(),
+        indices=data.indices.numpy(),
+        offsets=data.offsets.numpy(),
+        labels=labels.astype(int),
+        fields=np.arange(N) // (N // F),
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            LIBFFM.format(N=N, F=F, K=K),
+            tmp_path / "given.npz",
+            tmp_path / "w.npy",
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    losses = [
+        float(line.split()[1]) for line in done.stdout.splitlines() if line.split()[0].isdigit()
+    ]
+
+    # std::default_random_engine of libstdc++ and its uniform distribution of float.
+    state, draws = 1, []
+    for _ in range(N * F * K):
+        state = 16807 * state % 2147483647
+        draws.append(np.float32(np.float32(state - 1) / np.float32(2147483646)))
+    libc = ctypes.CDLL(None)
+    libc.srand(1)
+
+    class Libffm(Trainer):
+        def _order(self, n, stream):
+            if stream == 0:
+                libc.rand()  # for the order of its two blocks, of which one is empty
+                return np.arange(n)
+            order = list(range(n))
+            for i in range(1, n):
+                j = libc.rand() % (i + 1)
+                order[i], order[j] = order[j], order[i]
+            return np.array(order)
+
+    made = model(dtype=torch.float32)
+    with torch.no_grad():
+        made.interaction.weight.copy_(torch.tensor(draws).view(N, F * K) / K**0.5)
+    trainer = Libffm(made)
+    history = trainer.fit((data, labels), epochs=5)
+    assert [epoch.train_loss for epoch in history] == pytest.approx(losses, abs=2e-5)
+    theirs = np.load(tmp_path / "w.npy")[:, :, 0]
+    ours = made.interaction.weight.detach().numpy().reshape(N, F, K).copy()
+    predicted = trainer.predict(data)
+    with torch.no_grad():
+        made.interaction.weight.copy_(torch.from_numpy(theirs.reshape(N, F * K).copy()))
+    assert (predicted - trainer.predict(data)).abs().max() < 1e-4
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [optim.AdaGrad(lr=0.1, weight_decay=1e-3), optim.SGD(lr=0.05)]
+)
+def test_batches_of_one_are_exact(optimizer):
+    # Apart from decay, which then is that of whole rows.
+    lists, labels = samples("one-hot")
+    optimizer = type(optimizer)(lr=optimizer.lr)
+    data = (ffm_ext.SparseBatch.from_lists(lists), labels)
+    made = [model(bias=True, linear=True) for _ in range(2)]
+    losses = [
+        Trainer(m, optimizer=optimizer, mode=mode, batch_size=1).partial_fit(data)
+        for m, mode in zip(made, ("exact", "deterministic"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for one, two in zip(made[0].parameters(), made[1].parameters()):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer", list(optim.OPTIMIZERS.values()))
+@pytest.mark.parametrize("mode", ["exact", "hogwild", "deterministic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_optimizer_learns(optimizer, mode, dtype):
+    rng = np.random.RandomState(0)
+    ids = rng.randint(0, N // F, (4000, F)) + np.arange(F) * (N // F)
+    strength = rng.randn(N // F)
+    labels = (strength[ids[:, 0] % 10] * strength[ids[:, 1] % 10] > 0).astype(np.float32)
+    made = model(dtype=dtype, bias=True, linear=True)
+    rates = {"sgd": 0.3, "adam": 0.01, "ftrl": 0.3}
+    trainer = Trainer(
+        made,
+        optimizer=optimizer(lr=rates.get(optimizer.name, 0.2)),
+        mode=mode,
+        batch_size=64,
+        num_threads=2,
+    )
+    history = trainer.fit((torch.from_numpy(ids), labels), epochs=6)
+    assert history[-1].train_loss < 0.75 * history[0].train_loss
+    assert [epoch.samples for epoch in history] == [4000] * 6
+
+
+def test_deterministic_has_the_same_bits_for_any_number_of_threads():
+    lists, labels = samples("multi-hot", n=3000)
+    data = (ffm_ext.SparseBatch.from_lists(lists), labels)
+    tables = []
+    for threads in (1, 2, 3):
+        made = model(dtype=torch.float32, bias=True, linear=True)
+        Trainer(made, mode="deterministic", num_threads=threads).fit(data, epochs=2)
+        tables.append([p.detach().clone() for p in made.parameters()])
+    for table in tables[1:]:
+        assert all(map(torch.equal, table, tables[0]))
+
+
+def test_auto_stop_takes_the_weights_from_before_the_rise():
+    lists, labels = samples("one-hot", n=300)
+    valid_lists, valid_labels = samples("one-hot", n=300, seed=1)
+    data = (ffm_ext.SparseBatch.from_lists(lists), labels)
+    valid = (ffm_ext.SparseBatch.from_lists(valid_lists), valid_labels)
+    made = model()
+    trainer = Trainer(made, optimizer=optim.AdaGrad(lr=0.5))
+    history = trainer.fit(data, valid, epochs=50, auto_stop=True)
+    losses = [epoch.valid_loss for epoch in history]
+    assert 1 < len(history) < 50
+    assert losses[-1] >= losses[-2] == min(losses)
+    assert trainer.evaluate(valid) == pytest.approx(losses[-2], rel=1e-6)
+
+
+def test_a_dataset_of_shards_and_its_folder(tmp_path):
+    lists, labels = samples("multi-hot")
+    whole = SparseDataset.from_arrays(
+        ffm_ext.SparseBatch.from_lists(lists), labels, num_features=N, num_fields=F
+    )
+    shards = SparseDataset([*whole[:70].shards, *whole[70:].shards], num_features=N, num_fields=F)
+    shards.save(tmp_path / "data")
+    results = []
+    for data in (shards, tmp_path / "data"):
+        made = model(dtype=torch.float32)
+        Trainer(made).fit(data, epochs=2)
+        results.append(made.interaction.weight.detach().clone())
+    assert torch.equal(*results)
+    trainer = Trainer(made)
+    torch.testing.assert_close(trainer.predict(shards), trainer.predict(whole))
+
+
+def test_ids_local_to_their_fields():
+    made = ffm_ext.FFM(4, field_dims=[5, 7, 3])
+    ids = torch.stack([torch.randint(0, n, (50,)) for n in (5, 7, 3)], 1)
+    trainer = Trainer(made)
+    trainer.fit((ids, torch.ones(50)), epochs=2)
+    torch.testing.assert_close(trainer.predict(ids), torch.sigmoid(made(ids)))
+
+
+def run(checkpoint, result, data, epochs):
+    """Train, or go on, to the end: what the process below is killed in."""
+    torch.set_num_threads(1)
+    trainer = Trainer.load(checkpoint) if os.path.exists(checkpoint) else new_trainer()
+    trainer.fit(
+        data,
+        data,
+        epochs=epochs,
+        auto_stop=True,
+        patience=9,
+        checkpoint=checkpoint,
+        checkpoint_every=512,
+    )
+    torch.save([p.detach() for p in trainer.model.parameters()], f"{result}.tmp")
+    os.replace(f"{result}.tmp", result)
+
+
+def new_trainer():
+    return Trainer(
+        model(dtype=torch.float32, bias=True, linear=True),
+        optimizer=optim.Adam(lr=0.01),
+        mode="deterministic",
+        batch_size=64,
+    )
+
+
+def test_killed_runs_resume_to_the_same_bits(tmp_path):
+    lists, labels = samples("multi-hot", n=4000)
+    SparseDataset.from_arrays(
+        ffm_ext.SparseBatch.from_lists(lists), labels, num_features=N, num_fields=F
+    ).save(tmp_path / "data")
+    whole = new_trainer()
+    whole.fit(tmp_path / "data", tmp_path / "data", epochs=8, auto_stop=True, patience=9)
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "ffm_ext.training"])
+    rng = np.random.RandomState(0)
+    killed = attempts = 0
+    checkpoint, result = str(tmp_path / "checkpoint"), str(tmp_path / "result")
+    while killed < 20:
+        attempts += 1
+        assert attempts < 200
+        process = context.Process(target=run, args=(checkpoint, result, str(tmp_path / "data"), 8))
+        process.start()
+        before = os.stat(checkpoint).st_mtime_ns if os.path.exists(checkpoint) else 0
+        # At a random moment after it has come at least one checkpoint further.
+        while process.is_alive() and (
+            not os.path.exists(checkpoint) or os.stat(checkpoint).st_mtime_ns == before
+        ):
+            time.sleep(0.001)
+        time.sleep(rng.rand() * 0.02)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            killed += 1
+        else:
+            assert process.exitcode == 0
+            check_result(result, whole)
+            os.remove(checkpoint)
+            os.remove(result)
+    process = context.Process(target=run, args=(checkpoint, result, str(tmp_path / "data"), 8))
+    process.start()
+    process.join()
+    check_result(result, whole)
+
+
+def check_result(result, whole):
+    for ours, expected in zip(torch.load(result), whole.model.parameters()):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("mode", ["exact", "deterministic"])
+def test_a_checkpoint_goes_on_in_the_middle_of_an_epoch(mode, tmp_path, monkeypatch):
+    monkeypatch.setattr("ffm_ext.training._PIECE", 64)
+    lists, labels = samples("multi-hot", n=500)
+    data = (ffm_ext.SparseBatch.from_lists(lists), labels)
+
+    def trainer():
+        return Trainer(model(dtype=torch.float32, bias=True), mode=mode, batch_size=32)
+
+    whole = trainer()
+    whole.fit(data, epochs=3)
+
+    def stop(progress):
+        if progress.epoch == 2 and progress.samples > 200:
+            raise KeyboardInterrupt
+
+    broken = trainer()
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit(data, epochs=3, callback=stop, checkpoint=tmp_path / "c")
+    again = Trainer.load(tmp_path / "c")
+    assert again.epoch == 1
+    again.fit(data, epochs=3)
+    for one, two in zip(whole.model.parameters(), again.model.parameters()):
+        assert torch.equal(one, two)
+    assert [e.train_loss for e in whole.history] == [e.train_loss for e in again.history]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    trainer = Trainer(model())
+    trainer.save(tmp_path / "c")
+    before = (tmp_path / "c").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save(tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == before
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_corrupt_checkpoints_are_named(tmp_path):
+    trainer = Trainer(model())
+    path = tmp_path / "c"
+    trainer.save(path)
+    whole = path.read_bytes()
+    for broken in (b"", whole[: len(whole) // 2], b"\xff" * 100, b"hello"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"Trainer.load: .*c: not a whole safetensors file"):
+            Trainer.load(path)
+    ffm_ext.interop.save_model(trainer.model, path)
+    with pytest.raises(ValueError, match="not a checkpoint of this version"):
+        Trainer.load(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        Trainer.load(tmp_path / "none")
+
+
+def test_bad_input():
+    made = model()
+    lists, labels = samples("one-hot", n=5)
+    data = ffm_ext.SparseBatch.from_lists(lists)
+    for options, error, match in (
+        (
+            {"optimizer": torch.optim.SGD([torch.zeros(1)], lr=1)},
+            TypeError,
+            r"must be one of ffm_ext\.optim",
+        ),
+        ({"loss": "hinge"}, ValueError, "loss = 'hinge' is not one of logistic, squared"),
+        ({"mode": "fast"}, ValueError, "mode = 'fast' is not one of exact, hogwild, deterministic"),
+        ({"batch_size": 0}, ValueError, "batch_size = 0 must be positive"),
+    ):
+        with pytest.raises(error, match=match):
+            Trainer(made, **options)
+    trainer = Trainer(made)
+    for given, error, match in (
+        ((data, labels[:3]), ValueError, r"labels has shape \[3\], x has 5 samples"),
+        ((data, labels, labels[:2]), ValueError, r"weights has shape \[2\], x has 5 samples"),
+        ((data, [float("nan")] * 5), ValueError, r"labels\[0\] = nan is not finite"),
+        (data, TypeError, "data must be a SparseDataset"),
+        ((torch.full((5, F), N), labels), IndexError, rf"indices\[0, 0\] = {N} is out of range"),
+    ):
+        with pytest.raises(error, match=match):
+            trainer.fit(given)
+    with pytest.raises(ValueError, match="auto_stop needs valid"):
+        trainer.fit((data, labels), auto_stop=True)
+    with pytest.raises(ValueError, match=r"these do not fit: optimizer\.table\.0"):
+        Trainer(made, optimizer=optim.VectorAdaGrad()).load_state_dict(trainer.state_dict())
+
+
+def test_a_loss_that_is_not_finite_stops():
+    made = model(normalize=False)
+    data = (torch.arange(F)[None] * (N // F), torch.ones(1))
+    trainer = Trainer(made, optimizer=optim.SGD(lr=1e30), loss="squared")
+    with pytest.raises(FloatingPointError, match="a smaller learning rate may help"):
+        trainer.fit(data, epochs=50)
