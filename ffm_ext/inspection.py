@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: MIT
+"""What a trained model has learnt: its strongest pairs of features, and how strongly fields interact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import SparseBatch
+from .functional import ffm_interaction
+from .modules import FFM, FFMInteraction, _global_ids, _unit_norm
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Interaction", "field_strength", "plot_field_strength", "top_interactions"]
+
+# Dot products that are held at a time: 16 MB of float32.
+_BLOCK = 1 << 22
+
+
+class Interaction(NamedTuple):
+    """A pair of features and what it adds to a logit where both have the value 1."""
+
+    feature_a: int
+    feature_b: int
+    field_a: int
+    field_b: int
+    weight: float
+
+
+@torch.inference_mode()
+def top_interactions(
+    model: FFM, n: int = 20, *, data: Tensor | SparseBatch | None = None
+) -> list[Interaction]:
+    """The pairs of features with the largest ``|<w[a, f_b], w[b, f_a]>|``, the largest first.
+
+    All pairs take O(N²·K) time, in blocks: no more than some 16 MB of them are held. Pairs inside one field are there
+    where the model counts them.
+
+    Args:
+        model: trained; ``normalize`` scales what a pair adds, and is left aside here.
+        n: how many.
+        data: only pairs that come up in some sample, as ids ``[B, F]`` or a :class:`~ffm_ext.SparseBatch`, as the model
+            takes them. Random weights of pairs that no sample has had come first otherwise, where data is sparse.
+
+    Returns:
+        At most ``n`` pairs, ``feature_a < feature_b``, ids of the whole table.
+
+    Raises:
+        ValueError: ``n`` is not positive; without ``data``, the model was made from sizes alone and does not know the
+            field of a feature: set ``model.feature_fields``.
+        IndexError: an id or a field of ``data`` is out of range.
+    """
+    if n <= 0:
+        raise ValueError(f"top_interactions: n = {n} must be positive")
+    layer = model.interaction
+    table = _table(layer)
+    pairs = _all_pairs(model, table, n) if data is None else _pairs_of(model, table, n, data)
+    ends = torch.empty(0, 4, dtype=torch.int64)
+    weights = torch.empty(0, dtype=table.dtype)
+    for found, dots in pairs:
+        ends, weights = torch.cat([ends, found]), torch.cat([weights, dots])
+        order = weights.abs().argsort(descending=True, stable=True)
+        # A pair may come up in many blocks of samples; the first is as good as the others.
+        keys = ends[order, 0] * layer.num_features + ends[order, 1]
+        first = np.unique(keys.numpy(), return_index=True)[1]
+        order = order[torch.from_numpy(np.sort(first))][:n]
+        ends, weights = ends[order], weights[order]
+    return [
+        Interaction(a, b, field_a, field_b, weight)
+        for (a, b, field_a, field_b), weight in zip(ends.tolist(), weights.tolist(), strict=True)
+    ]
+
+
+@torch.inference_mode()
+def field_strength(model: FFM, data: Tensor | SparseBatch | None = None) -> Tensor:
+    """How strongly two fields interact: the root mean square of their dot products.
+
+    Args:
+        model: trained.
+        data: over these samples, as the model takes them, of the terms ``d[f, g]`` of a logit (values, and the model's
+            normalisation, included). ``None``: over all pairs of a feature of one field with one of the other, which
+            costs no more than reading the table.
+
+    Returns:
+        ``[F, F]``, symmetric, float64. The diagonal is 0 where the model does not count pairs inside one field.
+
+    Raises:
+        ValueError: without ``data``, the model does not know the field of a feature: set ``model.feature_fields``;
+            ``data`` has no samples.
+    """
+    layer = model.interaction
+    F = layer.num_fields
+    if data is not None:
+        return _strength_over(model, data)
+    table = _table(layer)
+    members = _members(model)
+    strength = torch.zeros(F, F, dtype=torch.float64)
+
+    def gram(f: int, g: int) -> Tensor:
+        """``Wᵀ W [K, K]`` of the vectors that the features of f keep for g."""
+        vectors = table[members[f], g].double()
+        return vectors.T @ vectors
+
+    # The mean of <w_a, w_b>² over all a, b is <Wᵀ W, Vᵀ V> / (n m): no pair is looked at.
+    for f in range(F):
+        for g in range(f + 1, F):
+            count = members[f].numel() * members[g].numel()
+            square = (gram(f, g) * gram(g, f)).sum() / max(1, count)
+            strength[f, g] = strength[g, f] = square.clamp(min=0).sqrt()
+        count = members[f].numel() * (members[f].numel() - 1)
+        if layer.within_field and count:
+            own = table[members[f], f].double().square().sum(1).square().sum()
+            square = (gram(f, f).square().sum() - own) / count
+            strength[f, f] = square.clamp(min=0).sqrt()
+    return strength
+
+
+def plot_field_strength(
+    model: FFM, data: Tensor | SparseBatch | None = None, *, ax: Axes | None = None
+) -> Axes:
+    """:func:`field_strength` as a heat map.
+
+    Args:
+        model, data: as there.
+        ax: where to draw; ``None`` = a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "plot_field_strength needs matplotlib: pip install ffm-ext[plot]"
+        ) from error
+    strength = field_strength(model, data)
+    if ax is None:
+        ax = pyplot.subplots(layout="constrained")[1]
+    image = ax.imshow(strength.numpy(), cmap="viridis", vmin=0)
+    names, places = model.field_names, range(len(model.field_names))
+    ax.set_xticks(places, names, rotation=90)
+    ax.set_yticks(places, names)
+    ax.set_xlabel("field")
+    ax.set_ylabel("field")
+    ax.set_title("Interaction of fields (root mean square)")
+    figure: Any = ax.figure
+    figure.colorbar(image, ax=ax)
+    return ax
+
+
+def _table(layer: FFMInteraction) -> Tensor:
+    """The weights ``[N, F, K]``, on the CPU, half precision as float32."""
+    weight = layer.weight.detach().cpu()
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    return weight.view(layer.num_features, layer.num_fields, layer.embed_dim)
+
+
+def _members(model: FFM) -> list[Tensor]:
+    """The features of each field."""
+    if model.feature_fields is None:
+        raise ValueError(
+            "the model was made from sizes alone and does not know the field of a feature: "
+            "set model.feature_fields to a tensor [N], or give data"
+        )
+    fields = model.feature_fields.cpu()
+    return [(fields == f).nonzero().squeeze(1) for f in range(model.interaction.num_fields)]
+
+
+def _ordered(a: Tensor, b: Tensor, field_a: Tensor, field_b: Tensor) -> Tensor:
+    """``[n, 4]``: the two features of each pair, the smaller first, and their fields."""
+    pairs = torch.stack([a, b, field_a, field_b], dim=1)
+    return torch.where((a > b)[:, None], pairs[:, [1, 0, 3, 2]], pairs)
+
+
+def _all_pairs(model: FFM, table: Tensor, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The ``n`` strongest pairs ``[n, 4]`` of each block of all there are, and their dot products ``[n]``."""
+    members = _members(model)
+    for f, of_f in enumerate(members):
+        for g in range(f if model.interaction.within_field else f + 1, len(members)):
+            of_g = members[g]
+            others = table[of_g, f]
+            for rows in of_f.split(max(1, _BLOCK // max(1, of_g.numel()))):
+                dots = table[rows, g] @ others.T
+                strength = dots.abs()
+                if f == g:
+                    strength.masked_fill_(rows[:, None] >= of_g, -1)
+                strength, places = strength.flatten().topk(min(n, strength.numel()))
+                places = places[strength >= 0]
+                a, b = rows[places // others.shape[0]], of_g[places % others.shape[0]]
+                yield (
+                    _ordered(a, b, torch.full_like(a, f), torch.full_like(b, g)),
+                    dots.flatten()[places],
+                )
+
+
+def _pairs_of(
+    model: FFM, table: Tensor, n: int, data: Tensor | SparseBatch
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The ``n`` strongest pairs ``[n, 4]`` of entries in each block of samples, and their dot products ``[n]``."""
+    layer = model.interaction
+    for batch in _blocks(model, data):
+        indices, fields = batch.indices.long(), batch.fields.long()
+        sizes = (("indices", indices, layer.num_features), ("fields", fields, layer.num_fields))
+        for name, ids, size in sizes:
+            wrong = ids[(ids < 0) | (ids >= size)]
+            if wrong.numel():
+                raise IndexError(
+                    f"top_interactions: {name} has {int(wrong[0])}, out of range for {size}"
+                )
+        # Each entry with all that come after it in its sample.
+        counts = batch.offsets.diff().long()
+        ends = batch.offsets[1:].long().repeat_interleave(counts)
+        partners = ends - torch.arange(batch.nnz) - 1
+        left = torch.arange(batch.nnz).repeat_interleave(partners)
+        starts = (partners.cumsum(0) - partners).repeat_interleave(partners)
+        right = left + 1 + torch.arange(left.numel()) - starts
+        keep = indices[left] != indices[right]
+        if not layer.within_field:
+            keep &= fields[left] != fields[right]
+        pairs = _ordered(
+            indices[left[keep]], indices[right[keep]], fields[left[keep]], fields[right[keep]]
+        )
+        keys = pairs[:, 0] * layer.num_features + pairs[:, 1]
+        pairs = pairs[torch.from_numpy(np.unique(keys.numpy(), return_index=True)[1])]
+        a, b, field_a, field_b = pairs.unbind(1)
+        dots = (table[a, field_b] * table[b, field_a]).sum(1)
+        kept = dots.abs().topk(min(n, dots.numel())).indices
+        yield pairs[kept], dots[kept]
+
+
+def _strength_over(model: FFM, data: Tensor | SparseBatch) -> Tensor:
+    layer = model.interaction
+    F, weight = layer.num_fields, layer.weight.detach()
+    terms = F * (F - 1) // 2 + (F if layer.within_field else 0)
+    squares = torch.zeros(terms, dtype=torch.float64)
+    samples = 0
+    for batch in _blocks(model, data):
+        x = batch.to(weight.device, torch.float64)
+        values = _unit_norm(x.indices, x.values, x.offsets) if model.normalize else x.values
+        dots = ffm_interaction(
+            weight,
+            x.indices,
+            x.fields,
+            None if values is None else values.to(weight.dtype),
+            x.offsets,
+            num_fields=F,
+            output="dot",
+            within_field=layer.within_field,
+        )
+        squares += dots.double().square().sum(0).cpu()
+        samples += len(batch)
+    if not samples:
+        raise ValueError("field_strength: data has no samples")
+    mean = (squares / samples).sqrt()
+    strength = torch.zeros(F, F, dtype=torch.float64)
+    f, g = torch.triu_indices(F, F, 1)
+    strength[f, g] = strength[g, f] = mean[: f.numel()]
+    if layer.within_field:
+        strength.diagonal().copy_(mean[f.numel() :])
+    return strength
+
+
+def _blocks(model: FFM, data: Tensor | SparseBatch) -> Iterator[SparseBatch]:
+    """``data`` on the CPU, in pieces of samples with some ``_BLOCK`` pairs (of entries, or of fields)."""
+    if isinstance(data, Tensor):
+        ids = data if model.offsets is None else _global_ids("FFM", data, model.offsets)
+        B, F = ids.shape
+        fields = torch.arange(F, dtype=ids.dtype, device=ids.device).repeat(B)
+        offsets = torch.arange(B + 1, dtype=ids.dtype, device=ids.device) * F
+        data = SparseBatch(ids.flatten(), fields, None, offsets)
+    batch = data.to("cpu")
+    counts = batch.offsets.diff().long()
+    work = torch.maximum(counts.square(), torch.tensor(model.interaction.num_fields**2)).cumsum(0)
+    begin = 0
+    while begin < len(batch):
+        done = int(work[begin - 1]) if begin else 0
+        end = max(begin + 1, int(torch.searchsorted(work, done + _BLOCK)))
+        yield batch[begin:end]
+        begin = end

@@ -1,0 +1,559 @@
+# SPDX-License-Identifier: MIT
+"""Field-aware factorization machines as scikit-learn estimators.
+
+::
+
+    from ffm_ext.sklearn import FFMClassifier
+
+    model = FFMClassifier(feature_fields="categorical").fit(ids, clicked)
+    model.predict_proba(ids)
+
+What ``X`` may be, and what its features and fields are:
+
+==========================================  ===================  ====================================================
+``X``                                       ``feature_fields``   meaning
+==========================================  ===================  ====================================================
+array, frame or sparse matrix ``[n, d]``    ``None``             a column is a feature with a field of its own
+array, frame or sparse matrix ``[n, d]``    ``[d]`` integers     a column is a feature of the field that is given
+whole numbers ``[n, F]``                    ``"categorical"``    a column is a field, a number is one of its features
+:class:`~ffm_ext.SparseBatch`               ``None``             it names the feature and the field of every entry
+==========================================  ===================  ====================================================
+
+In the first two, the values of a sample are its nonzeros. Categories count from 0 in every column, as
+``sklearn.preprocessing.OrdinalEncoder`` makes them. -1, and in ``predict`` a category or an entry of a ``SparseBatch``
+that ``fit`` has not seen, is no entry: it adds nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import inspection
+from .batch import SparseBatch
+from .modules import FFM
+from .optim import OPTIMIZERS, Optimizer
+from .training import Progress, Trainer
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.model_selection import train_test_split
+    from sklearn.utils import check_random_state
+    from sklearn.utils.multiclass import check_classification_targets, type_of_target
+    from sklearn.utils.validation import (
+        _check_sample_weight,
+        assert_all_finite,
+        check_consistent_length,
+        check_is_fitted,
+        column_or_1d,
+        validate_data,
+    )
+except ImportError as error:
+    raise ImportError(
+        "ffm_ext.sklearn needs scikit-learn 1.6 or later: pip install ffm-ext[sklearn]"
+    ) from error
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["FFMClassifier", "FFMRegressor"]
+
+# Samples that are scored at a time, so that prediction takes no memory that grows with X beyond its own encoding.
+_BLOCK = 1 << 16
+
+# With a field for each column, a table has d² · embed_dim weights: past this size it is a mistake rather than a wish.
+_LARGE_TABLE = 1 << 32
+
+
+class _BaseFFM(BaseEstimator):  # type: ignore[misc]
+    """What classifier and regressor share: encoding of ``X``, fitting, inspection."""
+
+    _loss: Literal["logistic", "squared"]
+
+    def __init__(
+        self,
+        embed_dim: int = 4,
+        *,
+        lr: float = 0.2,
+        weight_decay: float = 2e-5,
+        epochs: int = 15,
+        optimizer: str | Optimizer = "adagrad",
+        mode: Literal["exact", "hogwild", "deterministic"] = "exact",
+        batch_size: int = 1024,
+        normalize: bool = True,
+        within_field: bool = False,
+        bias: bool = True,
+        linear: bool = True,
+        feature_fields: Sequence[int] | np.ndarray | Literal["categorical"] | None = None,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        patience: int = 1,
+        num_threads: int | None = None,
+        random_state: int | np.random.RandomState | None = None,
+        warm_start: bool = False,
+        verbose: int = 0,
+    ) -> None:
+        self.embed_dim = embed_dim
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.epochs = epochs
+        self.optimizer = optimizer
+        self.mode = mode
+        self.batch_size = batch_size
+        self.normalize = normalize
+        self.within_field = within_field
+        self.bias = bias
+        self.linear = linear
+        self.feature_fields = feature_fields
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.patience = patience
+        self.num_threads = num_threads
+        self.random_state = random_state
+        self.warm_start = warm_start
+        self.verbose = verbose
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+    # ---------------------------------------------------------------------------------------- fitting
+
+    def _fit(
+        self, X: Any, y: Any, sample_weight: Any, *, partial: bool, classes: Any = None
+    ) -> None:
+        """Train: one pass where ``partial``, else all of them."""
+        new = not hasattr(self, "model_") or not (partial or self.warm_start)
+        batch, y = self._training_data(X, y, new)
+        random = check_random_state(self.random_state)
+        seed = int(random.randint(np.iinfo(np.int32).max))
+        weights = None
+        if sample_weight is not None:
+            weights = _check_sample_weight(
+                sample_weight, y, dtype=np.float64, ensure_non_negative=True
+            )
+            # A sample without weight is no sample: it does not even move the mean of y.
+            kept = weights > 0
+            if not kept.any():
+                raise ValueError("sample_weight is 0 for all samples")
+            if not kept.all():
+                batch, y, weights = batch[kept], y[kept], weights[kept]
+        targets = self._targets(y, weights, new, classes)
+        if new:
+            self._new_model(seed)
+        data: tuple[Any, ...] = (batch, torch.from_numpy(targets.astype(np.float32)))
+        if weights is not None:
+            data += (torch.from_numpy(weights.astype(np.float32)),)
+        if partial:
+            self.trainer_.partial_fit(data)
+            self.n_iter_ = getattr(self, "n_iter_", 0) + 1
+            return
+        valid = None
+        if self.early_stopping:
+            data, valid = self._set_aside(data, y, seed)
+        trainer = self.trainer_
+        if not new:
+            # Whether it gets worse is asked anew: the part set aside may be another one.
+            state = trainer.state_dict()
+            state["position"] |= {"stopped": False, "best_loss": math.inf, "rises": 0}
+            trainer.load_state_dict(state)
+        before = trainer.epoch
+        trainer.fit(
+            data,
+            valid,
+            epochs=before + self.epochs,
+            auto_stop=self.early_stopping,
+            patience=self.patience,
+            callback=self._report if self.verbose else None,
+        )
+        self.history_ = trainer.history[before:]
+        self.n_iter_ = len(self.history_)
+
+    def _new_model(self, seed: int) -> None:
+        N, F, fields = self._num_features, self._num_fields, self._fields
+        if N * F * self.embed_dim > _LARGE_TABLE and self.feature_fields is None:
+            raise ValueError(
+                f"{type(self).__name__}: {N} features in {F} fields make a table of {N * F * self.embed_dim} weights; "
+                "give feature_fields, the field of each column"
+            )
+        options = {
+            name: getattr(self, name) for name in ("bias", "linear", "normalize", "within_field")
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model_ = FFM(self.embed_dim, num_features=N, num_fields=F, **options)
+        self.model_.feature_fields = fields
+        optimizer = self.optimizer
+        if isinstance(optimizer, str):
+            if optimizer not in OPTIMIZERS:
+                raise ValueError(
+                    f"{type(self).__name__}: optimizer = {optimizer!r} is not one of {', '.join(OPTIMIZERS)}"
+                )
+            optimizer = OPTIMIZERS[optimizer](lr=self.lr, weight_decay=self.weight_decay)
+        self.trainer_ = Trainer(
+            self.model_,
+            optimizer=optimizer,
+            loss=self._loss,
+            mode=self.mode,
+            batch_size=self.batch_size,
+            num_threads=self.num_threads,
+            seed=seed,
+        )
+
+    def _set_aside(
+        self, data: tuple[Any, ...], y: np.ndarray, seed: int
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """``data`` in two: to train on, and to know when to stop."""
+        kept, aside = train_test_split(
+            np.arange(len(y)),
+            test_size=self.validation_fraction,
+            random_state=seed,
+            stratify=y if self._loss == "logistic" else None,
+        )
+        return tuple(part[kept] for part in data), tuple(part[aside] for part in data)
+
+    @staticmethod
+    def _report(progress: Progress) -> None:
+        epoch = progress.finished
+        if epoch is None:
+            return
+        line = f"epoch {epoch.epoch}: train loss {epoch.train_loss:.5f}"
+        if epoch.valid_loss is not None:
+            line += f", validation loss {epoch.valid_loss:.5f}"
+        print(line)
+
+    def _check_y(self, y: Any) -> np.ndarray:
+        """``y``, ``[n]``, of a kind that the estimator can learn."""
+        raise NotImplementedError
+
+    def _targets(
+        self, y: np.ndarray, weights: np.ndarray | None, new: bool, classes: Any
+    ) -> np.ndarray:
+        """``y`` as the trainer takes it. What there is to learn of ``y`` itself is learnt where ``new``."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------------------------------- X
+
+    def _training_data(self, X: Any, y: Any, new: bool) -> tuple[SparseBatch, np.ndarray]:
+        if isinstance(X, SparseBatch):
+            y = self._check_y(y)
+            check_consistent_length(X, y)
+        else:
+            X, y = self._validate(X, y, reset=new)
+            y = self._check_y(y)
+        if new:
+            self._learn_fields(X)
+        return self._batch(X), y
+
+    def _validate(self, X: Any, y: Any = "no_validation", *, reset: bool) -> Any:
+        categorical = self._categorical
+        return validate_data(
+            self,
+            X,
+            y,
+            reset=reset,
+            accept_sparse=False if categorical else "csr",
+            dtype=None if categorical else np.float32,
+        )
+
+    @property
+    def _categorical(self) -> bool:
+        return isinstance(self.feature_fields, str)
+
+    def _learn_fields(self, X: Any) -> None:
+        """The sizes of the table, and the field of each feature."""
+        name = type(self).__name__
+        if isinstance(X, SparseBatch):
+            if self.feature_fields is not None:
+                raise ValueError(
+                    f"{name}: feature_fields goes with a matrix; a SparseBatch has its own"
+                )
+            if not X.nnz:
+                raise ValueError(f"{name}: the SparseBatch has no entries")
+            indices, owners = X.indices.long(), X.fields.long()
+            if indices.min() < 0 or owners.min() < 0:
+                raise ValueError(f"{name}: the SparseBatch has a negative id or field")
+            fields = torch.zeros(int(indices.max()) + 1, dtype=torch.int64)
+            fields[indices] = owners
+            self._num_fields = int(owners.max()) + 1
+            self.n_features_in_ = len(fields)
+        elif self._categorical:
+            if self.feature_fields != "categorical":
+                raise ValueError(
+                    f"{name}: feature_fields = {self.feature_fields!r} is neither 'categorical' nor a list of integers"
+                )
+            counts = torch.from_numpy(_categories(name, X).max(axis=0) + 1).clamp(min=1)
+            self._starts = np.concatenate([[0], counts.cumsum(0).numpy()])
+            self._num_fields = len(counts)
+            fields = torch.arange(len(counts)).repeat_interleave(counts)
+        elif self.feature_fields is None:
+            self._num_fields = X.shape[1]
+            fields = torch.arange(X.shape[1])
+        else:
+            given = np.asarray(self.feature_fields)
+            if given.shape != (X.shape[1],) or given.dtype.kind not in "iu" or given.min() < 0:
+                raise ValueError(
+                    f"{name}: feature_fields must be {X.shape[1]} integers from 0, one for each column of X, "
+                    f"got {given.dtype} of shape {list(given.shape)}"
+                )
+            fields = torch.from_numpy(given.astype(np.int64))
+            self._num_fields = int(fields.max()) + 1
+        self._num_features = len(fields)
+        self._fields = fields
+
+    def _batch(self, X: Any) -> SparseBatch:
+        """``X``, validated, as entries that the table has."""
+        if isinstance(X, SparseBatch):
+            known = (X.indices < self._num_features) & (X.fields < self._num_fields)
+            return X if bool(known.all()) else _keep(X, known)
+        if self._categorical:
+            ids = _categories(type(self).__name__, X)
+            seen = (ids >= 0) & (ids < np.diff(self._starts))
+            columns = np.nonzero(seen)[1]
+            offsets = np.concatenate([[0], seen.sum(axis=1).cumsum()])
+            indices = (ids + self._starts[:-1])[seen]
+            return SparseBatch(
+                torch.from_numpy(indices),
+                torch.from_numpy(columns),
+                None,
+                torch.from_numpy(offsets),
+            )
+        if isinstance(X, np.ndarray):
+            return SparseBatch.from_dense(X, self._fields)
+        if not X.has_canonical_format:
+            # Two entries of one place are one value: their sum.
+            X = X.copy()
+            X.sum_duplicates()
+        return SparseBatch.from_scipy(X, self._fields)
+
+    def _scores(self, X: Any) -> np.ndarray:
+        """What the model says of each sample, ``[n]`` float64."""
+        check_is_fitted(self)
+        if not isinstance(X, SparseBatch):
+            X = self._validate(X, reset=False)
+        batch = self._batch(X)
+        with torch.inference_mode():
+            parts = [self.model_(batch[b : b + _BLOCK]) for b in range(0, len(batch), _BLOCK)]
+        return torch.cat(parts).double().numpy() if parts else np.empty(0)
+
+    # ---------------------------------------------------------------------------------------- inspection
+
+    def top_interactions(self, n: int = 20, X: Any = None) -> list[inspection.Interaction]:
+        """The strongest pairs of features: see :func:`ffm_ext.inspection.top_interactions`.
+
+        Args:
+            n: how many.
+            X: only pairs that come up in these samples.
+
+        Ids are columns of ``X``, or those of a ``SparseBatch``; with ``feature_fields="categorical"`` they count
+        through all columns: :attr:`model_` ``.feature_fields`` says where each begins.
+        """
+        check_is_fitted(self)
+        return inspection.top_interactions(self.model_, n, data=self._inspected(X))
+
+    def plot_field_strength(self, ax: Axes | None = None, X: Any = None) -> Axes:
+        """A heat map of how strongly fields interact: see :func:`ffm_ext.inspection.plot_field_strength`.
+
+        Args:
+            ax: where to draw; ``None`` = a new figure.
+            X: over these samples; ``None`` = over all pairs of features.
+        """
+        check_is_fitted(self)
+        return inspection.plot_field_strength(self.model_, self._inspected(X), ax=ax)
+
+    def _inspected(self, X: Any) -> SparseBatch | None:
+        if X is None:
+            return None
+        return self._batch(X if isinstance(X, SparseBatch) else self._validate(X, reset=False))
+
+
+class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
+    """A field-aware factorization machine of two classes, trained on the logistic loss.
+
+    Args:
+        embed_dim: K, the number of latent factors.
+        lr: learning rate of the optimizer.
+        weight_decay: L2.
+        epochs: passes over the data at most.
+        optimizer: ``"adagrad"`` (as libffm), ``"vector_adagrad"``, ``"sgd"``, ``"adam"``, ``"ftrl"``, or an object of
+            :mod:`ffm_ext.optim`, whose own numbers then count instead of ``lr`` and ``weight_decay``.
+        mode: ``"exact"``, ``"hogwild"`` or ``"deterministic"``, as :class:`~ffm_ext.training.Trainer` has them.
+        batch_size: samples of a step, where the mode has steps of more than one.
+        normalize, within_field, bias, linear: as :class:`~ffm_ext.FFM` has them.
+        feature_fields: the field of each column of ``X``, ``"categorical"``, or ``None``: see the top of
+            :mod:`ffm_ext.sklearn`.
+        early_stopping: set a part of the data aside, stop once the loss on it has not fallen for ``patience`` epochs,
+            and take the weights of the epoch before these.
+        validation_fraction: how large that part is.
+        patience: epochs.
+        num_threads: ``None`` = those of torch.
+        random_state: seeds the initial weights, the order of samples and the part set aside: int,
+            ``numpy.random.RandomState`` or ``None``.
+        warm_start: ``fit`` goes on from the weights that are there, and keeps what is known of features and fields.
+        verbose: 1 prints a line an epoch.
+
+    Attributes:
+        model_: the trained :class:`~ffm_ext.FFM`.
+        trainer_: the :class:`~ffm_ext.training.Trainer`, with the state of the optimizer.
+        history_: an :class:`~ffm_ext.training.Epoch` for each epoch of the last ``fit``, with its losses.
+        n_iter_: the number of these.
+        n_features_in_, feature_names_in_: of ``X``, as scikit-learn has them; the largest id + 1 for a ``SparseBatch``.
+        classes_: the two labels; the second is the positive one.
+
+    For more than two classes there is ``sklearn.multiclass.OneVsRestClassifier``.
+    """
+
+    _loss = "logistic"
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> FFMClassifier:
+        """Train from the start, or on from where it is with ``warm_start``.
+
+        Args:
+            X: see the top of :mod:`ffm_ext.sklearn`.
+            y: ``[n]`` labels of two classes.
+            sample_weight: ``[n]``, at least 0; ``None`` = 1.
+        """
+        self._fit(X, y, sample_weight, partial=False)
+        return self
+
+    def partial_fit(
+        self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
+    ) -> FFMClassifier:
+        """One pass over more data. Features, fields and classes are those of the first call.
+
+        Args:
+            X, y, sample_weight: as :meth:`fit` has them.
+            classes: the two labels; needed on the first call where ``y`` does not have both.
+        """
+        self._fit(X, y, sample_weight, partial=True, classes=classes)
+        return self
+
+    def _check_y(self, y: Any) -> np.ndarray:
+        y = column_or_1d(y, warn=True)
+        check_classification_targets(y)
+        kind = type_of_target(y, input_name="y")
+        if kind == "multiclass":
+            raise ValueError(
+                f"Only binary classification is supported. The type of the target is {kind}."
+            )
+        return y
+
+    def _targets(
+        self, y: np.ndarray, weights: np.ndarray | None, new: bool, classes: Any
+    ) -> np.ndarray:
+        if new:
+            classes = np.unique(y if classes is None else classes)
+            if len(classes) != 2:
+                raise ValueError(
+                    f"{type(self).__name__} needs two classes, got {len(classes)} class(es): {classes}"
+                )
+            self.classes_ = classes
+        unknown = y[~np.isin(y, self.classes_)]
+        if len(unknown):
+            raise ValueError(
+                f"{type(self).__name__}: y has {unknown[0]!r}, which is not one of the classes {self.classes_}"
+            )
+        return np.where(y == self.classes_[1], 1.0, -1.0)
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Logits ``[n]`` of the second class."""
+        return self._scores(X)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities of the two classes, ``[n, 2]``."""
+        logits = torch.from_numpy(self._scores(X))
+        return torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], dim=1).numpy()
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The more probable label of each sample, ``[n]``."""
+        positive = self._scores(X) > 0
+        return self.classes_[positive.astype(np.intp)]
+
+
+class FFMRegressor(RegressorMixin, _BaseFFM):  # type: ignore[misc]
+    """A field-aware factorization machine trained on the squared loss.
+
+    It learns ``(y - mean) / scale``, with the mean and the standard deviation of the ``y`` that it first sees, so that
+    learning rate and weight decay mean the same for every unit of ``y``.
+
+    Args and attributes are those of :class:`FFMClassifier`, except for ``classes_``, and:
+
+    Attributes:
+        y_mean_, y_scale_: of ``y``, weighted by ``sample_weight``.
+    """
+
+    _loss = "squared"
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> FFMRegressor:
+        """Train from the start, or on from where it is with ``warm_start``.
+
+        Args:
+            X: see the top of :mod:`ffm_ext.sklearn`.
+            y: ``[n]`` numbers.
+            sample_weight: ``[n]``, at least 0; ``None`` = 1.
+        """
+        self._fit(X, y, sample_weight, partial=False)
+        return self
+
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> FFMRegressor:
+        """One pass over more data. Features, fields, mean and scale of ``y`` are those of the first call.
+
+        Args:
+            X, y, sample_weight: as :meth:`fit` has them.
+        """
+        self._fit(X, y, sample_weight, partial=True)
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Predictions ``[n]``, float64."""
+        return self._scores(X) * self.y_scale_ + self.y_mean_
+
+    def _check_y(self, y: Any) -> np.ndarray:
+        y = column_or_1d(y, warn=True).astype(np.float64)
+        assert_all_finite(y, input_name="y")
+        return y
+
+    def _targets(
+        self, y: np.ndarray, weights: np.ndarray | None, new: bool, classes: Any
+    ) -> np.ndarray:
+        if new:
+            self.y_mean_ = float(np.average(y, weights=weights))
+            self.y_scale_ = (
+                float(np.average((y - self.y_mean_) ** 2, weights=weights)) ** 0.5 or 1.0
+            )
+        return (y - self.y_mean_) / self.y_scale_
+
+
+def _categories(name: str, X: np.ndarray) -> np.ndarray:
+    """``X`` as int64 ids, -1 and more."""
+    if X.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{name}: categories must be whole numbers, got {X.dtype}; sklearn.preprocessing.OrdinalEncoder makes them"
+        )
+    ids = X.astype(np.int64)
+    wrong = np.argwhere((ids != X) | (ids < -1))
+    if len(wrong):
+        i, j = wrong[0]
+        raise ValueError(
+            f"{name}: X[{i}, {j}] = {X[i, j]} is no category: a whole number from 0, or -1 for none"
+        )
+    return ids
+
+
+def _keep(batch: SparseBatch, known: Tensor) -> SparseBatch:
+    """The batch without the entries that are not known."""
+    before = torch.nn.functional.pad(known.cumsum(0), (1, 0))
+    values = None if batch.values is None else batch.values[known]
+    offsets = before[batch.offsets.long()]
+    return SparseBatch(batch.indices[known], batch.fields[known], values, offsets)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: MIT
+"""The strongest pairs and the strength of fields, against loops over all pairs."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ffm_ext import FFM, SparseBatch, inspection
+from ffm_ext.inspection import field_strength, plot_field_strength, top_interactions
+
+FIELDS = [0] * 4 + [1] * 7 + [2] * 2
+
+
+def model_of(**options: Any) -> FFM:
+    torch.manual_seed(0)
+    return FFM(4, **{"field_dims": [4, 7, 2]} | options)
+
+
+def batch_of_samples() -> SparseBatch:
+    torch.manual_seed(1)
+    X = torch.randn(9, 13) * (torch.rand(9, 13) < 0.4)
+    return SparseBatch.from_dense(X, FIELDS)
+
+
+def dots(model: FFM) -> dict[tuple[int, int], float]:
+    """<w[a, f_b], w[b, f_a]> of every pair that the model counts."""
+    table = model.interaction.weight.detach().float().view(13, 3, 4)
+    return {
+        (a, b): float(table[a, FIELDS[b]] @ table[b, FIELDS[a]])
+        for a, b in itertools.combinations(range(13), 2)
+        if model.interaction.within_field or FIELDS[a] != FIELDS[b]
+    }
+
+
+def pairs_in(batch: SparseBatch) -> set[tuple[int, int]]:
+    samples = [
+        batch.indices[a:b].sort().values.tolist()
+        for a, b in itertools.pairwise(batch.offsets.tolist())
+    ]
+    return {pair for sample in samples for pair in itertools.combinations(sample, 2)}
+
+
+@pytest.mark.parametrize("block", [1, 10, 1 << 22])
+@pytest.mark.parametrize("within_field", [False, True])
+@pytest.mark.parametrize("over_data", [False, True])
+@pytest.mark.parametrize("n", [1, 5, 1000])
+def test_top_interactions(
+    n: int, over_data: bool, within_field: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "_BLOCK", block)
+    model, data = model_of(within_field=within_field), batch_of_samples() if over_data else None
+    expected = dots(model)
+    if data is not None:
+        expected = {pair: expected[pair] for pair in pairs_in(data) & expected.keys()}
+    wanted = sorted(expected.items(), key=lambda item: -abs(item[1]))[:n]
+    found = top_interactions(model, n, data=data)
+    assert [(x.feature_a, x.feature_b) for x in found] == [pair for pair, _ in wanted]
+    assert [(x.field_a, x.field_b) for x in found] == [
+        (FIELDS[a], FIELDS[b]) for (a, b), _ in wanted
+    ]
+    for x, (_, weight) in zip(found, wanted):
+        assert x.weight == pytest.approx(weight, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_top_interactions_of_any_dtype(dtype: torch.dtype) -> None:
+    model = model_of().to(dtype)
+    found = top_interactions(model, 3)
+    expected = dots(model)
+    assert [abs(x.weight) for x in found] == pytest.approx(
+        sorted(map(abs, expected.values()))[: -3 - 1 : -1], rel=1e-5
+    )
+
+
+def test_top_interactions_of_ids() -> None:
+    """Ids that count from 0 in every field, as the model takes them."""
+    ids = torch.tensor([[0, 6, 1], [3, 0, 0]])
+    found = top_interactions(model_of(), 100, data=ids)
+    assert {(x.feature_a, x.feature_b) for x in found} == {
+        (0, 10), (0, 12), (10, 12), (3, 4), (3, 11), (4, 11),
+    }  # fmt: skip
+
+
+def test_what_cannot_be_inspected() -> None:
+    model = model_of(field_dims=None, num_features=13, num_fields=3)
+    for call in (top_interactions, field_strength):
+        with pytest.raises(ValueError, match="does not know the field of a feature: set model"):
+            call(model)
+    assert top_interactions(model, data=batch_of_samples())
+    model.feature_fields = torch.tensor(FIELDS)
+    assert top_interactions(model)
+    with pytest.raises(ValueError, match="top_interactions: n = 0 must be positive"):
+        top_interactions(model, 0)
+    bad = SparseBatch.from_lists([[(0, 1, 1.0), (1, 13, 1.0)]])
+    with pytest.raises(IndexError, match="top_interactions: indices has 13, out of range for 13"):
+        top_interactions(model, data=bad)
+    with pytest.raises(ValueError, match="field_strength: data has no samples"):
+        field_strength(model, batch_of_samples()[:0])
+
+
+@pytest.mark.parametrize("within_field", [False, True])
+def test_field_strength_of_the_table(within_field: bool) -> None:
+    model = model_of(within_field=within_field)
+    squares: dict[tuple[int, int], list[float]] = {}
+    for (a, b), dot in dots(model).items():
+        squares.setdefault((FIELDS[a], FIELDS[b]), []).append(dot**2)
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    for (f, g), values in squares.items():
+        expected[f, g] = expected[g, f] = (sum(values) / len(values)) ** 0.5
+    assert_close(field_strength(model), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("block", [1, 1 << 22])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("within_field", [False, True])
+def test_field_strength_over_data(
+    within_field: bool, normalize: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "_BLOCK", block)
+    model, batch = model_of(within_field=within_field, normalize=normalize), batch_of_samples()
+    table = model.interaction.weight.detach().view(13, 3, 4)
+    squares = torch.zeros(3, 3, dtype=torch.float64)
+    for a, b in itertools.pairwise(batch.offsets.tolist()):
+        ids, x = batch.indices[a:b], batch.values[a:b].double()  # type: ignore[index]
+        r = 1 / x.square().sum() if normalize else 1
+        terms = torch.zeros(3, 3, dtype=torch.float64)
+        for i, j in itertools.combinations(range(b - a), 2):
+            f, g = sorted((FIELDS[ids[i]], FIELDS[ids[j]]))
+            if f != g or within_field:
+                dot = table[ids[i], FIELDS[ids[j]]] @ table[ids[j], FIELDS[ids[i]]]
+                terms[f, g] += dot.double() * x[i] * x[j] * r
+        squares += terms.square()
+    expected = (squares / len(batch)).sqrt()
+    expected = expected + expected.triu(1).T
+    assert_close(field_strength(model, batch), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_plot() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    model = model_of(field_dims=None, fields={"user": 4, "item": 7, "day": 2})
+    axes = plot_field_strength(model)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["user", "item", "day"]
+    assert_close(torch.from_numpy(axes.images[0].get_array().data), field_strength(model))
+    own = pyplot.figure().add_subplot()
+    assert plot_field_strength(model, torch.tensor([[0, 6, 1]]), ax=own) is own
+    pyplot.close("all")
+
+
+def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"needs matplotlib: pip install ffm-ext\[plot\]"):
+        plot_field_strength(model_of())

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: MIT
+"""The estimators: scikit-learn's own checks, every form of X, and what they are wrong with."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+pytest.importorskip("sklearn", minversion="1.6")
+
+from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from ffm_ext import SparseBatch, optim
+from ffm_ext.sklearn import FFMClassifier, FFMRegressor
+
+WEIGHTS = "a sample of weight 2 is one step of twice the size, not two steps"
+EXPECTED_FAILURES = {
+    f"check_sample_weight_equivalence_on_{kind}_data": WEIGHTS for kind in ("dense", "sparse")
+}
+
+
+@parametrize_with_checks(
+    [FFMClassifier(random_state=0), FFMRegressor(random_state=0)],
+    expected_failed_checks=lambda estimator: EXPECTED_FAILURES,
+)
+def test_scikit_learns_own_checks(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+def pairs_matter(n: int = 2000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids ``[n, 3]`` of fields of 5, 6 and 3 features, a score of the pairs of the first two fields, and its sign."""
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.integers(size, size=n) for size in (5, 6, 3)], axis=1)
+    score = rng.standard_normal((5, 6))[ids[:, 0], ids[:, 1]]
+    return ids, 100 + 7 * score, np.where(score > 0, "yes", "no")
+
+
+def forms() -> dict[str, tuple[Any, Any]]:
+    """The same samples: X and feature_fields."""
+    ids, _, _ = pairs_matter()
+    one_hot = OneHotEncoder().fit_transform(ids)
+    fields = [0] * 5 + [1] * 6 + [2] * 3
+    batch = SparseBatch.from_scipy(one_hot.astype(np.float32), fields)
+    return {
+        "categorical": (ids, "categorical"),
+        "categorical floats": (ids.astype(float), "categorical"),
+        "dense": (one_hot.toarray(), fields),
+        "csr": (one_hot, fields),
+        "csc": (sp.csc_array(one_hot), np.array(fields)),
+        "SparseBatch": (batch, None),
+        "SparseBatch without values": (
+            SparseBatch(batch.indices, batch.fields, None, batch.offsets),
+            None,
+        ),
+    }
+
+
+@pytest.mark.parametrize("form", forms())
+def test_forms_of_X(form: str) -> None:
+    X, feature_fields = forms()[form]
+    ids, target, label = pairs_matter()
+    first = FFMClassifier(feature_fields="categorical", random_state=0).fit(ids, label)
+    model = FFMClassifier(feature_fields=feature_fields, random_state=0).fit(X, label)
+    assert list(model.classes_) == ["no", "yes"]
+    assert roc_auc_score(label == "yes", model.decision_function(X)) > 0.97
+    np.testing.assert_allclose(
+        model.decision_function(X), first.decision_function(ids), rtol=1e-3, atol=1e-4
+    )
+    assert model.model_.interaction.num_fields == 3
+    assert model.model_.feature_fields.tolist() == [0] * 5 + [1] * 6 + [2] * 3
+    proba = model.predict_proba(X)
+    assert proba.shape == (2000, 2)
+    assert ((proba[:, 1] > 0.5) == (model.predict(X) == "yes")).all()
+    regressor = FFMRegressor(feature_fields=feature_fields, random_state=0).fit(X, target)
+    assert np.corrcoef(regressor.predict(X), target)[0, 1] > 0.97
+    assert regressor.predict(X).mean() == pytest.approx(target.mean(), abs=1)
+
+
+def test_a_column_is_a_field_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((1000, 4))
+    y = X[:, 0] * X[:, 1] > 0
+    model = FFMClassifier(random_state=0, epochs=30, normalize=False).fit(X, y)
+    assert model.score(X, y) > 0.95
+    assert model.model_.feature_fields.tolist() == [0, 1, 2, 3]
+    pair = model.top_interactions(1)[0]
+    assert (pair.feature_a, pair.feature_b) == (0, 1)
+
+
+def test_duplicates_in_a_sparse_matrix_are_added() -> None:
+    X = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
+    twice = sp.csr_matrix(
+        (np.r_[0.5, 0.5, 2, 3, 1, 2, 1], np.r_[0, 0, 1, 0, 1, 0, 1], [0, 3, 4, 5, 7]), shape=(4, 2)
+    )
+    model = FFMRegressor(random_state=0).fit(X, [1, 2, 3, 4])
+    np.testing.assert_allclose(model.predict(twice), model.predict(X), rtol=1e-5)
+    assert twice.nnz == 7
+
+
+def test_what_fit_has_not_seen_adds_nothing() -> None:
+    ids, _, label = pairs_matter()
+    model = FFMClassifier(feature_fields="categorical", random_state=0).fit(ids, label)
+    batch = SparseBatch.from_lists([[(0, 2, 1.0), (2, 12, 1.0)]])
+    unseen = model.predict_proba([[2, 99, 1], [2, -1, 1]])
+    np.testing.assert_allclose(unseen[0], unseen[1])
+    by_entries = FFMClassifier(random_state=0).fit(forms()["SparseBatch"][0], label)
+    bigger = SparseBatch.from_lists([[(0, 2, 1.0), (1, 99, 5.0), (2, 12, 1.0), (7, 3, 1.0)]])
+    expected = by_entries.predict_proba(batch)
+    np.testing.assert_allclose(by_entries.predict_proba(bigger), expected)
+    np.testing.assert_allclose(expected[0], unseen[0], rtol=1e-3)
+
+
+def test_in_a_pipeline() -> None:
+    ids, _, label = pairs_matter()
+    words = np.array(list("abcdefg"))[ids]
+    encoder = OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1)
+    pipeline = make_pipeline(
+        encoder, FFMClassifier(feature_fields="categorical", random_state=0)
+    ).fit(words[:1500], label[:1500])
+    assert pipeline.score(words[1500:], label[1500:]) > 0.9
+    pipeline.predict([["a", "z", "b"]])
+    numbers = make_pipeline(StandardScaler(), FFMRegressor(random_state=0))
+    assert cross_val_score(numbers, ids[:300], label[:300] == "yes", cv=3).shape == (3,)
+
+
+def test_with_the_tools_of_scikit_learn() -> None:
+    ids, _, label = pairs_matter()
+    base = FFMClassifier(feature_fields="categorical", random_state=0, epochs=5)
+    search = GridSearchCV(base, {"embed_dim": [1, 4], "lr": [0.05, 0.2]}, cv=3).fit(ids, label)
+    assert search.best_score_ > 0.8
+    calibrated = CalibratedClassifierCV(base, cv=3).fit(ids, label)
+    assert calibrated.score(ids, label) > 0.9
+    three = OneVsRestClassifier(base).fit(ids, ids[:, 1] % 3)
+    assert three.score(ids, ids[:, 1] % 3) > 0.9
+    copy = clone(base.set_params(optimizer=optim.AdaGrad(lr=0.1)))
+    assert copy.optimizer == optim.AdaGrad(lr=0.1)
+    assert not hasattr(copy, "model_")
+
+
+def test_pickle_keeps_what_was_learnt() -> None:
+    ids, target, label = pairs_matter()
+    for model, y in (
+        (FFMClassifier(random_state=0), label),
+        (FFMRegressor(random_state=0), target),
+    ):
+        model.set_params(feature_fields="categorical").fit(ids, y)
+        same = pickle.loads(pickle.dumps(model))
+        assert (same.predict(ids) == model.predict(ids)).all()
+        # The state of the optimizer and of the random numbers too.
+        for one in (model, same):
+            one.partial_fit(ids, y)
+        np.testing.assert_allclose(same._scores(ids), model._scores(ids), rtol=1e-6)
+
+
+def test_the_seed_is_all_that_is_random() -> None:
+    ids, _, label = pairs_matter()
+
+    def scores(seed: int) -> np.ndarray:
+        model = FFMClassifier(feature_fields="categorical", random_state=seed, epochs=2)
+        return model.fit(ids, label).decision_function(ids)
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert (scores(0) == scores(0)).all()
+    assert (scores(0) != scores(1)).any()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", [*optim.OPTIMIZERS])
+def test_optimizers(name: str) -> None:
+    ids, _, label = pairs_matter()
+    lr = {"adam": 0.01, "sgd": 0.2}.get(name, 0.2)
+    mode: Any = "exact" if name == "adagrad" else "deterministic"
+    model = FFMClassifier(
+        feature_fields="categorical",
+        random_state=0,
+        optimizer=name,
+        lr=lr,
+        mode=mode,
+        batch_size=16,
+    )
+    assert model.fit(ids, label).score(ids, label) > 0.8
+    with pytest.raises(
+        ValueError, match="FFMClassifier: optimizer = 'magic' is not one of sgd, ada"
+    ):
+        model.set_params(optimizer="magic").fit(ids, label)
+
+
+@pytest.mark.parametrize("mode", ["exact", "hogwild", "deterministic"])
+def test_modes(mode: Any) -> None:
+    ids, _, label = pairs_matter()
+    model = FFMClassifier(
+        feature_fields="categorical", random_state=0, mode=mode, num_threads=2, batch_size=16
+    )
+    assert model.fit(ids, label).score(ids, label) > 0.9
+
+
+def test_early_stopping() -> None:
+    rng = np.random.default_rng(0)
+    ids, y = rng.integers(30, size=(500, 2)), rng.integers(2, size=500)
+    model = FFMClassifier(
+        feature_fields="categorical", random_state=0, epochs=200, early_stopping=True, lr=0.5
+    ).fit(ids, y)
+    # Nothing to learn: it soon gets worse on what was set aside.
+    assert model.n_iter_ < 200
+    assert len(model.history_) == model.n_iter_
+    assert all(epoch.valid_loss is not None for epoch in model.history_)
+    # It goes on all the same where it is asked to.
+    before = model.decision_function(ids)
+    model.set_params(warm_start=True, early_stopping=False, epochs=3).fit(ids, y)
+    assert model.n_iter_ == 3
+    assert (model.decision_function(ids) != before).any()
+
+
+def test_warm_start_and_partial_fit() -> None:
+    ids, target, _ = pairs_matter()
+    model = FFMRegressor(feature_fields="categorical", random_state=0, epochs=1, warm_start=True)
+    errors = [np.square(model.fit(ids, target).predict(ids) - target).mean() for _ in range(8)]
+    assert errors[-1] < 0.7 * errors[0]
+    cold = FFMRegressor(feature_fields="categorical", random_state=0, epochs=1)
+    assert (cold.fit(ids, target).predict(ids) == cold.fit(ids, target).predict(ids)).all()
+    for _ in range(8):
+        cold.partial_fit(ids, target)
+    assert np.square(cold.predict(ids) - target).mean() < 0.7 * errors[0]
+    assert cold.n_iter_ == 9
+
+
+def test_partial_fit_knows_its_classes() -> None:
+    ids, _, label = pairs_matter()
+    one = label == "yes"
+    model = FFMClassifier(feature_fields="categorical", random_state=0)
+    with pytest.raises(ValueError, match="needs two classes, got 1 class"):
+        model.partial_fit(ids[one], label[one])
+    model.partial_fit(ids, label, classes=["yes", "no"])
+    model.partial_fit(ids[one], label[one])
+    assert list(model.classes_) == ["no", "yes"]
+    with pytest.raises(ValueError, match=r"y has .*maybe.*, which is not one of the classes"):
+        model.partial_fit(ids[:2], ["no", "maybe"])
+    with pytest.raises(ValueError, match="Only binary classification is supported"):
+        model.fit(ids[:3], ["no", "maybe", "yes"])
+
+
+def test_sample_weight() -> None:
+    ids, target, label = pairs_matter()
+    rng = np.random.default_rng(1)
+    noise = rng.random(len(label)) < 0.4
+    wrong = np.where(noise, np.where(label == "yes", "no", "yes"), label)
+    model = FFMClassifier(feature_fields="categorical", random_state=0)
+    # Without weight is without the sample, to the bit.
+    a = model.fit(ids, wrong, sample_weight=(~noise).astype(float)).decision_function(ids)
+    b = model.fit(ids[~noise], wrong[~noise], sample_weight=np.ones((~noise).sum()))
+    assert (a == b.decision_function(ids)).all()
+    regressor = FFMRegressor(feature_fields="categorical", random_state=0)
+    regressor.fit(
+        ids, np.r_[target[:1000], np.full(1000, 5000.0)], np.r_[np.ones(1000), np.zeros(1000)]
+    )
+    assert regressor.y_mean_ == pytest.approx(target[:1000].mean())
+    with pytest.raises(ValueError, match=r"is 0 for all|non-zero"):
+        model.fit(ids, label, sample_weight=np.zeros(len(label)))
+
+
+def test_verbose(capsys: pytest.CaptureFixture[str]) -> None:
+    ids, _, label = pairs_matter()
+    model = FFMClassifier(feature_fields="categorical", random_state=0, epochs=2, verbose=1)
+    model.fit(ids, label)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    model.set_params(early_stopping=True, verbose=1).fit(ids, label)
+    assert "validation loss" in capsys.readouterr().out
+
+
+def test_inspection() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    ids, target, _ = pairs_matter()
+    model = FFMRegressor(feature_fields="categorical", random_state=0)
+    for call in (model.top_interactions, model.plot_field_strength):
+        with pytest.raises(NotFittedError):
+            call()
+    model.fit(ids, target)
+    found = model.top_interactions(5)
+    assert len(found) == 5
+    assert all((pair.field_a, pair.field_b) == (0, 1) for pair in found)
+    in_data = model.top_interactions(5, X=ids[:1])
+    assert len(in_data) == 3
+    for axes in (model.plot_field_strength(), model.plot_field_strength(X=ids)):
+        strength = axes.images[0].get_array()
+        assert strength.argmax() == 1
+    matplotlib.pyplot.close("all")
+
+
+def test_what_is_wrong_with_X() -> None:
+    ids, _, label = pairs_matter()
+    one_hot = forms()["csr"][0]
+    batch = forms()["SparseBatch"][0]
+    for feature_fields, X, message in (
+        ("cats", ids, "feature_fields = 'cats' is neither 'categorical' nor a list"),
+        ([0, 1], ids, r"feature_fields must be 3 integers from 0, .* got int64 of shape \[2\]"),
+        ([0, 1, -1], ids, "feature_fields must be 3 integers from 0"),
+        ([0.0, 1.0, 2.0], ids, "feature_fields must be 3 integers from 0, .* got float64"),
+        ([0] * 14, batch, "feature_fields goes with a matrix; a SparseBatch has its own"),
+        ("categorical", ids + 0.5, r"X\[0, 0\] = .* is no category"),
+        ("categorical", ids - 2, r"X\[\d+, \d+\] = -2 is no category"),
+        ("categorical", ids.astype(str), "categories must be whole numbers"),
+        (None, batch[:0], "no entries|0 sample"),
+    ):
+        y = label[: len(X)] if isinstance(X, SparseBatch) else label
+        with pytest.raises(ValueError, match=message):
+            FFMClassifier(feature_fields=feature_fields).fit(X, y)
+    with pytest.raises(TypeError, match=r"[Ss]parse"):
+        FFMClassifier(feature_fields="categorical").fit(one_hot, label)
+    with pytest.raises(ValueError, match="negative id"):
+        FFMClassifier().fit(SparseBatch.from_lists([[(0, -1, 1.0)], [(0, 0, 1.0)]]), [0, 1])
+    with pytest.raises(
+        ValueError, match=r"100000 features in 100000 fields .* give feature_fields"
+    ):
+        FFMClassifier().fit(sp.csr_array((10, 100_000)), [0, 1] * 5)
+    with pytest.raises(NotFittedError):
+        FFMClassifier().predict(batch)
+
+
+def test_without_scikit_learn() -> None:
+    code = "import sys; sys.modules['sklearn'] = None; import ffm_ext.sklearn"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "needs scikit-learn 1.6 or later: pip install ffm-ext[sklearn]" in done.stderr
