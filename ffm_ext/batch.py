@@ -200,8 +200,8 @@ class SparseBatch:
                 f"SparseBatch: sample [{i}] = {int(samples[i])} is out of range for {len(self)} samples"
             )
         samples = torch.where(samples < 0, samples + len(self), samples)
-        starts = self.offsets.long()[samples]
-        counts = self.offsets.long()[samples + 1] - starts
+        starts = self.offsets[samples].long()
+        counts = self.offsets[samples + 1].long() - starts
         offsets = _offsets(counts)
         entries = torch.arange(int(offsets[-1]), device=self.device)
         entries = entries + torch.repeat_interleave(starts - offsets[:-1], counts)
