@@ -60,6 +60,11 @@ class Trainer {
         d_(take_gradient_rows<A>(p, arena, p.num_fields)),
         stride_(gradient_stride<A>(p)),
         pair_(arena.take<A>(2 * p.embed_dim)),
+        K_(p.embed_dim),
+        kept_(arena.take<T>(p.embed_dim)),
+        kept_states_(arena.take<A>(2 * p.embed_dim)),
+        num_states_(num_states(t.optimizer.kind)),
+        state_width_(is_vector_wise(t.optimizer.kind) ? 1 : p.embed_dim),
         update_row_(choose_update<T>(t.optimizer.kind)),
         update_linear_(choose_update<A>(t.optimizer.kind)) {}
 
@@ -122,23 +127,38 @@ class Trainer {
       const int64_t f = entries_.field(e, first), row = p_.indices[e];
       const A x = entries_.value(e);
       const A* const d = d_ + f * stride_;
-      const auto update = [&](int64_t begin, int64_t end) {
-        if (begin < end) update_row_(t_.table, optimizer_, row, x, d + begin * K, begin * K, (end - begin) * K);
-      };
-      // Runs of fields that have entries, without f: what does not meet the entry does not move.
+      // What does not meet the entry does not move: its own field, and those without entries. Its own is put back,
+      // which is cheaper than to leave it out.
+      keep(row, f);
       for (int64_t i = 0; i < s_.num_active();) {
         const int64_t begin = s_.active(i);
-        int64_t end = begin + 1;
-        if (s_.is_dense()) end = p_.num_fields;
-        for (++i; !s_.is_dense() && i < s_.num_active() && s_.active(i) == end; ++i) ++end;
-        if (begin <= f && f < end) {
-          update(begin, f);
-          update(f + 1, end);
-        } else {
-          update(begin, end);
-        }
-        if (s_.is_dense()) break;
+        int64_t end = s_.is_dense() ? p_.num_fields : begin + 1;
+        i += end - begin;
+        for (; i < s_.num_active() && s_.active(i) == end; ++i) ++end;
+        update_row_(t_.table, optimizer_, row, x, d + begin * K, begin * K, (end - begin) * K);
       }
+      put_back(row, f);
+    }
+  }
+
+  // The K-vector of field f in a row, and its states.
+  void keep(int64_t row, int64_t f) {
+    copy_vector(kept_, static_cast<const T*>(t_.table.weight) + row * t_.table.row_size + f * K_, K_);
+    for (int i = 0; i < num_states_; ++i) copy_vector(kept_states_ + i * K_, state(i, row, f), state_width_);
+  }
+  void put_back(int64_t row, int64_t f) {
+    copy_vector(static_cast<T*>(t_.table.weight) + row * t_.table.row_size + f * K_, kept_, K_);
+    for (int i = 0; i < num_states_; ++i) copy_vector(state(i, row, f), kept_states_ + i * K_, state_width_);
+  }
+  A* state(int i, int64_t row, int64_t f) const {
+    return static_cast<A*>(t_.table.states[i]) + row * t_.table.state_row_size + f * state_width_;
+  }
+  template <typename U>
+  static void copy_vector(U* to, const U* from, int64_t n) {
+    if (kEmbedDim > 0 && n == kEmbedDim) {
+      __builtin_memcpy(to, from, kEmbedDim * sizeof(U));
+    } else {
+      for (int64_t k = 0; k < n; ++k) to[k] = from[k];
     }
   }
 
@@ -166,6 +186,11 @@ class Trainer {
   A* d_;
   int64_t stride_;
   A* pair_;
+  int64_t K_;
+  T* kept_;
+  A* kept_states_;
+  int num_states_;
+  int64_t state_width_;
   UpdateRow<T> update_row_;
   UpdateRow<A> update_linear_;
 };
@@ -202,7 +227,8 @@ double train(const Problem& p, const Training& t, const float* labels, const flo
 }
 
 size_t train_bytes(const Problem& p) {
-  return field_sums_bytes(p, p.num_fields) + (2 * p.embed_dim * sizeof(double) + kCacheLine);
+  // And for a few K-vectors, each on cache lines of its own.
+  return field_sums_bytes(p, p.num_fields) + 3 * (2 * p.embed_dim * sizeof(double) + kCacheLine);
 }
 
 double dispatch_train(const Problem& p, const Training& t, const float* labels, const float* weights, int64_t step,

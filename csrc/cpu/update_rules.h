@@ -6,7 +6,12 @@
 template <typename A, int N>
 inline Vec<A, N> inverse_sqrt(Vec<A, N> v) {
   constexpr A kSmallest = std::is_same_v<A, float> ? A(0x1p-126) : A(0x1p-1022);
-  v = v < kSmallest ? Vec<A, N>{} + kSmallest : v;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float> && N == 16) {
+    v = bit_copy<Vec<A, N>>(_mm512_max_ps(bit_copy<__m512>(v), _mm512_set1_ps(kSmallest)));
+  } else
+#endif
+    v = v < kSmallest ? Vec<A, N>{} + kSmallest : v;
   // An estimate of 12 bits or more, and a step of Newton's.
   [[maybe_unused]] const auto refine = [v](Vec<A, N> y) { return y * (A(1.5) - (A(0.5) * v * y) * y); };
   if constexpr (std::is_same_v<A, float>) {
