@@ -13,15 +13,16 @@ from rich import table as rich_table
 from rich.console import Console, Group
 from rich.text import Text
 
-from . import report_interaction, report_kernels
+from . import report_interaction, report_kernels, report_training
 from .machine import slug
 from .tables import Record, Section, Table, reasons
 
 
 def collect(raw: Record) -> Record:
     """The results of a run: machine, timings, quality, kernels, and what was not timed and why."""
-    runs: dict[str, list[Record]] = {"interaction": [], "quality": [], "kernels": []}
-    not_timed: dict[str, list[Record]] = {"interaction": [], "quality": [], "kernels": []}
+    subjects = ("interaction", "quality", "training", "kernels")
+    runs: dict[str, list[Record]] = {subject: [] for subject in subjects}
+    not_timed: dict[str, list[Record]] = {subject: [] for subject in subjects}
     for run in raw["benchmarks"]:
         runs[_subject(run["extra_info"])].append(run)
     for what in raw["not_timed"]:
@@ -34,12 +35,14 @@ def collect(raw: Record) -> Record:
         "roles": roles,
         "lines": lines,
         "quality": quality + not_timed["quality"],
+        "training": report_training.collect(runs["training"], not_timed["training"]),
         "kernels": report_kernels.collect(runs["kernels"], not_timed["kernels"]),
     }
 
 
 def _subject(info: Record) -> str:
-    return "quality" if "learner" in info else "kernels" if "part" in info else "interaction"
+    marks = {"learner": "quality", "engine": "training", "part": "kernels"}
+    return next((subject for mark, subject in marks.items() if mark in info), "interaction")
 
 
 def _quality_table(results: Record) -> Table:
@@ -82,7 +85,8 @@ def sections(results: Record) -> list[Section]:
     if any("seconds" in t for line in lines for t in line["subjects"].values()):
         section.pictures[""] = partial(report_interaction.plot, results)
     first = [section] if section.tables else []
-    return first + report_kernels.sections(results)
+    training = report_training.sections(results["training"])
+    return first + training + report_kernels.sections(results)
 
 
 def render(results: Record) -> Group:

@@ -159,7 +159,10 @@ class Suite:
     min_rounds: int = 3  # a pass; times passes = 9 timings at least
     pass_seconds: float = 0.1  # a pass times a subject for about so long, within 3 to 30 rounds
     max_dense_bytes: int = 2**30  # larger dense gradients are not worth the minutes they take
-    effort: float = 1.0  # scales the epochs of the quality comparison
+    effort: float = (
+        1.0  # scales the epochs of the quality comparison, and the samples to train with
+    )
+    training: tuple[Workload, ...] = ()
     kernels: KernelWorkloads = field(kw_only=True)
 
     def cases(self) -> Iterator[tuple[int, Workload, int]]:
@@ -199,6 +202,7 @@ SUITES = {
             for ids in ("uniform", "zipf")
         ),
         threads=(1, 2),
+        training=tuple(Workload(1_000_000, K, "zipf") for K in (4, 8)),
         kernels=KernelWorkloads(
             roof=tuple(
                 Workload(N, K, ids, num_fields=F, batch_size=ROOF_ENTRIES // F)
@@ -222,6 +226,7 @@ SUITES = {
         ),
         threads=(1,),
         effort=0.25,
+        training=(Workload(1_000_000, 4, "zipf"),),
         kernels=KernelWorkloads(
             roof=(Workload(100_000, 4, "uniform"), Workload(100_000, 4, "zipf")),
             dims=tuple(Workload(100_000, K, "uniform") for K in (3, 4)),
@@ -238,6 +243,7 @@ SUITES = {
         threads=(1,),
         pass_seconds=0.001,
         effort=0.01,
+        training=(Workload(2_000, 4, "zipf", num_fields=5),),
         kernels=KernelWorkloads(
             roof=(Workload(2_000, 4, "zipf", num_fields=5, batch_size=64),),
             dims=tuple(Workload(2_000, K, "uniform", num_fields=5, batch_size=64) for K in (3, 4)),

@@ -3,7 +3,19 @@
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
 
-from . import _C, _fake, data, datasets, functional, interop, memory, optim, reference, training  # noqa: F401
+from . import (  # noqa: F401
+    _C,
+    _fake,
+    data,
+    datasets,
+    functional,
+    inspection,
+    interop,
+    memory,
+    optim,
+    reference,
+    training,
+)
 from ._build_info import __version__, build_info
 from .batch import SparseBatch
 from .modules import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine
@@ -21,6 +33,7 @@ __all__ = [
     "data",
     "datasets",
     "functional",
+    "inspection",
     "interop",
     "memory",
     "optim",

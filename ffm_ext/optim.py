@@ -169,7 +169,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.optimizer = optimizer
         self._layer = layer
         super().__init__(
-            [layer.get_parameter("weight")], {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay}
+            [layer.get_parameter("weight")],
+            {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay},
         )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

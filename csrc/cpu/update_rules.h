@@ -116,9 +116,10 @@ class Rounding {
   // 16 random bits for each of the places i, i + 1, ...
   template <int N>
   Vec<uint32_t, N> bits(int64_t i) const {
-    Vec<uint32_t, N> h;
-    for (int lane = 0; lane < N; ++lane) h[lane] = lane;
-    h = (h + static_cast<uint32_t>(i)) * 0x9e3779b9u + key_;
+    constexpr auto kLane = []<int... I>(std::integer_sequence<int, I...>) {
+      return Vec<uint32_t, N>{I...};
+    }(std::make_integer_sequence<int, N>{});
+    Vec<uint32_t, N> h = (kLane + static_cast<uint32_t>(i)) * 0x9e3779b9u + key_;
     // MurmurHash3's finalizer (Appleby, public domain).
     h = (h ^ h >> 16) * 0x85ebca6bu;
     h = (h ^ h >> 13) * 0xc2b2ae35u;

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""Engines that train an FFM a sample at a time, and the data that they train on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ffm_ext import FFM
+from ffm_ext.optim import AdaGrad, Optimizer, VectorAdaGrad
+from ffm_ext.training import Mode, Trainer
+
+from .peer import Peer
+from .workloads import NUM_BATCHES, Workload, make_batches
+
+
+@dataclass(frozen=True)
+class TrainingWorkload:
+    """One-hot samples of a workload's table, with labels that depend on pairs of them."""
+
+    table: Workload
+    samples: int = 200_000
+    valid_samples: int = 20_000
+    epochs: int = 4
+
+    @cached_property
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Ids ``[n, F]`` int32 and labels ``[n]`` float32, those for validation last."""
+        n = self.samples + self.valid_samples
+        generator = torch.Generator().manual_seed(0)
+        size = -(-n // NUM_BATCHES)
+        ids = torch.cat(make_batches(replace(self.table, batch_size=size)))[:n].int()
+        # What a sample's label depends on: four numbers a feature, of which neighbouring fields multiply one.
+        hidden = torch.randn(self.table.num_features, 4, generator=generator)
+        rows = hidden[ids.long()]
+        score = (rows[:, :-1, 0] * rows[:, 1:, 1]).sum(1) / 4 - 0.7
+        labels = (torch.rand(n, generator=generator) < torch.sigmoid(score)).float()
+        return ids, labels
+
+
+class Engine(Peer):
+    """Trains with AdaGrad as libffm does by default: lr 0.2, lambda 2e-5, normalised samples."""
+
+    name: ClassVar[str]
+
+    def epochs(self, workload: TrainingWorkload, threads: int) -> Iterator[tuple[float, float]]:
+        """Seconds of training and validation logloss of each epoch."""
+        raise NotImplementedError
+
+
+class Ours(Engine):
+    mode: ClassVar[Mode] = "exact"
+    dtype: ClassVar[torch.dtype] = torch.float32
+    optimizer: ClassVar[Optimizer] = AdaGrad(lr=0.2, weight_decay=2e-5)
+
+    def epochs(self, workload: TrainingWorkload, threads: int) -> Iterator[tuple[float, float]]:
+        table = workload.table
+        model = FFM(
+            table.embed_dim,
+            num_features=table.num_features,
+            num_fields=table.num_fields,
+            within_field=True,
+            bias=False,
+            linear=False,
+            normalize=True,
+        ).to(self.dtype)
+        torch.nn.init.uniform_(model.interaction.weight, 0, table.embed_dim**-0.5)
+        mode: Mode = self.mode if threads == 1 else "hogwild"
+        trainer = Trainer(model, optimizer=self.optimizer, mode=mode, num_threads=threads)
+        ids, labels = workload.data
+        n = workload.samples
+        for epoch in range(workload.epochs):
+            history = trainer.fit((ids[:n], labels[:n]), (ids[n:], labels[n:]), epochs=epoch + 1)
+            assert history[-1].valid_loss is not None
+            yield history[-1].seconds, history[-1].valid_loss
+
+
+class Exact(Ours):
+    name = "ffm_ext"
+
+
+class Narrow(Ours):
+    name = "ffm_ext, bfloat16, a sum a vector"
+    dtype = torch.bfloat16
+    optimizer = VectorAdaGrad(lr=0.2, weight_decay=2e-5, rounding_seed=0)
+
+
+# It prints a line an epoch: number, training and validation logloss, seconds since the start. It validates only where
+# it may stop early. In a process of its own, since its number of threads is read from the environment.
+LIBFFM = """
+import sys, tempfile
+import numpy as np, pylibffm, scipy.sparse
+given = np.load(sys.argv[1])
+ids, labels, fields = given["ids"], given["labels"].astype(int), given["fields"]
+n, k, epochs = (int(argument) for argument in sys.argv[2:])
+def rows(ids):
+    offsets = np.arange(len(ids) + 1) * ids.shape[1]
+    return scipy.sparse.csr_matrix((np.ones(ids.size), ids.ravel(), offsets), (len(ids), len(fields)))
+with tempfile.TemporaryDirectory() as folder:
+    options = {"nr_iters": epochs, "k": k, "auto_stop": True}
+    pylibffm.train(rows(ids[:n]), labels[:n], fields, folder, options, rows(ids[n:]), labels[n:])
+"""
+
+
+class Libffm(Engine):
+    name = "libffm"
+    module = "pylibffm"
+
+    def epochs(self, workload: TrainingWorkload, threads: int) -> Iterator[tuple[float, float]]:
+        ids, labels = workload.data
+        table = workload.table
+        fields = np.repeat(np.arange(table.num_fields), table.field_dims)
+        with tempfile.TemporaryDirectory() as folder:
+            given = Path(folder, "given.npz")
+            np.savez(given, ids=ids.numpy(), labels=labels.numpy(), fields=fields)
+            sizes = [str(workload.samples), str(table.embed_dim), str(workload.epochs)]
+            done = subprocess.run(
+                [sys.executable, "-c", LIBFFM, str(given), *sizes],
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+        before = 0.0
+        for line in done.stdout.splitlines():
+            columns = line.split()
+            if len(columns) == 4 and columns[0].isdigit():
+                yield float(columns[3]) - before, float(columns[2])
+                before = float(columns[3])
+
+
+ENGINES: tuple[type[Engine], ...] = (Exact, Narrow, Libffm)
