@@ -357,7 +357,7 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
   }
 
   const BackwardKernels& kernels = backward_kernels();
-  const auto scratch = new_scratch(kernels.scratch_bytes(p));
+  const auto scratch = new_scratch(kernels.scratch_bytes(p, false));
   for (auto [begin, end] : {std::pair(int64_t{0}, kMiddle), std::pair(kMiddle, p.batch_size)}) {
     const int64_t first = p.entries_begin(begin), last = p.entries_begin(end);
     std::vector<int64_t> staged;
@@ -375,8 +375,8 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
   }
   if (kIsHalf<T> && kind != Rows::kNone) {
     const int64_t num_sums = static_cast<int64_t>(first_entries.size());
-    kernels.round_sums(p, grad, first_entries.data(), 0, num_sums / 2);
-    kernels.round_sums(p, grad, first_entries.data(), num_sums / 2, num_sums);
+    kernels.finish_sums(p, grad, first_entries.data(), 0, num_sums / 2);
+    kernels.finish_sums(p, grad, first_entries.data(), num_sums / 2, num_sums);
   }
   return result;
 }
@@ -413,6 +413,105 @@ void test_problem(const Batch<T>& batch) {
       check(std::memcmp(streamed.rows.data(), direct.rows.data(), streamed.rows.size() * sizeof(T)) == 0,
             what + batch.name + ": not the same bits when streamed");
     }
+  }
+}
+
+// ---- Training.
+
+// A sample after the other and a pair after the other, in float64: AdaGrad from 1 on a squared loss, with r = 1 / sum
+// x^2.
+template <typename T>
+std::vector<double> train_in_turn(const Batch<T>& batch, const std::vector<float>& labels, double lr, double decay) {
+  const Problem& p = batch.problem;
+  std::vector<double> w = decode(batch.weight), sums(w.size(), 1.0);
+  const auto vector = [&](int64_t e, int64_t f) { return (p.indices[e] * p.num_fields + f) * p.embed_dim; };
+  const auto value = [&](int64_t e) { return p.values ? decode(batch.values[e]) : 1.0; };
+  for (int64_t b = 0; b < p.batch_size; ++b) {
+    const int64_t first = p.entries_begin(b), last = p.entries_begin(b + 1);
+    double squares = 0, score = 0;
+    for (int64_t e = first; e < last; ++e) squares += value(e) * value(e);
+    const double r = squares > 0 ? 1 / squares : 0;
+    const auto for_pairs = [&](auto&& fn) {
+      for (int64_t i = first; i < last; ++i) {
+        for (int64_t j = i + 1; j < last; ++j) {
+          if (batch.field(i) == batch.field(j) && !p.within_field) continue;
+          fn(vector(i, batch.field(j)), vector(j, batch.field(i)), r * value(i) * value(j));
+        }
+      }
+    };
+    for_pairs([&](int64_t one, int64_t two, double x) {
+      for (int64_t k = 0; k < p.embed_dim; ++k) score += x * w[one + k] * w[two + k];
+    });
+    const double slope = score - labels[b];
+    for_pairs([&](int64_t one, int64_t two, double x) {
+      for (int64_t k = 0; k < p.embed_dim; ++k) {
+        const double left = w[one + k], right = w[two + k];
+        const auto move = [&](int64_t at, double gradient) {
+          sums[at] += gradient * gradient;
+          w[at] -= lr * gradient / std::sqrt(sums[at]);
+        };
+        move(one + k, slope * x * right + decay * left);
+        move(two + k, slope * x * left + decay * right);
+      }
+    });
+  }
+  return w;
+}
+
+// Every optimizer stays inside its memory; AdaGrad is that above, where a sample names a feature no more than once.
+template <typename T>
+void test_training(const Batch<T>& given) {
+  const TrainKernels& kernels = train_kernels();
+  for (OptimizerKind kind : {OptimizerKind::kAdaGrad, OptimizerKind::kSgd, OptimizerKind::kVectorAdaGrad,
+                             OptimizerKind::kAdam, OptimizerKind::kFtrl}) {
+    Batch<T> batch = given;
+    Problem& p = batch.problem;
+    p.weight = batch.weight.data();
+    std::vector<SumOf<T>> states[2], linear(p.num_features), linear_states[2];
+    Training training;
+    Optimizer& optimizer = training.optimizer;
+    optimizer.kind = kind;
+    optimizer.lr = 0.1;
+    optimizer.weight_decay = 0.01;
+    optimizer.beta1 = 0.9;
+    optimizer.beta2 = 0.99;
+    optimizer.eps = 1e-8;
+    optimizer.is_stochastic = std::is_same_v<T, BFloat16>;
+    training.loss = Loss::kSquared;
+    training.normalize = true;
+    const int64_t width = is_vector_wise(kind) ? p.num_fields : p.row_size();
+    training.table = {batch.weight.data(), {}, p.row_size(), p.embed_dim, width};
+    const bool is_compared = kind == OptimizerKind::kAdaGrad;
+    if (!is_compared) training.linear = {linear.data(), {}, 1, 1, 1};
+    for (int i = 0; i < num_states(kind); ++i) {
+      states[i].assign(p.num_features * width, 1);
+      linear_states[i].assign(p.num_features, 1);
+      training.table.states[i] = states[i].data();
+      training.linear.states[i] = linear_states[i].data();
+    }
+    const std::vector<float> labels = random_numbers<float>(p.batch_size);
+    const std::vector<double> expected = train_in_turn(batch, labels, 0.1, 0.01);
+    const auto scratch = new_scratch(kernels.scratch_bytes(p));
+    double loss = kernels.train(p, training, labels.data(), nullptr, 1, 0, kMiddle, scratch.get());
+    loss += kernels.train(p, training, labels.data(), nullptr, 1, kMiddle, p.batch_size, scratch.get());
+    bool is_right = std::isfinite(loss);
+    for (size_t i = 0; i < expected.size(); ++i) {
+      const double found = decode(batch.weight[i]);
+      // Sums over a whole field, and a feature that a sample names twice, make second-order differences.
+      const double tolerance = is_compared && !kIsHalf<T> ? 2e-3 : 1e9;
+      is_right = is_right && std::abs(found - expected[i]) <= tolerance;
+    }
+    check(is_right, "train with optimizer " + std::to_string(static_cast<int>(kind)) + batch.name);
+
+    Update update{training.table, optimizer};
+    update.optimizer.set_step(3);
+    const std::vector<T> gradients = random_numbers<T>(p.num_features * p.row_size());
+    std::vector<int64_t> rows(p.num_features);
+    for (int64_t i = 0; i < p.num_features; ++i) rows[i] = i;
+    kernels.update_rows(update, p.dtype, {rows.data(), true}, gradients.data(), 0, p.num_features);
+    bool is_finite = true;
+    for (const T& x : batch.weight) is_finite = is_finite && std::isfinite(decode(x));
+    check(is_finite, "update of rows with optimizer " + std::to_string(static_cast<int>(kind)) + batch.name);
   }
 }
 
@@ -570,6 +669,7 @@ void test_all(uint64_t stride) {
                          (has_values ? ", values" : "") + (batch.problem.within_field ? ", within" : "") + ", " +
                          outputs[variant / 8] + ")";
             test_problem(batch);
+            if (batch.problem.output == Output::kSum) test_training(batch);
             if constexpr (std::is_same_v<T, float>) test_int8(batch);
           }
         }
