@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from ._build_info import __version__, build_info
+from .._build_info import __version__, build_info
+from . import _models
 
 __all__ = ["main"]
 
@@ -27,7 +28,8 @@ class Command:
     Attributes:
         help: what it does, in a line.
         add_arguments: tells the parser what it takes.
-        run: does it. An OSError is the user's to mend: it is shown without a traceback.
+        run: does it. What a file or an argument is to blame for (OSError, ValueError, IndexError, FloatingPointError)
+            is the user's to mend: it is shown without a traceback, unless FFM_EXT_DEBUG is set.
         packages: the optional packages that ``run`` imports, import name -> name to install.
         extras: the extras of this package that bring them.
     """
@@ -66,17 +68,20 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from .demo import run_demo
+    from ..demo import run_demo
 
     run_demo(args.out, seed=args.seed, threads=args.threads)
 
 
 def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", type=Path, nargs="?", help="a model, checkpoint or dataset to describe instead"
+    )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
 
 
 def _info(args: argparse.Namespace) -> None:
-    info = build_info()
+    info = dict(build_info()) if args.file is None else _models.describe(args.file)
     if args.json:
         print(json.dumps(info, indent=2))
         return
@@ -87,6 +92,26 @@ def _info(args: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, Command] = {
+    "train": Command(
+        help="train a model on libffm text, with libffm's flags",
+        add_arguments=_models.train_arguments,
+        run=_models.train,
+    ),
+    "predict": Command(
+        help="predict libffm text with a model of ffm_ext, libffm or xLearn",
+        add_arguments=_models.predict_arguments,
+        run=_models.predict,
+    ),
+    "check": Command(
+        help="tell what is wrong with a libffm text, where, and what is in it",
+        add_arguments=_models.check_arguments,
+        run=_models.check,
+    ),
+    "convert": Command(
+        help="convert models between ffm_ext, libffm, xLearn and torchfm, and data between text and datasets",
+        add_arguments=_models.convert_arguments,
+        run=_models.convert,
+    ),
     "demo": Command(
         help="train an FFM on data that comes with the package, and time the fused layer here",
         add_arguments=_demo_arguments,
@@ -95,7 +120,7 @@ COMMANDS: dict[str, Command] = {
         extras="bench,cli,sklearn",
     ),
     "info": Command(
-        help="print what was built and what it runs on",
+        help="print what was built and what it runs on, or what a file is",
         add_arguments=_info_arguments,
         run=_info,
     ),
@@ -136,7 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         except KeyboardInterrupt:
             return 130
-        except OSError as caught:
+        except (OSError, ValueError, IndexError, FloatingPointError) as caught:
+            if os.environ.get("FFM_EXT_DEBUG"):
+                raise
             error = caught
     print(f"ffm-ext {args.command}: {error}", file=sys.stderr)
     return 1

@@ -1,0 +1,525 @@
+# SPDX-License-Identifier: MIT
+"""``train``, ``predict``, ``check`` and ``convert``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, nn
+
+from .. import interop
+from ..batch import SparseBatch
+from ..data import SparseDataset, convert_libffm, open_dataset, read_libffm, write_libffm
+from ..modules import FFM
+from ..optim import OPTIMIZERS
+from ..training import Epoch, Progress, Trainer
+
+# ---------------------------------------------------------------- data
+
+
+def load_data(path: Path, lenient: bool = False) -> SparseDataset:
+    """A folder that ``convert`` made, or a libffm text."""
+    return open_dataset(path) if path.is_dir() else read_libffm(path, lenient=lenient)
+
+
+def _report_skipped(data: SparseDataset, path: Path) -> None:
+    if skipped := data.metadata.get("skipped"):
+        print(f"{path}: {skipped} broken lines skipped", file=sys.stderr)
+
+
+def load_any_model(path: Path) -> tuple[FFM, str, str]:
+    """A model, what kind of file it was in, and its loss; found by content."""
+    failures = []
+    kinds: tuple[tuple[str, Callable[[Path], FFM | Trainer]], ...] = (
+        ("ffm_ext model", interop.load_model),
+        ("ffm_ext checkpoint", Trainer.load),
+        ("libffm model", interop.load_libffm),
+        ("xLearn text model", interop.load_xlearn_text),
+    )
+    with open(path, "rb"):
+        pass  # a file that cannot be read is no matter of its format
+    for kind, load in kinds:
+        try:
+            found = load(path)
+        except ValueError as error:
+            failures.append(f"as {kind}: {error}")
+            continue
+        if isinstance(found, Trainer):
+            return found.model, kind, found.loss
+        return found, kind, "logistic"
+    raise ValueError(f"{path}: no model that is known here\n  " + "\n  ".join(failures))
+
+
+def known_part(data: SparseBatch, model: FFM) -> tuple[SparseBatch, int]:
+    """The entries whose feature and field the model has, and how many it has not.
+
+    As in libffm, pairs with an entry left out do not count, but its value does in the norm of its sample: with
+    normalisation, the values that stay are divided by that norm here already.
+    """
+    layer = model.interaction
+    known = (data.indices < layer.num_features) & (data.fields < layer.num_fields)
+    missing = int((~known).sum())
+    if not missing:
+        return data, 0
+    counts = data.offsets.diff().long()
+    samples = torch.repeat_interleave(torch.arange(len(data)), counts)
+    values = torch.ones(data.nnz) if data.values is None else data.values
+    if model.normalize:
+        squares = torch.zeros(len(data), dtype=torch.float64)
+        squares.index_add_(0, samples, values.double() ** 2)
+        scale = torch.where(squares > 0, squares.rsqrt(), 0.0)
+        values = (values.double() * scale[samples]).float()
+    kept = torch.bincount(samples[known], minlength=len(data))
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])
+    return SparseBatch(data.indices[known], data.fields[known], values[known], offsets), missing
+
+
+@contextmanager
+def _without_normalizing(model: FFM, off: bool) -> Iterator[None]:
+    before, model.normalize = model.normalize, model.normalize and not off
+    try:
+        yield
+    finally:
+        model.normalize = before
+
+
+def scores(model: FFM, data: SparseDataset, piece: int = 1 << 16) -> tuple[Tensor, int]:
+    """Logits (or values) ``[n]`` of all samples, and how many entries the model does not know."""
+    parts, missing = [torch.zeros(0)], 0
+    with torch.inference_mode():
+        for shard in data.shards:
+            for i in range(0, len(shard.labels), piece):
+                batch, unknown = known_part(shard.batch[i : i + piece], model)
+                missing += unknown
+                with _without_normalizing(model, unknown > 0):
+                    parts.append(model(batch).float())
+    return torch.cat(parts), missing
+
+
+def quality(score: Tensor, labels: Tensor, loss: str) -> dict[str, float]:
+    """Logloss, and AUC where scikit-learn is there and both classes are; or RMSE."""
+    if len(labels) == 0:
+        return {}
+    if loss == "squared":
+        return {"rmse": math.sqrt(float(((score - labels).double() ** 2).mean()))}
+    positive = (labels > 0).double()
+    found = {
+        "logloss": float(nn.functional.binary_cross_entropy_with_logits(score.double(), positive))
+    }
+    if 0 < positive.mean() < 1 and find_spec("sklearn") is not None:
+        from sklearn.metrics import roc_auc_score
+
+        found["auc"] = float(roc_auc_score(positive.numpy(), score.numpy()))
+    return found
+
+
+# ---------------------------------------------------------------- train
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("train", type=Path, help="libffm text, or a folder that `convert` made")
+    parser.add_argument("model", type=Path, nargs="?", help="default: TRAIN.model, here")
+    libffm = parser.add_argument_group("as in libffm")
+    libffm.add_argument(
+        "-l", dest="decay", type=float, default=2e-5, metavar="LAMBDA", help="L2 (2e-5)"
+    )
+    libffm.add_argument(
+        "-k", dest="embed_dim", type=int, default=4, metavar="FACTOR", help="latent factors (4)"
+    )
+    libffm.add_argument(
+        "-t", dest="epochs", type=int, default=15, metavar="EPOCHS", help="epochs (15)"
+    )
+    libffm.add_argument(
+        "-r", dest="lr", type=float, default=0.2, metavar="ETA", help="learning rate (0.2)"
+    )
+    libffm.add_argument("-s", dest="threads", type=int, default=1, metavar="N", help="threads (1)")
+    libffm.add_argument("-p", dest="valid", type=Path, metavar="PATH", help="validation data")
+    libffm.add_argument("--quiet", action="store_true", help="print nothing")
+    libffm.add_argument("--no-norm", action="store_true", help="do not normalise samples")
+    libffm.add_argument("--auto-stop", action="store_true", help="stop when the loss of -p rises")
+    more = parser.add_argument_group("beyond libffm")
+    more.add_argument("--loss", choices=("logistic", "squared"), default="logistic")
+    more.add_argument(
+        "--mode",
+        choices=("exact", "hogwild", "deterministic"),
+        help="default: exact with one thread, else hogwild",
+    )
+    more.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adagrad")
+    more.add_argument("--bias", action="store_true", help="have a bias")
+    more.add_argument("--linear", action="store_true", help="have a weight for each feature")
+    more.add_argument("--no-within-field", action="store_true", help="no pairs inside a field")
+    more.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the table"
+    )
+    more.add_argument("--rounding-seed", type=int, metavar="N", help="bfloat16: round at random")
+    more.add_argument(
+        "--init",
+        choices=("uniform", "normal"),
+        default="uniform",
+        help="U(0, 1/√k) as libffm, or small normal",
+    )
+    more.add_argument(
+        "--batch-size", type=int, default=1024, metavar="N", help="of --mode deterministic (1024)"
+    )
+    more.add_argument(
+        "--patience", type=int, default=1, metavar="N", help="rises that --auto-stop bears (1)"
+    )
+    more.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of initial weights and order (0)"
+    )
+    more.add_argument("--no-shuffle", action="store_true", help="samples as they stand")
+    more.add_argument("--lenient", action="store_true", help="skip broken lines and count them")
+    more.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="written after each epoch and on Ctrl-C"
+    )
+    more.add_argument("--checkpoint-every", type=int, metavar="N", help="and every N samples")
+    more.add_argument(
+        "--resume", type=Path, metavar="PATH", help="go on from a checkpoint; its settings hold"
+    )
+    more.add_argument(
+        "--json", action="store_true", help="an object a line: epochs, then a summary"
+    )
+
+
+def _new_trainer(
+    args: argparse.Namespace, train: SparseDataset, valid: SparseDataset | None
+) -> Trainer:
+    both = [train] if valid is None else [train, valid]
+    torch.manual_seed(args.seed)
+    model = FFM(
+        args.embed_dim,
+        num_features=max(1, *(data.num_features for data in both)),
+        num_fields=max(1, *(data.num_fields for data in both)),
+        within_field=not args.no_within_field,
+        bias=args.bias,
+        linear=args.linear,
+        normalize=not args.no_norm,
+    )
+    if args.init == "uniform":
+        nn.init.uniform_(model.interaction.weight, 0, args.embed_dim**-0.5)
+    model.interaction.to(getattr(torch, args.dtype))
+    optimizer = OPTIMIZERS[args.optimizer](
+        lr=args.lr, weight_decay=args.decay, rounding_seed=args.rounding_seed
+    )
+    return Trainer(
+        model,
+        optimizer=optimizer,
+        loss=args.loss,
+        mode=args.mode or ("exact" if args.threads == 1 else "hogwild"),
+        batch_size=args.batch_size,
+        num_threads=args.threads,
+        shuffle=not args.no_shuffle,
+        seed=args.seed,
+    )
+
+
+def train(args: argparse.Namespace) -> None:
+    data = load_data(args.train, args.lenient)
+    valid = None if args.valid is None else load_data(args.valid, args.lenient)
+    if len(data) == 0:
+        raise ValueError(f"{args.train}: no samples")
+    _report_skipped(data, args.train)
+    trainer = Trainer.load(args.resume) if args.resume else _new_trainer(args, data, valid)
+    checkpoint = args.checkpoint or args.resume
+    start = time.perf_counter()
+    with _progress(args) as (show, line):
+        if not args.json:
+            line(_table_head(trainer.loss, valid is not None))
+        elapsed = [sum(epoch.seconds for epoch in trainer.history)]
+
+        def callback(progress: Progress) -> None:
+            show(progress)
+            if progress.finished is not None:
+                elapsed[0] += progress.finished.seconds
+                line(_epoch_text(progress.finished, elapsed[0], args.json))
+
+        try:
+            trainer.fit(
+                data,
+                valid,
+                epochs=args.epochs,
+                auto_stop=args.auto_stop,
+                patience=args.patience,
+                callback=callback,
+                checkpoint=checkpoint,
+                checkpoint_every=args.checkpoint_every,
+            )
+        except KeyboardInterrupt:
+            if checkpoint is not None:
+                print(f"\nstopped; go on with --resume {checkpoint}", file=sys.stderr)
+            raise
+    target = args.model or Path(f"{args.train.name}.model")
+    interop.save_model(trainer.model, target)
+    summary: dict[str, Any] = {
+        "model": str(target),
+        "epochs": trainer.epoch,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    if valid is not None:
+        score, _ = scores(trainer.model, valid)
+        labels = torch.cat([shard.labels for shard in valid.shards])
+        summary |= {f"valid_{k}": v for k, v in quality(score, labels, trainer.loss).items()}
+    if args.json:
+        print(json.dumps(summary))
+    elif not args.quiet:
+        print(
+            ", ".join(
+                f"{k} {v:.5f}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items()
+            )
+        )
+
+
+def _table_head(loss: str, has_valid: bool) -> str:
+    name = "logloss" if loss == "logistic" else "loss"
+    columns = [f"tr_{name}", *([f"va_{name}"] if has_valid else []), "tr_time"]
+    return "   ".join(["iter", *(f"{column:>10}" for column in columns)])
+
+
+def _epoch_text(epoch: Epoch, elapsed: float, as_json: bool) -> str:
+    if as_json:
+        return json.dumps(epoch._asdict())
+    valid = "" if epoch.valid_loss is None else f"   {epoch.valid_loss:10.5f}"
+    return f"{epoch.epoch:4d}   {epoch.train_loss:10.5f}{valid}   {elapsed:10.1f}"
+
+
+@contextmanager
+def _progress(
+    args: argparse.Namespace,
+) -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]:
+    """What shows progress, and what prints a line: a live bar where there is a terminal and rich, else lines alone."""
+
+    def plain(text: str) -> None:
+        if not args.quiet:
+            print(text, flush=True)
+
+    if args.quiet or args.json or not sys.stderr.isatty() or find_spec("rich") is None:
+        yield (lambda progress: None), plain
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.5f}  {task.fields[rate]:,.0f} samples/s"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("train", total=None, epoch="1", loss=math.nan, rate=0.0)
+
+        def show(progress: Progress) -> None:
+            bar.update(
+                task,
+                total=progress.total * progress.epochs,
+                completed=progress.total * (progress.epoch - 1) + progress.samples,
+                epoch=f"{progress.epoch}/{progress.epochs}",
+                loss=progress.loss,
+                rate=progress.samples / max(progress.seconds, 1e-9),
+            )
+
+        yield show, plain
+
+
+# ---------------------------------------------------------------- predict
+
+
+def predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("test", type=Path, help="libffm text, or a folder that `convert` made")
+    parser.add_argument("model", type=Path, help="of ffm_ext, libffm or xLearn, or a checkpoint")
+    parser.add_argument("output", type=Path, nargs="?", help="a number a line; default: stdout")
+    parser.add_argument("--logit", action="store_true", help="scores instead of probabilities")
+    parser.add_argument(
+        "--loss",
+        choices=("logistic", "squared"),
+        help="default: that of a checkpoint, else logistic",
+    )
+    parser.add_argument("--lenient", action="store_true", help="skip broken lines and count them")
+    parser.add_argument("--json", action="store_true", help="the summary as an object")
+
+
+def predict(args: argparse.Namespace) -> None:
+    model, _, loss = load_any_model(args.model)
+    loss = args.loss or loss
+    data = load_data(args.test, args.lenient)
+    _report_skipped(data, args.test)
+    score, missing = scores(model, data)
+    if missing:
+        print(
+            f"{args.test}: {missing} of {data.nnz} entries have features or fields that the model does not know; "
+            "their pairs are left out",
+            file=sys.stderr,
+        )
+    shown = score if args.logit or loss == "squared" else torch.sigmoid(score)
+
+    def write(file: TextIO) -> None:
+        file.writelines(f"{number:.6g}\n" for number in shown.tolist())
+
+    if args.output is None:
+        write(sys.stdout)
+    else:
+        with open(args.output, "w") as file:
+            write(file)
+    labels = torch.cat([torch.zeros(0), *(shard.labels for shard in data.shards)])
+    summary: dict[str, Any] = {"samples": len(data), **quality(score, labels, loss)}
+    text = ", ".join(
+        f"{k} {v:.5f}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items()
+    )
+    # Predictions on stdout stay alone there.
+    print(
+        json.dumps(summary) if args.json else text,
+        file=sys.stderr if args.output is None else sys.stdout,
+    )
+
+
+# ---------------------------------------------------------------- check
+
+
+def check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="libffm text, or a folder that `convert` made")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+
+
+def check(args: argparse.Namespace) -> None:
+    data = load_data(args.file, lenient=True)
+    problems, skipped = data.metadata.get("problems", []), int(data.metadata.get("skipped", 0))
+    features = torch.zeros(data.num_features, dtype=torch.bool)
+    cardinalities = torch.zeros(data.num_fields, dtype=torch.int64)
+    entries = torch.zeros(data.num_fields, dtype=torch.int64)
+    pairs = []
+    low, high = math.inf, -math.inf
+    for shard in data.shards:
+        batch = shard.batch
+        features[batch.indices.long()] = True
+        entries += torch.bincount(batch.fields.long(), minlength=data.num_fields)
+        pairs.append((batch.fields.long() * data.num_features + batch.indices.long()).unique())
+        if batch.nnz:
+            values = torch.ones(1) if batch.values is None else batch.values
+            low, high = min(low, float(values.min())), max(high, float(values.max()))
+    if pairs and data.num_features:
+        fields = torch.cat(pairs).unique() // data.num_features
+        cardinalities = torch.bincount(fields, minlength=data.num_fields)
+    labels = torch.cat([torch.zeros(0), *(shard.labels for shard in data.shards)])
+    n = max(1, len(data))
+    found: dict[str, Any] = {
+        "broken lines": skipped,
+        "rows": len(data),
+        "entries": data.nnz,
+        "entries a row": round(data.nnz / n, 3),
+        "features": int(features.sum()),
+        "largest feature": data.num_features - 1,
+        "fields": data.num_fields,
+        "labels > 0": round(float((labels > 0).double().mean()), 6) if len(data) else None,
+        "label mean": round(float(labels.double().mean()), 6) if len(data) else None,
+        "values": [low, high] if data.nnz else None,
+        "features of each field": cardinalities.tolist(),
+        "entries of each field": entries.tolist(),
+    }
+    if args.json:
+        print(json.dumps({"file": str(args.file), "problems": list(problems), **found}))
+    else:
+        for problem in problems:
+            print(problem)
+        if skipped > len(problems):
+            print(f"… and {skipped - len(problems)} more")
+        width = max(map(len, found))
+        for name, value in found.items():
+            print(f"{name:<{width}}  {value}")
+    if skipped:
+        raise ValueError(f"{args.file}: {skipped} broken lines")
+
+
+# ---------------------------------------------------------------- convert
+
+FORMATS = {
+    "model": "a model of ffm_ext",
+    "libffm": "libffm's binary model",
+    "libffm-text": "libffm's text model",
+    "xlearn": "xLearn's text model",
+    "dataset": "a memory-mapped dataset folder, from libffm text",
+    "text": "libffm text, from a dataset folder",
+}
+
+
+def convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, help="a model of any kind, a state_dict of torchfm, or data"
+    )
+    parser.add_argument("target", type=Path)
+    listed = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
+    parser.add_argument("--to", choices=sorted(FORMATS), required=True, help=listed)
+    parser.add_argument("--lenient", action="store_true", help="skip broken lines and count them")
+
+
+def convert(args: argparse.Namespace) -> None:
+    if args.to == "dataset":
+        data = convert_libffm(args.source, args.target, lenient=args.lenient)
+        _report_skipped(data, args.source)
+    elif args.to == "text":
+        write_libffm(load_data(args.source, args.lenient), args.target)
+    else:
+        model = _torchfm(args.source) or load_any_model(args.source)[0]
+        if args.to == "model":
+            interop.save_model(model, args.target)
+        elif args.to == "xlearn":
+            interop.save_xlearn_text(model, args.target)
+        else:
+            interop.save_libffm(
+                model, args.target, format="binary" if args.to == "libffm" else "text"
+            )
+
+
+def _torchfm(path: Path) -> FFM | None:
+    """A model from a ``state_dict`` of torch.save or safetensors; None if it is neither. Nothing is unpickled."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04":
+        return interop.from_torchfm(torch.load(path, weights_only=True))
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            names = list(opened.keys())
+            if not any("embeddings.0.weight" in name for name in names):
+                return None
+            return interop.from_torchfm({name: opened.get_tensor(name) for name in names})
+    except SafetensorError:
+        return None
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a model, checkpoint or dataset is."""
+    if path.is_dir():
+        data = open_dataset(path)
+        return {
+            "kind": "ffm_ext dataset",
+            "samples": len(data),
+            "entries": data.nnz,
+            "num_features": data.num_features,
+            "num_fields": data.num_fields,
+            "shards": len(data.shards),
+        }
+    model, kind, loss = load_any_model(path)
+    layer = model.interaction
+    return {
+        "kind": kind,
+        "num_features": layer.num_features,
+        "num_fields": layer.num_fields,
+        "embed_dim": layer.embed_dim,
+        "dtype": str(layer.weight.dtype).removeprefix("torch."),
+        "within_field": layer.within_field,
+        "normalize": model.normalize,
+        "bias": model.linear.bias is not None,
+        "linear": model.linear.weight is not None,
+        **({"loss": loss} if kind == "ffm_ext checkpoint" else {}),
+    }
