@@ -29,6 +29,8 @@ import dataclasses
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -232,7 +234,8 @@ class Trainer:
         try:
             while self.epoch < epochs and not self._stopped:
                 self._run_epoch(parts, epochs, callback, save, checkpoint_every)
-                finished = self._finish_epoch(valid_parts, auto_stop, patience)
+                with _uninterrupted():
+                    finished = self._finish_epoch(valid_parts, auto_stop, patience)
                 if callback is not None:
                     callback(
                         Progress(
@@ -277,15 +280,16 @@ class Trainer:
                 order = self._order(len(part.labels), 1 + number)
                 while self._sample < len(order):
                     piece = order[self._sample : self._sample + self._piece(save_every)]
-                    loss = self._train(part, piece)
-                    weights = part.weights
-                    self._loss += loss
-                    self._weight += (
-                        len(piece) if weights is None else float(weights[piece].double().sum())
-                    )
-                    self._sample += len(piece)
-                    self._samples += len(piece)
-                    self._seconds = time.perf_counter() - start
+                    with _uninterrupted():
+                        loss = self._train(part, piece)
+                        weights = part.weights
+                        self._loss += loss
+                        self._weight += (
+                            len(piece) if weights is None else float(weights[piece].double().sum())
+                        )
+                        self._sample += len(piece)
+                        self._samples += len(piece)
+                        self._seconds = time.perf_counter() - start
                     if not math.isfinite(loss):
                         raise FloatingPointError(
                             f"Trainer: the loss is {loss} after {self._samples} samples of epoch "
@@ -688,3 +692,19 @@ def _loss_and_slope(
     sign = np.where(labels > 0, 1.0, -1.0)
     margin = sign * score
     return np.logaddexp(0, -margin), -sign * np.exp(-np.logaddexp(0, margin))
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of this, so that weights and position always belong together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    caught: list[tuple[int, Any]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if caught and callable(before):
+        before(*caught[0])

@@ -423,6 +423,34 @@ def test_a_checkpoint_goes_on_in_the_middle_of_an_epoch(mode, tmp_path, monkeypa
     assert [e.train_loss for e in whole.history] == [e.train_loss for e in again.history]
 
 
+@pytest.mark.parametrize("batch", [1, 5, 9])
+def test_ctrl_c_inside_a_piece_waits_for_its_end(batch, tmp_path, monkeypatch):
+    lists, labels = samples("multi-hot", n=500)
+    data = (ffm_ext.SparseBatch.from_lists(lists), labels)
+
+    def trainer():
+        return Trainer(model(dtype=torch.float32, bias=True), mode="deterministic", batch_size=64)
+
+    whole = trainer()
+    whole.fit(data, epochs=3)
+    train_batch, count = Trainer._train_batch, [0]
+
+    def interrupted(self, part):
+        count[0] += 1
+        if count[0] == batch:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_batch(self, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer().fit(data, epochs=3, checkpoint=tmp_path / "c")
+    again = Trainer.load(tmp_path / "c")
+    again.fit(data, epochs=3)
+    for one, two in zip(whole.model.parameters(), again.model.parameters()):
+        assert torch.equal(one, two)
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     trainer = Trainer(model())
     trainer.save(tmp_path / "c")
