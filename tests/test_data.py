@@ -400,7 +400,7 @@ def test_a_failed_save_leaves_the_old_dataset(
 
     monkeypatch.setattr(_store, "save_file", fails_at_the_third)
     monkeypatch.setattr(_store.Path, "chmod", lambda *_: None)
-    monkeypatch.setattr(_store, "_sync", lambda *_: None)
+    monkeypatch.setattr(_store, "flush_to_disk", lambda *_: None)
     with pytest.raises(OSError, match="No space left"):
         sharded(*[make(2)] * 5).save(folder)
     assert samples(open_dataset(folder)) == ALL

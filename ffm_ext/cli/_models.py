@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import interop
 from ..batch import SparseBatch
 from ..data import SparseDataset, convert_libffm, open_dataset, read_libffm, write_libffm
-from ..modules import FFM
+from ..modules import FFM, _unit_norm
 from ..optim import OPTIMIZERS
 from ..training import Epoch, Progress, Trainer
 
@@ -75,10 +75,7 @@ def known_part(data: SparseBatch, model: FFM) -> tuple[SparseBatch, int]:
     samples = torch.repeat_interleave(torch.arange(len(data)), counts)
     values = torch.ones(data.nnz) if data.values is None else data.values
     if model.normalize:
-        squares = torch.zeros(len(data), dtype=torch.float64)
-        squares.index_add_(0, samples, values.double() ** 2)
-        scale = torch.where(squares > 0, squares.rsqrt(), 0.0)
-        values = (values.double() * scale[samples]).float()
+        values = _unit_norm(data.indices, values.double(), data.offsets).float()
     kept = torch.bincount(samples[known], minlength=len(data))
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])
     return SparseBatch(data.indices[known], data.fields[known], values[known], offsets), missing

@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ffm_ext._files import atomic_write
 from ffm_ext.batch import SparseBatch
 
 from ._dataset import compact
 from ._frames import Column, columns_of
-from ._store import new_file
 
 Array = npt.NDArray[Any]
 Kind = Literal["vocabulary", "hash", "bins", "numeric"]
@@ -311,7 +311,7 @@ class FieldEncoder:
                 for name, encoding in self.columns.items()
             ],
         }
-        with new_file(path) as new:
+        with atomic_write(path) as new:
             new.write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
 
     @classmethod

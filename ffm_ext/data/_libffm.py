@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ffm_ext import _C
+from ffm_ext._files import atomic_write
 from ffm_ext.batch import SparseBatch
 
 from ._dataset import Shard, SparseDataset
-from ._store import DatasetWriter, new_file, open_dataset
+from ._store import DatasetWriter, open_dataset
 
 # Descriptions of faults that a lenient reader keeps.
 _MAX_PROBLEMS = 10
@@ -149,7 +150,7 @@ def write_libffm(dataset: SparseDataset, path: str | PathLike[str]) -> None:
     """
     if any(shard.weights is not None for shard in dataset.shards):
         raise ValueError("write_libffm: libffm's text has no place for weights")
-    with new_file(path) as new, open(new, "w", encoding="ascii", newline="\n") as file:
+    with atomic_write(path) as new, open(new, "w", encoding="ascii", newline="\n") as file:
         for batch, labels, _ in dataset.batches(_LINES_AT_ONCE):
             values = _decimals(torch.ones(batch.nnz) if batch.values is None else batch.values)
             entries = list(

@@ -16,8 +16,6 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ffm_ext._files import flush_to_disk
 from ffm_ext.batch import SparseBatch
 
 from ._dataset import Shard, SparseDataset
@@ -99,7 +98,7 @@ class DatasetWriter:
         path.chmod(
             self._new.stat().st_mode & 0o666
         )  # as the umask has it: save_file makes it private
-        _sync(path)
+        flush_to_disk(path)
         self._shards.append({"samples": len(batch), "entries": batch.nnz})
 
     def finish(self, num_features: int, num_fields: int, metadata: dict[str, Any]) -> None:
@@ -114,11 +113,11 @@ class DatasetWriter:
         }
         path = self._new / INFO
         path.write_text(json.dumps(info, indent=1), encoding="utf-8")
-        _sync(path)
-        _sync(self._new)
+        flush_to_disk(path)
+        flush_to_disk(self._new)
         _check_replaceable(self.folder)
         _put_in_place(self._new, self.folder)
-        _sync(self.folder.parent)
+        flush_to_disk(self.folder.parent)
 
     def __exit__(
         self,
@@ -127,20 +126,6 @@ class DatasetWriter:
         trace: TracebackType | None,
     ) -> None:
         shutil.rmtree(self._new, ignore_errors=True)  # after an exchange: what was there before
-
-
-@contextmanager
-def new_file(path: str | PathLike[str]) -> Iterator[Path]:
-    """The path of a file to write; at the end it takes the place of ``path``, unless there was an error."""
-    target = Path(os.path.realpath(path))
-    new = beside(target)
-    try:
-        yield new
-        _sync(new)
-        new.replace(target)
-        _sync(target.parent)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def beside(target: Path) -> Path:
@@ -157,14 +142,6 @@ def _check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir() or any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not a dataset; it is left as it is")
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _put_in_place(new: Path, target: Path) -> None:
