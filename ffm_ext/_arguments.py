@@ -55,6 +55,11 @@ def table_shape(
     return weight.shape[0], F, weight.shape[1] // F
 
 
+def outside(ids: Tensor, size: int) -> Tensor:
+    """Where ids lie outside ``[0, size)``: torch would wrap a size that the dtype of the ids cannot hold."""
+    return (ids < 0) | (ids > min(size - 1, torch.iinfo(ids.dtype).max))
+
+
 def check_contents(
     where: str, indices: Tensor, values: Tensor | None, offsets: Tensor | None, num_features: int
 ) -> None:
@@ -88,9 +93,9 @@ def check_contents(
                 f"{where}: offsets[{B}] = {int(offsets[B])} must be the number of entries, "
                 f"{indices.numel()}"
             )
-    outside = (indices < 0) | (indices >= num_features)
-    if outside.any():
-        at = outside.nonzero()[0]
+    wrong = outside(indices, num_features)
+    if wrong.any():
+        at = wrong.nonzero()[0]
         raise IndexError(
             f"{where}: {place('indices', at)} = {int(indices[tuple(at)])} is out of range for a table "
             f"of {num_features} features"

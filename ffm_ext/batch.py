@@ -73,9 +73,9 @@ class SparseBatch:
                     f"SparseBatch: {name} is on {other.device}, indices is on {indices.device}"
                 )
         self.indices = indices
-        self.fields = fields.to(indices.dtype)
+        self.fields = _narrow(fields, indices.dtype)
         self.values = values
-        self.offsets = offsets.to(indices.dtype)
+        self.offsets = _narrow(offsets, indices.dtype)
 
     @classmethod
     def from_scipy(cls, matrix: Any, feature_fields: Any) -> SparseBatch:
@@ -247,6 +247,14 @@ def _feature_fields(feature_fields: Any, num_features: int) -> Tensor:
     if fields.is_floating_point() or fields.is_complex() or fields.dtype == torch.bool:
         raise TypeError(f"SparseBatch: feature_fields must be integers, got {fields.dtype}")
     return fields.to(torch.int64)
+
+
+def _narrow(ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """``ids`` as ``dtype``; one that it cannot hold becomes its nearest, which is out of every range, too."""
+    if ids.dtype == dtype or dtype == torch.int64:
+        return ids.to(dtype)
+    limits = torch.iinfo(dtype)
+    return ids.clamp(limits.min, limits.max).to(dtype)
 
 
 def _offsets(counts: Tensor) -> Tensor:

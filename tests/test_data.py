@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from ffm_ext import SparseBatch
+from ffm_ext._arguments import check_contents
 from ffm_ext.data import (
     Shard,
     SparseDataset,
@@ -526,3 +527,27 @@ def test_weights_cannot_be_written(tmp_path: Path) -> None:
         write_libffm(MIXED, tmp_path / "a.ffm")
     assert (tmp_path / "a.ffm").read_text() == "1\n"
     assert os.listdir(tmp_path) == ["a.ffm"]
+
+
+@pytest.mark.parametrize("field", [2**31 - 2, 2**31 - 1, 2**31, 2**40])
+def test_a_field_that_int32_cannot_hold(field: int) -> None:
+    """Small ids are kept in int32, fields in the dtype of ids: what does not fit must not wrap."""
+    batch = SparseBatch.from_lists([[(field, 3, 1.0)]])
+    dataset = SparseDataset.from_arrays(batch, [1.0])
+    assert dataset.num_fields == field + 1
+    assert dataset.shards[0].batch.fields.tolist() == [field]
+
+
+def test_fields_and_offsets_are_narrowed_without_wrapping() -> None:
+    fields, offsets = torch.tensor([2**32 + 1, -(2**32)]), torch.tensor([0, 2**32 + 2])
+    batch = SparseBatch(torch.tensor([0, 1], dtype=torch.int32), fields, None, offsets)
+    assert batch.fields.tolist() == [2**31 - 1, -(2**31)]
+    assert batch.offsets.tolist() == [0, 2**31 - 1]
+
+
+def test_int32_ids_of_more_features_than_int32_counts() -> None:
+    ids = torch.tensor([[0, 2**31 - 1]], dtype=torch.int32)
+    check_contents("here", ids, None, None, 2**31)
+    check_contents("here", ids, None, None, 2**40)
+    with pytest.raises(IndexError, match=r"here: indices\[0, 1\] = 2147483647 is out of range"):
+        check_contents("here", ids, None, None, 2**31 - 1)

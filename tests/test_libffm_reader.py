@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ffm_ext import _C, SparseBatch
@@ -95,6 +95,7 @@ def test_any_layout_of_lines(
 
 
 @given(samples=samples)
+@example(samples=[(1.0, [(2**31 - 1, 0, 1.0)])])
 def test_written_and_read(samples: Lines, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("text") / "a.ffm"
     labels, entries = zip(*samples, strict=True) if samples else ((), ())

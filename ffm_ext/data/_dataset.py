@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ffm_ext._arguments import check_contents
+from ffm_ext._arguments import check_contents, outside
 from ffm_ext.batch import SparseBatch
 
 MAX_INT32 = 2**31 - 1
@@ -123,13 +123,10 @@ class SparseDataset(Dataset[Shard]):
             None if weights is None else _numbers(where, "weights", weights, len(batch)),
         )
         dataset = cls([shard], num_features=num_features, num_fields=num_fields)
-        limit = dataset.num_features
-        if batch.indices.dtype == torch.int32:
-            limit = min(limit, MAX_INT32)
-        check_contents(where, batch.indices, batch.values, batch.offsets, limit)
-        outside = (batch.fields < 0) | (batch.fields >= dataset.num_fields)
-        if outside.any():
-            at = int(outside.nonzero()[0])
+        check_contents(where, batch.indices, batch.values, batch.offsets, dataset.num_features)
+        wrong = outside(batch.fields, dataset.num_fields)
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
             raise IndexError(
                 f"{where}: fields[{at}] = {int(batch.fields[at])} is out of range for "
                 f"{dataset.num_fields} fields"
@@ -311,9 +308,10 @@ def _unpickle(
 
 def compact(batch: SparseBatch) -> SparseBatch:
     """The same in the smallest dtypes: int32 ids where they fit, float32 values or none."""
-    largest = int(batch.indices.max()) if batch.nnz else 0
-    smallest = int(batch.indices.min()) if batch.nnz else 0
-    # The number of features, too.
+    smallest, largest = 0, 0
+    for ids in (batch.indices, batch.fields) if batch.nnz else ():
+        smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
+    # The numbers of features and fields, too.
     fits = smallest >= -MAX_INT32 and max(largest + 1, batch.nnz) <= MAX_INT32
     values = batch.values
     if values is not None:
