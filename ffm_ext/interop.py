@@ -21,7 +21,7 @@ import os
 import re
 import struct
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
@@ -29,6 +29,7 @@ from typing import Any, BinaryIO, Literal, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ._files import atomic_write
 from .modules import FFM, FFMInteraction
@@ -155,7 +156,7 @@ def model_arguments(model: FFM) -> dict[str, Any]:
 
 
 def model_from_arguments(arguments: Mapping[str, Any]) -> FFM:
-    """A new model from :func:`model_arguments`, on the CPU.
+    """A new model from :func:`model_arguments`, on the CPU; its weights are yet to be written.
 
     Raises:
         KeyError, TypeError, ValueError: an argument is missing, unknown, or contradicts another.
@@ -172,7 +173,7 @@ def model_from_arguments(arguments: Mapping[str, Any]) -> FFM:
         for name, size in sizes.items():
             if options.pop(name) != size:
                 raise ValueError(f"{name} = {arguments[name]}, but field_dims make {size}")
-    with torch.device("cpu"):
+    with torch.device("cpu"), _WithoutInit():
         model = FFM(**options)
     model.field_names = names
     return model
@@ -488,7 +489,7 @@ def from_torchfm(
     sizes = (
         {"num_features": N, "num_fields": F} if field_dims is None else {"field_dims": field_dims}
     )
-    with torch.device("cpu"):
+    with torch.device("cpu"), _WithoutInit():
         model = FFM(K, **sizes).to(first.dtype)
     with torch.no_grad():
         model.linear.bias.copy_(tensors["linear.bias"][0])
@@ -500,6 +501,22 @@ def from_torchfm(
 
 
 # ------------------------------------------------------------------------------------------ shared
+
+
+class _WithoutInit(TorchFunctionMode):
+    """Modules that are made here keep their memory as it is: all of it is written next, and a table is large."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class _Failure:
@@ -529,8 +546,8 @@ def _check_within_field(where: str, peer: str, model: FFM) -> None:
 
 
 def _float_model(N: int, F: int, K: int, **options: Any) -> FFM:
-    """A model that counts pairs as libffm and xLearn do, whose table :func:`_row_blocks` can write to."""
-    with torch.device("cpu"):
+    """A model that counts pairs as libffm and xLearn do, whose table :func:`_row_blocks` is to write to."""
+    with torch.device("cpu"), _WithoutInit():
         return FFM(K, num_features=N, num_fields=F, within_field=True, **options).float()
 
 

@@ -644,3 +644,12 @@ def test_atomic_write(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [path, link]
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "no" / "where"):
         pass
+
+
+def test_a_loaded_model_is_not_drawn_first(tmp_path: Path) -> None:
+    """A draw costs seconds for a large table, and moves the random numbers of whoever loads a model."""
+    torch.manual_seed(0)
+    interop.save_model(FFM(3, num_features=20, num_fields=4), tmp_path / "model")
+    before = torch.get_rng_state()
+    interop.load_model(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), before)

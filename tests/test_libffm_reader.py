@@ -397,3 +397,29 @@ def test_under_sanitizers(tmp_path: Path) -> None:
         done = subprocess.run(step, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "passed: 0 failed\n"
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 40, 1000, 10**6])
+def test_in_pieces(tmp_path: Path, piece_bytes: int) -> None:
+    lines = [f"{i % 2} " + " ".join(f"{f}:{i * f}:0.5" for f in range(i % 5)) for i in range(50)]
+    path = written(tmp_path, "\n".join(lines))
+    pieces = list(iter_libffm(path, piece_bytes=piece_bytes))
+    assert [line for piece in pieces for line in as_lines(piece)] == as_lines(read_libffm(path))
+    assert len(pieces) == 1 or piece_bytes < 1000
+    assert max(piece.num_features for piece in pieces) == read_libffm(path).num_features
+
+
+def test_in_pieces_faults(tmp_path: Path) -> None:
+    path = written(tmp_path, "1 0:1:1\n" * 30 + "1 0:x:1\n" + "0 1:1:1\n" * 30)
+    pieces = iter_libffm(path, piece_bytes=16)
+    for _ in range(5):
+        next(pieces)
+    with says(f"{path}:31:5: the feature is not a number"):
+        list(pieces)
+    lenient = list(iter_libffm(path, piece_bytes=16, lenient=True))
+    assert sum(piece.metadata["skipped"] for piece in lenient) == 1
+    assert sum((piece.metadata["problems"] for piece in lenient), []) == [
+        f"{path}:31:5: the feature is not a number"
+    ]
+    with pytest.raises(ValueError, match=r"^iter_libffm: piece_bytes = 0 must be positive$"):
+        iter_libffm(path, piece_bytes=0)

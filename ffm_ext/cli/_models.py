@@ -18,8 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import interop
+from .._files import atomic_write
 from ..batch import SparseBatch
-from ..data import SparseDataset, convert_libffm, open_dataset, read_libffm, write_libffm
+from ..data import (
+    SparseDataset,
+    convert_libffm,
+    iter_libffm,
+    open_dataset,
+    read_libffm,
+    write_libffm,
+)
 from ..modules import FFM, _unit_norm
 from ..optim import OPTIMIZERS
 from ..training import Epoch, Progress, Trainer
@@ -32,8 +40,19 @@ def load_data(path: Path, lenient: bool = False) -> SparseDataset:
     return open_dataset(path) if path.is_dir() else read_libffm(path, lenient=lenient)
 
 
-def _report_skipped(data: SparseDataset, path: Path) -> None:
-    if skipped := data.metadata.get("skipped"):
+def data_in_pieces(path: Path, lenient: bool = False) -> Iterator[SparseDataset]:
+    """The same, a piece of a text or a shard of a folder at a time: it may be larger than memory."""
+    if not path.is_dir():
+        yield from iter_libffm(path, lenient=lenient)
+        return
+    data = open_dataset(path)
+    N, F = data.num_features, data.num_fields
+    for shard in data.shards:
+        yield SparseDataset([shard], num_features=N, num_fields=F)
+
+
+def _report_skipped(skipped: int, path: Path) -> None:
+    if skipped:
         print(f"{path}: {skipped} broken lines skipped", file=sys.stderr)
 
 
@@ -225,7 +244,7 @@ def train(args: argparse.Namespace) -> None:
     valid = None if args.valid is None else load_data(args.valid, args.lenient)
     if len(data) == 0:
         raise ValueError(f"{args.train}: no samples")
-    _report_skipped(data, args.train)
+    _report_skipped(data.metadata.get("skipped", 0), args.train)
     trainer = Trainer.load(args.resume) if args.resume else _new_trainer(args, data, valid)
     checkpoint = args.checkpoint or args.resume
     start = time.perf_counter()
@@ -348,27 +367,30 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
 def predict(args: argparse.Namespace) -> None:
     model, _, loss = load_any_model(args.model)
     loss = args.loss or loss
-    data = load_data(args.test, args.lenient)
-    _report_skipped(data, args.test)
-    score, missing = scores(model, data)
+    skipped = missing = entries = 0
+    all_scores, all_labels = [torch.zeros(0)], [torch.zeros(0)]
+    with _output(args.output) as file:
+        for data in data_in_pieces(args.test, args.lenient):
+            score, unknown = scores(model, data)
+            shown = score if args.logit or loss == "squared" else torch.sigmoid(score)
+            file.write("".join(map("{:.6g}\n".format, shown.tolist())))
+            missing += unknown
+            entries += data.nnz
+            skipped += int(data.metadata.get("skipped", 0))
+            all_scores.append(score)
+            all_labels += [shard.labels for shard in data.shards]
+    _report_skipped(skipped, args.test)
     if missing:
         print(
-            f"{args.test}: {missing} of {data.nnz} entries have features or fields that the model does not know; "
+            f"{args.test}: {missing} of {entries} entries have features or fields that the model does not know; "
             "their pairs are left out",
             file=sys.stderr,
         )
-    shown = score if args.logit or loss == "squared" else torch.sigmoid(score)
-
-    def write(file: TextIO) -> None:
-        file.writelines(f"{number:.6g}\n" for number in shown.tolist())
-
-    if args.output is None:
-        write(sys.stdout)
-    else:
-        with open(args.output, "w") as file:
-            write(file)
-    labels = torch.cat([torch.zeros(0), *(shard.labels for shard in data.shards)])
-    summary: dict[str, Any] = {"samples": len(data), **quality(score, labels, loss)}
+    score = torch.cat(all_scores)
+    summary: dict[str, Any] = {
+        "samples": len(score),
+        **quality(score, torch.cat(all_labels), loss),
+    }
     text = ", ".join(
         f"{k} {v:.5f}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items()
     )
@@ -377,6 +399,19 @@ def predict(args: argparse.Namespace) -> None:
         json.dumps(summary) if args.json else text,
         file=sys.stderr if args.output is None else sys.stdout,
     )
+
+
+@contextmanager
+def _output(path: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that is there only when it is whole."""
+    if path is None:
+        yield sys.stdout
+    elif path.exists() and not path.is_file():
+        with open(path, "w") as file:  # a pipe, /dev/null: nothing to rename
+            yield file
+    else:
+        with atomic_write(path) as new, open(new, "w") as file:
+            yield file
 
 
 # ---------------------------------------------------------------- check
@@ -388,38 +423,40 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    data = load_data(args.file, lenient=True)
-    problems, skipped = data.metadata.get("problems", []), int(data.metadata.get("skipped", 0))
-    features = torch.zeros(data.num_features, dtype=torch.bool)
-    cardinalities = torch.zeros(data.num_fields, dtype=torch.int64)
-    entries = torch.zeros(data.num_fields, dtype=torch.int64)
-    pairs = []
-    low, high = math.inf, -math.inf
-    for shard in data.shards:
-        batch = shard.batch
-        features[batch.indices.long()] = True
-        entries += torch.bincount(batch.fields.long(), minlength=data.num_fields)
-        pairs.append((batch.fields.long() * data.num_features + batch.indices.long()).unique())
-        if batch.nnz:
-            values = torch.ones(1) if batch.values is None else batch.values
-            low, high = min(low, float(values.min())), max(high, float(values.max()))
-    if pairs and data.num_features:
-        fields = torch.cat(pairs).unique() // data.num_features
-        cardinalities = torch.bincount(fields, minlength=data.num_fields)
-    labels = torch.cat([torch.zeros(0), *(shard.labels for shard in data.shards)])
-    n = max(1, len(data))
+    problems, skipped = list[str](), 0
+    rows = num_entries = positive = 0
+    label_sum, low, high = 0.0, math.inf, -math.inf
+    pairs = torch.zeros(0, 2, dtype=torch.int64)  # each (field, feature) that occurs, once
+    entries = torch.zeros(0, dtype=torch.int64)
+    for data in data_in_pieces(args.file, lenient=True):
+        problems += data.metadata.get("problems", [])
+        skipped += int(data.metadata.get("skipped", 0))
+        for batch, labels, _ in data.shards:
+            rows += len(labels)
+            num_entries += batch.nnz
+            positive += int((labels > 0).sum())
+            label_sum += float(labels.double().sum())
+            both = torch.stack([batch.fields.long(), batch.indices.long()], 1)
+            pairs = torch.cat([pairs, _unique_pairs(both)])
+            more = torch.bincount(batch.fields.long(), minlength=len(entries))
+            more[: len(entries)] += entries
+            entries = more
+            if batch.nnz:
+                values = torch.ones(1) if batch.values is None else batch.values
+                low, high = min(low, float(values.min())), max(high, float(values.max()))
+        pairs = _unique_pairs(pairs)
     found: dict[str, Any] = {
         "broken lines": skipped,
-        "rows": len(data),
-        "entries": data.nnz,
-        "entries a row": round(data.nnz / n, 3),
-        "features": int(features.sum()),
-        "largest feature": data.num_features - 1,
-        "fields": data.num_fields,
-        "labels > 0": round(float((labels > 0).double().mean()), 6) if len(data) else None,
-        "label mean": round(float(labels.double().mean()), 6) if len(data) else None,
-        "values": [low, high] if data.nnz else None,
-        "features of each field": cardinalities.tolist(),
+        "rows": rows,
+        "entries": num_entries,
+        "entries a row": round(num_entries / max(1, rows), 3),
+        "features": len(pairs[:, 1].unique()),
+        "largest feature": int(pairs[:, 1].max()) if len(pairs) else -1,
+        "fields": len(entries),
+        "labels > 0": round(positive / rows, 6) if rows else None,
+        "label mean": round(label_sum / rows, 6) if rows else None,
+        "values": [low, high] if num_entries else None,
+        "features of each field": torch.bincount(pairs[:, 0], minlength=len(entries)).tolist(),
         "entries of each field": entries.tolist(),
     }
     if args.json:
@@ -434,6 +471,17 @@ def check(args: argparse.Namespace) -> None:
             print(f"{name:<{width}}  {value}")
     if skipped:
         raise ValueError(f"{args.file}: {skipped} broken lines")
+
+
+def _unique_pairs(pairs: Tensor) -> Tensor:
+    """The rows of ``[n, 2]`` int64 without repetition."""
+    if len(pairs) == 0:
+        return pairs
+    width = int(pairs[:, 1].max()) + 1
+    if int(pairs[:, 0].max()) < 2**62 // width:
+        keys = (pairs[:, 0] * width + pairs[:, 1]).unique()  # much faster than unique(dim=0)
+        return torch.stack([keys // width, keys % width], 1)
+    return pairs.unique(dim=0)
 
 
 # ---------------------------------------------------------------- convert
@@ -461,7 +509,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 def convert(args: argparse.Namespace) -> None:
     if args.to == "dataset":
         data = convert_libffm(args.source, args.target, lenient=args.lenient)
-        _report_skipped(data, args.source)
+        _report_skipped(data.metadata.get("skipped", 0), args.source)
     elif args.to == "text":
         write_libffm(load_data(args.source, args.lenient), args.target)
     else:

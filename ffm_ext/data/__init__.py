@@ -3,7 +3,7 @@
 
 from ._dataset import Shard, SparseDataset
 from ._encoder import Bins, FieldEncoder, Hash, Numeric, Vocabulary
-from ._libffm import convert_libffm, read_libffm, read_libsvm, write_libffm
+from ._libffm import convert_libffm, iter_libffm, read_libffm, read_libsvm, write_libffm
 from ._store import open_dataset
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "SparseDataset",
     "Vocabulary",
     "convert_libffm",
+    "iter_libffm",
     "open_dataset",
     "read_libffm",
     "read_libsvm",

@@ -139,6 +139,35 @@ def convert_libffm(
     return open_dataset(folder)
 
 
+def iter_libffm(
+    path: str | PathLike[str],
+    *,
+    piece_bytes: int = 64 << 20,
+    lenient: bool = False,
+    num_features: int | None = None,
+    num_fields: int | None = None,
+    num_threads: int | None = None,
+) -> Iterator[SparseDataset]:
+    """Read libffm text of any size a piece at a time.
+
+    Args:
+        path: as for :func:`read_libffm`, with the other arguments; line numbers, and the ten faults that
+            ``metadata["problems"]`` describes, count over all pieces, ``metadata["skipped"]`` is that of a piece.
+        piece_bytes: about how much text makes a piece. Memory that is needed is about three times as much.
+
+    Yields:
+        At least one dataset. Its sizes are, where they are not given, those of the piece alone.
+
+    Raises:
+        ValueError: as :func:`read_libffm`, when the piece with the fault is reached.
+        OSError: as :func:`read_libffm`.
+    """
+    if piece_bytes <= 0:
+        raise ValueError(f"iter_libffm: piece_bytes = {piece_bytes} must be positive")
+    limits = _Limits(lenient, num_features, num_fields, num_threads)
+    return (_whole(piece, limits) for piece in _pieces(path, limits, piece_bytes))
+
+
 def write_libffm(dataset: SparseDataset, path: str | PathLike[str]) -> None:
     """Write a dataset as libffm text, which :func:`read_libffm` reads to the same numbers, bit by bit.
 
