@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from ffm_ext import cli, interop
+from ffm_ext import cli, data, interop
+from ffm_ext.cli import _models
 from ffm_ext.training import Trainer
 
 
@@ -195,3 +196,39 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
     assert exit_.value.code == 0 and "usage: ffm-ext" in capsys.readouterr().out
+
+
+def test_predict_and_check_in_pieces(files, capsys, monkeypatch):
+    """A text larger than memory is read a piece at a time: nothing shows that it was."""
+    tr, va = files
+    run("train", "-t", 2, tr, "m")
+
+    def shown() -> tuple[list[str], np.ndarray]:
+        run("predict", "--json", va, "m", "out")
+        summary = json.loads(capsys.readouterr().out)
+        numbers = [*summary.values(), *np.loadtxt("out")]
+        run("check", va)
+        run("convert", va, "folder", "--to", "dataset")
+        run("check", "--json", "folder")
+        return capsys.readouterr().out.splitlines(), np.array(numbers)
+
+    capsys.readouterr()
+    whole = shown()
+    pieces = []
+
+    def in_pieces(*args, **kwargs):
+        for piece in data.iter_libffm(*args, piece_bytes=700, **kwargs):
+            pieces.append(len(piece))
+            yield piece
+
+    monkeypatch.setattr(_models, "iter_libffm", in_pieces)
+    again = shown()
+    assert again[0] == whole[0]
+    np.testing.assert_allclose(again[1], whole[1], atol=2e-6)  # a digit more or less of six
+    assert len(pieces) > 10
+    # A fault in the last piece: no output appears.
+    Path("broken").write_text(Path(va).read_text() + "1 0:x:1\n")
+    before = Path("out").read_text()
+    assert cli.main(["predict", "broken", "m", "out"]) == 1
+    assert Path("out").read_text() == before
+    assert not list(Path().glob("*.tmp*")) and not list(Path().glob(".*out*"))
