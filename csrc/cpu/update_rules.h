@@ -5,7 +5,8 @@
 // 1 / sqrt(v) for v >= 0, to the last bit or two; a large finite number where v is 0.
 template <typename A, int N>
 inline Vec<A, N> inverse_sqrt(Vec<A, N> v) {
-  constexpr A kSmallest = std::is_same_v<A, float> ? A(0x1p-126) : A(0x1p-1022);
+  // Not the smallest normal number: its half is slow, and there are zeros in lanes behind the end of a row.
+  constexpr A kSmallest = std::is_same_v<A, float> ? A(0x1p-120) : A(0x1p-1000);
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<A, float> && N == 16) {
     v = bit_copy<Vec<A, N>>(_mm512_max_ps(bit_copy<__m512>(v), _mm512_set1_ps(kSmallest)));
@@ -113,17 +114,16 @@ class Rounding {
     }
     key_ = static_cast<uint32_t>(h >> 32);
   }
-  // 16 random bits for each of the places i, i + 1, ...
+  // 32 random bits for each of the places i, i + 1, ...
   template <int N>
   Vec<uint32_t, N> bits(int64_t i) const {
     constexpr auto kLane = []<int... I>(std::integer_sequence<int, I...>) {
-      return Vec<uint32_t, N>{I...};
+      return Vec<uint32_t, N>{(I * 0x9e3779b9u)...};
     }(std::make_integer_sequence<int, N>{});
-    Vec<uint32_t, N> h = (kLane + static_cast<uint32_t>(i)) * 0x9e3779b9u + key_;
-    // MurmurHash3's finalizer (Appleby, public domain).
-    h = (h ^ h >> 16) * 0x85ebca6bu;
-    h = (h ^ h >> 13) * 0xc2b2ae35u;
-    return h >> 16;
+    Vec<uint32_t, N> h = kLane + (static_cast<uint32_t>(i) * 0x9e3779b9u + key_);
+    // The key is well mixed: one round of a hash (the first of lowbias32, C. Wellons) sets neighbours apart.
+    h = (h ^ h >> 16) * 0x7feb352du;
+    return h ^ h >> 15;
   }
 
   bool is_stochastic() const { return is_stochastic_; }
@@ -133,12 +133,20 @@ class Rounding {
   uint32_t key_ = 0;
 };
 
-// Where a finite weight lies between two bfloat16, the nearer one is taken the more often: the mean stays.
+// Where a finite weight lies between two bfloat16, the nearer one is taken the more often: the mean stays. The result
+// is in the upper half of each lane. random: 16 bits.
 template <int N>
-inline Vec<uint16_t, N> round_at_random(Vec<float, N> v, Vec<uint32_t, N> random) {
+inline Vec<uint32_t, N> round_at_random(Vec<float, N> v, Vec<uint32_t, N> random) {
   const Vec<uint32_t, N> bits = bit_copy<Vec<uint32_t, N>>(v);
-  const Vec<uint32_t, N> rounded = (bits & 0x7f800000u) == 0x7f800000u ? bits : bits + random;
-  return __builtin_convertvector(rounded >> 16, Vec<uint16_t, N>);
+#if defined(__AVX512DQ__)
+  if constexpr (N == 16) {
+    constexpr int kInfinityOrNan = 0x99;
+    const __mmask16 is_finite = ~_mm512_fpclass_ps_mask(bit_copy<__m512>(v), kInfinityOrNan);
+    const __m512i from = bit_copy<__m512i>(bits);
+    return bit_copy<Vec<uint32_t, N>>(_mm512_mask_add_epi32(from, is_finite, from, bit_copy<__m512i>(random)));
+  }
+#endif
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : bits + random;
 }
 
 // weight[row] moves against the gradient x * d at its elements [begin, begin + n); d[0] is that of the first.
@@ -146,14 +154,27 @@ template <typename T>
 using UpdateRow = void (*)(const UpdatedTable&, const Optimizer&, int64_t row, Sum<T> x, const Sum<T>* d, int64_t begin,
                            int64_t n);
 
-// Stores the first kCount weights of a register, which begin at place i of their row.
-template <int kCount, int N, typename T>
-inline void store_weights(T* p, Vec<Sum<T>, N> w, Rounding rounding, int64_t i) {
-  Vec<Bits<T>, N> bits = narrow<T, N>(w);
+// Stores the first n weights of R registers, which begin at place i of their row. A random number serves two registers.
+template <int N, typename T, int R>
+__attribute__((always_inline)) inline void store_weights(T* p, const Vec<Sum<T>, N> (&w)[R], Rounding rounding,
+                                                         int64_t i, int64_t n) {
+  const auto in_register = [n](int r) { return std::clamp<int64_t>(n - r * N, 0, N); };
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (rounding.is_stochastic()) bits = round_at_random<N>(w, rounding.bits<N>(i));
+    if (rounding.is_stochastic()) {
+      constexpr int kTogether = R > 1 ? 2 : 1, kCount = N * kTogether;
+      for (int r = 0; r < R; r += kTogether) {
+        const Vec<uint32_t, N> random = rounding.bits<N>(i + r * N);
+        const auto low = bit_copy<Vec<uint16_t, 2 * N>>(round_at_random<N>(w[r], random >> 16));
+        const auto high = bit_copy<Vec<uint16_t, 2 * N>>(round_at_random<N>(w[r + kTogether - 1], random & 0xffffu));
+        const auto bits = [&]<int... I>(std::integer_sequence<int, I...>) {
+          return Vec<uint16_t, kCount>(__builtin_shufflevector(low, high, (2 * I + 1)...));
+        }(std::make_integer_sequence<int, kCount>{});
+        store_first_bits<kCount, uint16_t>(p + r * N, bits, std::clamp<int64_t>(n - r * N, 0, kCount));
+      }
+      return;
+    }
   }
-  __builtin_memcpy(p, &bits, kCount * sizeof(T));
+  for (int r = 0; r < R; ++r) store_first<N>(p + r * N, w[r], in_register(r));
 }
 
 template <typename T, template <typename> typename Rule>
@@ -172,41 +193,77 @@ void update_row(const UpdatedTable& table, const Optimizer& o, int64_t row, Sum<
     if constexpr (Rule<A>::kStates > 0) s0 = load<N>(first + i);
     if constexpr (Rule<A>::kStates > 1) s1 = load<N>(second + i);
     rule.template update<N>(w, s0, s1, x * load<N>(d + i));
-    store_weights<N, N>(weight + i, w, rounding, begin + i);
+    store_weights<N>(weight + i, {w}, rounding, begin + i, N);
     if constexpr (Rule<A>::kStates > 0) store<N>(first + i, s0);
     if constexpr (Rule<A>::kStates > 1) store<N>(second + i, s1);
   });
 }
 
-// AdaGrad with one sum for each K-vector: that of the mean of g^2 over its K elements. kVectors of them in a register
-// of N lanes.
-template <typename T, int kEmbedDim, int kVectors, int N>
+// Sums over K-vectors that lie end to end in R registers, each in K / R lanes of one register: the lane i has that of
+// the vector i / (K / R). Pairs of registers are folded into one, so that a sum costs a few instructions a register. P:
+// in how many lanes a vector lies in x.
+template <typename A, int N, int P, int R>
+__attribute__((always_inline)) inline Vec<A, N> sum_vectors(const Vec<A, N> (&x)[R]) {
+  constexpr auto kAll = std::make_integer_sequence<int, N>{};
+  if constexpr (R > 1) {
+    Vec<A, N> folded[R / 2];
+    for (int r = 0; r < R / 2; ++r) {
+      const Vec<A, N> low = x[2 * r], high = x[2 * r + 1];
+      if constexpr (P >= 2 * N) {
+        folded[r] = low + high;
+      } else {
+        [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+          constexpr int kHalf = P / 2;
+          folded[r] = __builtin_shufflevector(low, high, (I / kHalf * P + I % kHalf)...) +
+                      __builtin_shufflevector(low, high, (I / kHalf * P + I % kHalf + kHalf)...);
+        }(kAll);
+      }
+    }
+    return sum_vectors<A, N, P / 2>(folded);
+  } else {
+    Vec<A, N> sums = x[0];
+    const auto add_lanes =
+        [&]<int kStep, int... I>(std::integer_sequence<int, kStep>, std::integer_sequence<int, I...>)
+            __attribute__((always_inline)) { sums += __builtin_shufflevector(sums, sums, (I ^ kStep)...); };
+    if constexpr (P > 1) add_lanes(std::integer_sequence<int, 1>{}, kAll);
+    if constexpr (P > 2) add_lanes(std::integer_sequence<int, 2>{}, kAll);
+    if constexpr (P > 4) add_lanes(std::integer_sequence<int, 4>{}, kAll);
+    if constexpr (P > 8) add_lanes(std::integer_sequence<int, 8>{}, kAll);
+    return sums;
+  }
+}
+
+// AdaGrad with one sum for each K-vector: that of the mean of g^2 over its K elements. For n <= R * N elements, whose
+// sums are in one register, where one inverse root serves them all.
+template <typename T, int K, int R, bool kIsWhole>
 __attribute__((always_inline)) inline void update_vectors(T* weight, Sum<T>* sums, Sgd<Sum<T>> rates, Rounding rounding,
-                                                          Sum<T> x, const Sum<T>* d, int64_t begin) {
+                                                          Sum<T> x, const Sum<T>* d, int64_t begin, int64_t n) {
   using A = Sum<T>;
-  constexpr int kCount = kEmbedDim * kVectors;
-  Vec<A, N> w = load_first<N>(weight, kCount);
-  const Vec<A, N> g = x * load_first<N>(d, kCount) + rates.weight_decay * w;
-  // The sum of each K-vector in all of its lanes. Shuffles between registers of one size are single instructions.
-  Vec<A, N> squares = g * g;
-  constexpr auto kLanesOf = std::make_integer_sequence<int, N>{};
-  const auto add_lanes =
-      [&]<int kStep, int... I>(std::integer_sequence<int, kStep>, std::integer_sequence<int, I...>)
-          __attribute__((always_inline)) { squares += __builtin_shufflevector(squares, squares, (I ^ kStep)...); };
-  if constexpr (kEmbedDim > 1) add_lanes(std::integer_sequence<int, 1>{}, kLanesOf);
-  if constexpr (kEmbedDim > 2) add_lanes(std::integer_sequence<int, 2>{}, kLanesOf);
-  if constexpr (kEmbedDim > 4) add_lanes(std::integer_sequence<int, 4>{}, kLanesOf);
-  if constexpr (kEmbedDim > 8) add_lanes(std::integer_sequence<int, 8>{}, kLanesOf);
-  const Vec<A, N> before = load_first<N>(sums, kVectors);
-  const Vec<A, N> sum = squares * (A(1) / kEmbedDim) + [&]<int... I>(std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(before, before, (I / kEmbedDim)...);
-  }(kLanesOf);
-  const Vec<A, N> after = [&]<int... I>(std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(sum, sum, (I * kEmbedDim % N)...);
-  }(kLanesOf);
-  __builtin_memcpy(sums, &after, kVectors * sizeof(A));
-  w -= rates.lr * g * inverse_sqrt<A, N>(sum);
-  store_weights<kCount, N>(weight, w, rounding, begin);
+  constexpr int N = kLanes<A>, kCopies = K / R;
+  constexpr auto kAll = std::make_integer_sequence<int, N>{};
+  Vec<A, N> w[R], g[R], squares[R];
+  for (int r = 0; r < R; ++r) {
+    const int64_t count = kIsWhole ? N : std::clamp<int64_t>(n - r * N, 0, N);
+    w[r] = load_first<N>(weight + r * N, count);
+    g[r] = x * load_first<N>(d + r * N, count) + rates.weight_decay * w[r];
+    squares[r] = g[r] * g[r];
+  }
+  Vec<A, N> sum = sum_vectors<A, N, K>(squares) * (A(1) / K);
+  if (kIsWhole) n = N * R;
+  const Vec<A, N> before = load_first<N>(sums, n / K);
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    sum += __builtin_shufflevector(before, before, (I / kCopies)...);
+    store_first<N>(sums, __builtin_shufflevector(sum, sum, (I * kCopies % N)...), n / K);
+  }(kAll);
+  const Vec<A, N> rate = rates.lr * inverse_sqrt<A, N>(sum);
+  [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
+    const auto move = [&]<int r, int... I>(std::integer_sequence<int, r>, std::integer_sequence<int, I...>)
+                          __attribute__((always_inline)) {
+                            w[r] -= g[r] * __builtin_shufflevector(rate, rate, ((N * r + I) / K * kCopies)...);
+                          };
+    (move(std::integer_sequence<int, J>{}, kAll), ...);
+  }(std::make_integer_sequence<int, R>{});
+  store_weights<N>(weight, w, rounding, begin, n);
 }
 
 template <typename T>
@@ -217,19 +274,21 @@ void update_row_vector_wise(const UpdatedTable& table, const Optimizer& o, int64
   T* const weight = static_cast<T*>(table.weight) + row * table.row_size + begin;
   A* const sums = static_cast<A*>(table.states[0]) + row * table.state_row_size + begin / table.embed_dim;
   const Sgd<A> rates(o);
-  const auto with_constant = [=](auto embed_dim) {
-    constexpr int K = embed_dim();
-    constexpr int N = std::max(K, kLanes<A>), kMost = N / K;
+  const auto with_constant = [=](auto embed_dim) __attribute__((always_inline)) {
+    constexpr int K = embed_dim(), kMost = std::max(4, K / kLanes<A>), kFew = std::max(1, K / kLanes<A>);
     int64_t i = 0;
-    const auto update = [&](auto vectors) __attribute__((always_inline)) {
-      update_vectors<T, K, vectors(), N>(weight + i, sums + i / K, rates, rounding, x, d + i, begin + i);
-      i += vectors() * K;
+    const auto update = [&](auto registers, auto is_whole, int64_t count) __attribute__((always_inline)) {
+      update_vectors<T, K, registers(), is_whole()>(weight + i, sums + i / K, rates, rounding, x, d + i, begin + i,
+                                                    count);
+      i += count;
     };
-    while (i + N <= n) update(std::integral_constant<int, kMost>{});
-    if constexpr (kMost > 2) {
-      if (i + 2 * K <= n) update(std::integral_constant<int, 2>{});
+    constexpr int kWhole = kMost * kLanes<A>;
+    constexpr std::integral_constant<int, kMost> most;
+    while (i + kWhole <= n) update(most, std::true_type{}, kWhole);
+    if (n - i > kWhole / 2) update(most, std::false_type{}, n - i);
+    if constexpr (kMost / 2 >= kFew) {
+      if (n > i) update(std::integral_constant<int, kMost / 2>{}, std::false_type{}, n - i);
     }
-    while (i < n) update(std::integral_constant<int, 1>{});
   };
   switch (table.embed_dim) {
     case 4: return with_constant(std::integral_constant<int, 4>{});
@@ -245,8 +304,8 @@ void update_row_vector_wise(const UpdatedTable& table, const Optimizer& o, int64
     sum += squares / static_cast<A>(K);
     const A rate = rates.lr * inverse_sqrt<A, 2>(Vec<A, 2>{sum})[0];
     for (int64_t k = 0; k < K; ++k) {
-      store_weights<1, 2>(weight + i + k, Vec<A, 2>{load(weight + i + k) - rate * gradient(k)}, rounding,
-                          begin + i + k);
+      store_weights<1>(weight + i + k, {Vec<A, 1>{load(weight + i + k) - rate * gradient(k)}}, rounding, begin + i + k,
+                       1);
     }
   }
 }

@@ -82,6 +82,12 @@ inline uint16_t narrow_float16(float f) {
 template <typename T, int N>
 inline Vec<Sum<T>, N> widen(Vec<Bits<T>, N> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
+#if defined(__AVX512F__)
+    // GCC 12 takes the conversion of 16 apart.
+    if constexpr (N == 16) {
+      return bit_copy<Vec<float, N>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_copy<__m256i>(v)), 16));
+    }
+#endif
     return bit_copy<Vec<float, N>>(__builtin_convertvector(v, Vec<uint32_t, N>) << 16);
   } else if constexpr (std::is_same_v<T, Float16>) {
 #if defined(__AVX512F__)
@@ -228,6 +234,34 @@ inline Vec<Bits<T>, N> load_first_bits(const T* p, int64_t n) {
 template <int N, typename T>
 inline Vec<Sum<T>, N> load_first(const T* p, int64_t n) {
   return widen<T, N>(load_first_bits<N>(p, n));
+}
+
+// Stores the first n <= N elements of a register, in pieces of a power of two: some CPUs are slow with masks.
+template <int N, typename B, typename T>
+inline void store_first_bits(T* p, Vec<B, N> v, int64_t n) {
+  if (n == N) {
+    __builtin_memcpy(p, &v, sizeof(v));
+    return;
+  }
+  if constexpr (N > 1) {
+    constexpr int kHalf = N / 2;
+    const auto half = [&]<int... I>(std::integer_sequence<int, I...>, auto from) {
+      return Vec<B, kHalf>(__builtin_shufflevector(v, v, (I + from())...));
+    };
+    constexpr auto kLanesOfHalf = std::make_integer_sequence<int, kHalf>{};
+    Vec<B, kHalf> rest = half(kLanesOfHalf, std::integral_constant<int, 0>{});
+    if (n >= kHalf) {
+      __builtin_memcpy(p, &rest, sizeof(rest));
+      rest = half(kLanesOfHalf, std::integral_constant<int, kHalf>{});
+      p += kHalf;
+      n -= kHalf;
+    }
+    if (n > 0) store_first_bits<kHalf, B>(p, rest, n);
+  }
+}
+template <int N, typename T>
+inline void store_first(T* p, Vec<Sum<T>, N> v, int64_t n) {
+  store_first_bits<N, Bits<T>>(p, narrow<T, N>(v), n);
 }
 
 // A square of pieces of N elements, a row a vector: exchanges rows and columns, by halves of ever larger squares.
