@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 
@@ -55,8 +56,8 @@ def test_training(
     benchmark.extra_info.update(
         {
             **what,
-            "samples": workload.samples,
+            "samples": workload.samples // engine.part,
             "epoch_seconds": [seconds for seconds, _ in epochs],
-            "valid_logloss": [loss for _, loss in epochs],
+            "valid_logloss": [None if math.isnan(loss) else loss for _, loss in epochs],
         }
     )

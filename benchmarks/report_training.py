@@ -44,7 +44,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
                 short(r["samples_per_second"]),
                 f"{r['samples_per_second'] / other:.2f}" if other else "–",
                 str(len(r["valid_logloss"])),
-                f"{r['valid_logloss'][-1]:.5f}",
+                "–" if r["valid_logloss"][-1] is None else f"{r['valid_logloss'][-1]:.5f}",
             ]
         )
     header = ["threads", "table", "engine", "samples/s", "× libffm", "epochs", "valid logloss"]
@@ -52,7 +52,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
     notes = [
         "Training: seconds of training alone, as each engine counts them, median over the epochs; AdaGrad, lr 0.2, "
         "λ 2e-5, normalised samples, one feature a field. libffm prints tenths of a second. With two threads ffm_ext "
-        "is in its hogwild mode, as libffm always is.",
+        "is in its hogwild mode, as libffm always is. modern-fm: one pass over a tenth of the samples.",
         *reasons((f"{r['table']}, {r['engine']}", r) for r in records),
     ]
     return [Section("Training a sample at a time", [table], notes)]

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""How fast libffm's text is read, and predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from .conftest import not_timed, suite_of
+from .files import ENGINES, FileEngine, Files, Ours
+from .workloads import Workload
+
+STEPS = ("read", "predict file", "predict")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    suite = suite_of(metafunc.config)
+    cases = [
+        pytest.param(
+            (threads, table, engine, step), id=f"t{threads}-{table.name}-{engine.name}-{step}"
+        )
+        for table in suite.training[:1]
+        for step in STEPS
+        for engine in ENGINES
+        for threads in suite.threads
+        if threads in engine.threads
+    ]
+    metafunc.parametrize("case", cases)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Workload, int], Files]:
+    made: dict[tuple[Workload, int], Files] = {}
+    folder: Path = tmp_path_factory.mktemp("files")
+
+    def get(table: Workload, samples: int) -> Files:
+        return made.setdefault((table, samples), Files(folder, table, samples))
+
+    return get
+
+
+def test_files(
+    case: tuple[int, Workload, type[FileEngine], str],
+    benchmark: BenchmarkFixture,
+    request: pytest.FixtureRequest,
+    files: Callable[[Workload, int], Files],
+) -> None:
+    threads, table, kind, step = case
+    what: dict[str, Any] = {
+        "reader": kind.name,
+        "threads": threads,
+        "table": table.name,
+        "step": step,
+    }
+    reason = kind.missing()
+    if reason:
+        not_timed(request.config, what, reason)
+    effort = suite_of(request.config).effort
+    given = files(table, max(200, int(100_000 * min(1.0, effort * 2))))
+    engine = kind(given)
+    torch.set_num_threads(threads)
+    # The files are made, and warm, before the clock starts.
+    _ = given.text.read_bytes(), given.ours, given.libffm
+    data = engine.prepare() if step != "read" else None
+    call: Callable[[], Any] = {
+        "read": engine.read,
+        "predict file": engine.predict_file,
+        "predict": lambda: engine.predict(data),
+    }[step]
+    found = call()  # and the warm-up
+    if step != "read":
+        found = np.loadtxt(engine.output) if step == "predict file" else found
+        expected = Ours(given).predict(Ours(given).prepare())
+        error = float(np.abs(found - expected).max())
+        if not error < 1e-4:
+            not_timed(request.config, what, f"wrong: off by {error:.2g}")
+    benchmark.pedantic(call, rounds=3)  # type: ignore[no-untyped-call]
+    benchmark.extra_info.update(
+        {**what, "samples": given.samples, "bytes": given.text.stat().st_size}
+    )
