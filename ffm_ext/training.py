@@ -93,6 +93,7 @@ class Progress(NamedTuple):
     finished: Epoch | None
 
 
+#: The epochs that are complete, in order.
 History = list[Epoch]
 
 
