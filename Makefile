@@ -10,7 +10,8 @@ pip    := $(python) -m pip install -qq --disable-pip-version-check
 cpp    := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all lint format docs dist test-wheel bench peers clean
+.PHONY: help build demo test test-all lint format bench peers clean
+.PHONY: docs dist test-wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
