@@ -49,8 +49,8 @@ lint: build ## ruff, mypy, clang-format, and the rules of csrc/
 	$(bin)/mypy
 	$(bin)/clang-format --dry-run -Werror $(cpp)
 	$(python) tools/check_csrc.py
-	$(bin)/validate-pyproject -q pyproject.toml
-	PATH=$(abspath $(bin)):$$PATH $(bin)/check-manifest -q --no-build-isolation
+	$(bin)/validate-pyproject pyproject.toml
+	$(bin)/check-manifest -q --no-build-isolation
 
 format: $(VENV)/packages ## let ruff and clang-format lay out the code
 	$(bin)/ruff check --fix .
