@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from email import message_from_bytes
 from pathlib import Path
 from zipfile import ZipFile
@@ -84,12 +85,15 @@ class Environment:
             [self.python, *arguments],
             cwd=self.folder,
             env={**kept, "PATH": f"{self.folder}/bin:/usr/bin:/bin", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stdout
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def remove(self) -> None:
+        """At once: pytest keeps what the last runs left, and these are gigabytes."""
+        shutil.rmtree(self.folder)
 
     def install(self, *packages: str | Path) -> None:
         self.run("-m", "pip", "install", "--quiet", "--no-compile", *packages)
@@ -105,10 +109,11 @@ def pinned(name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     environment = Environment(tmp_path_factory.mktemp("base"))
     environment.install(pinned("torch"), WHEEL)
-    return environment
+    yield environment
+    environment.remove()
 
 
 def metadata() -> Metadata:
@@ -155,6 +160,7 @@ def test_extra(extra: str, base: Environment, tmp_path: Path) -> None:
     environment.install(f"ffm-ext[{extra}] @ {WHEEL.as_uri()}")
     environment.run("-c", EXTRAS[extra])
     environment.run("-m", "pip", "check")
+    environment.remove()
 
 
 def test_runs_on_another_torch(tmp_path: Path) -> None:
@@ -169,6 +175,7 @@ def test_runs_on_another_torch(tmp_path: Path) -> None:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     tests = [tmp_path / "tests" / f"test_{name}.py" for name in OPERATORS]
     environment.run("-m", "pytest", "-q", "-n", "auto", "-m", "not slow", *tests)
+    environment.remove()
 
 
 # Everything that calls an operator of the library.
