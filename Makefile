@@ -11,6 +11,7 @@ cpp    := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -na
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-all lint format bench peers clean
+.PHONY: docs dist test-wheel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,11 +49,26 @@ lint: build ## ruff, mypy, clang-format, and the rules of csrc/
 	$(bin)/mypy
 	$(bin)/clang-format --dry-run -Werror $(cpp)
 	$(python) tools/check_csrc.py
+	$(bin)/validate-pyproject pyproject.toml
+	$(bin)/check-manifest -q --no-build-isolation
 
 format: $(VENV)/packages ## let ruff and clang-format lay out the code
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 	$(bin)/clang-format -i $(cpp)
+
+docs: build ## the documentation site, in build/docs: warnings are errors, links are checked (Python 3.11 or newer)
+	$(bin)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+	$(bin)/linkchecker --config docs/linkchecker.ini --no-status build/docs/index.html
+
+# In build environments of their own, as a user's pip has it, but with the pinned versions.
+dist: $(VENV)/packages ## sdist, and a wheel from it, in dist/
+	rm -rf dist
+	PIP_CONSTRAINT=$(abspath requirements/dev.txt) $(python) -m build
+	$(bin)/check-wheel-contents dist/*.whl
+
+test-wheel: dist ## install that wheel in clean environments: extras, no compiler, another torch (6 GB)
+	FFM_EXT_WHEEL=$$(echo $(abspath dist)/*.whl) $(python) -m pytest tests/test_wheel.py
 
 bench: build ## measure against the peers that are installed (ARGS=--quick: less); results in benchmarks/results/
 	$(python) -m benchmarks $(ARGS)

@@ -86,6 +86,7 @@ class SparseBatch:
             feature_fields: the field of every feature (column), ``[N]`` integers.
 
         Raises:
+            TypeError: ``feature_fields`` are not integers.
             ValueError: ``feature_fields`` does not have one entry a column.
         """
         csr = matrix.tocsr()
@@ -99,7 +100,16 @@ class SparseBatch:
 
     @classmethod
     def from_dense(cls, X: Any, feature_fields: Any) -> SparseBatch:
-        """From a dense matrix ``[B, N]`` (tensor or array): its nonzeros are the entries."""
+        """From a dense matrix ``[B, N]`` (tensor or array): its nonzeros are the entries.
+
+        Args:
+            X: numbers; integers become floating-point ones.
+            feature_fields: the field of every feature (column), ``[N]`` integers.
+
+        Raises:
+            TypeError: ``feature_fields`` are not integers.
+            ValueError: ``X`` does not have two dimensions, or ``feature_fields`` not one entry a column.
+        """
         if isinstance(X, Tensor):
             dense = X if X.is_floating_point() else X.to(torch.get_default_dtype())
         else:
@@ -116,7 +126,16 @@ class SparseBatch:
 
     @classmethod
     def from_torch_csr(cls, t: Tensor, feature_fields: Any) -> SparseBatch:
-        """From a ``torch.sparse_csr`` tensor ``[B, N]``, on its device."""
+        """From a ``torch.sparse_csr`` tensor ``[B, N]``, on its device; explicitly stored zeros stay entries.
+
+        Args:
+            t: int32 or int64 indices, any numbers as values.
+            feature_fields: the field of every feature (column), ``[N]`` integers.
+
+        Raises:
+            TypeError: ``t`` has another layout, or ``feature_fields`` are not integers.
+            ValueError: ``feature_fields`` does not have one entry a column.
+        """
         if t.layout != torch.sparse_csr:
             raise TypeError(f"SparseBatch.from_torch_csr: t must be sparse_csr, got {t.layout}")
         fields = _feature_fields(feature_fields, t.shape[1]).to(t.device)
@@ -127,7 +146,11 @@ class SparseBatch:
 
     @classmethod
     def from_lists(cls, samples: Iterable[Sequence[tuple[int, int, float]]]) -> SparseBatch:
-        """From Python lists: a sample is a sequence of ``(field, feature, value)``, as in a libffm line."""
+        """From Python lists: a sample is a sequence of ``(field, feature, value)``, as in a libffm line.
+
+        Raises:
+            ValueError: an entry is not such a triple; the text names it and its position.
+        """
         entries: list[tuple[int, int, float]] = []
         offsets = [0]
         for b, sample in enumerate(samples):
@@ -164,7 +187,12 @@ class SparseBatch:
         return self.indices.device
 
     def __getitem__(self, which: slice | Tensor | np.ndarray | Sequence[int]) -> SparseBatch:
-        """Some of the samples, as a batch: by slice, by sample numbers, or by a boolean mask ``[B]``."""
+        """Some of the samples, as a batch: by slice, by sample numbers, or by a boolean mask ``[B]``.
+
+        Raises:
+            IndexError: a sample number is out of range, or the mask has another length.
+            TypeError: it is something else. One sample is ``batch[b : b + 1]``.
+        """
         if isinstance(which, slice) and which.step in (None, 1):
             start, stop, _ = which.indices(len(self))
             offsets = self.offsets[start : max(start, stop) + 1]
@@ -209,7 +237,11 @@ class SparseBatch:
         return SparseBatch(self.indices[entries], self.fields[entries], values, offsets)
 
     def to(self, *args: Any, **kwargs: Any) -> SparseBatch:
-        """As ``torch.Tensor.to``: a device moves all tensors, a floating-point dtype converts ``values``."""
+        """As ``torch.Tensor.to``: a device moves all tensors, a floating-point dtype converts ``values``.
+
+        Raises:
+            TypeError: the dtype is not a floating-point one.
+        """
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"SparseBatch.to: dtype must be floating point, got {dtype}")

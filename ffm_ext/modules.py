@@ -29,7 +29,7 @@ class FFMInteraction(nn.Module):
 
     Args:
         num_features: N, the number of rows.
-        num_fields: F.
+        num_fields: F, the number of fields.
         embed_dim: K, the number of latent factors.
         output: ``"sum"`` -> ``[B]``, ``"dot"`` -> ``[B, P]``, ``"hadamard"`` -> ``[B, P, K]``, P = F(F-1)/2.
         within_field: also count the pairs inside one field (see :func:`ffm_ext.functional.ffm_interaction`).
@@ -83,11 +83,16 @@ class FFMInteraction(nn.Module):
         )
 
     def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
-        """Interaction of a batch.
+        """Interaction of a batch, in the dtype of the table: ``[B]``, ``[B, P]`` or ``[B, P, K]`` by ``output``.
 
         Args:
             x: ``[B, F]`` feature ids (int32 or int64; column = field), or a :class:`SparseBatch`.
             values: ``[B, F]``, only with ids as a tensor; ``None`` = 1.
+
+        Raises:
+            IndexError: an id is outside ``[0, N)`` or a field outside ``[0, F)``; the text names it and its position.
+            ValueError: a shape, dtype, device, offset or value is wrong.
+            TypeError: ``x`` is neither a tensor nor a :class:`SparseBatch`.
         """
         indices, fields, values, offsets = _entries("FFMInteraction", x, values, self.weight.dtype)
         if self._fused is not None and torch.is_grad_enabled() and self.weight.requires_grad:
@@ -127,6 +132,9 @@ class FFMInteraction(nn.Module):
 
         Returns:
             The handle whose learning rate torch's schedulers change.
+
+        Raises:
+            TypeError: ``optimizer`` is something else.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -151,7 +159,7 @@ class FieldAwareFactorizationMachine(nn.Module):
 
     Args:
         field_dims: the number of features of each field.
-        embed_dim: K.
+        embed_dim: K, the number of latent factors.
         grad: ``"dense"`` as torchfm's embeddings have it, or ``"sparse"``.
 
     A ``state_dict`` of the old layer (F tables ``embeddings.{g}.weight`` ``[N, K]``) loads as it is. The initial table
@@ -180,7 +188,12 @@ class FieldAwareFactorizationMachine(nn.Module):
                 table[:, g] = nn.init.xavier_uniform_(torch.empty_like(table[:, g]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, F]`` ids that count from 0 in every field -> ``[B, P, K]`` products."""
+        """``[B, F]`` ids (int32 or int64) that count from 0 in every field -> ``[B, P, K]`` products.
+
+        Raises:
+            IndexError: an id is outside its field; the text names it and its position.
+            ValueError: the shape or dtype is wrong.
+        """
         return self.interaction(_global_ids("FieldAwareFactorizationMachine", x, self.offsets))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -235,7 +248,7 @@ class FFM(nn.Module):
     The features are described in one of three ways:
 
     Args:
-        embed_dim: K.
+        embed_dim: K, the number of latent factors.
         field_dims: the number of features of each field.
         fields: the same by name, ``{"users": 100, "items": 50}``; or the feature ids of each field,
             ``{"users": range(0, 100), "items": [100, 101, …]}``, which together cover ``0 … N-1`` once each.
@@ -318,6 +331,14 @@ class FFM(nn.Module):
                 their sizes (``field_dims``, or ``fields`` with counts), else ids of the whole table; or a
                 :class:`SparseBatch`, whose ids are those of the whole table.
             values: ``[B, F]``, only with ids as a tensor; ``None`` = 1.
+
+        Returns:
+            ``[B]``, in the dtype of the weights.
+
+        Raises:
+            IndexError: an id or a field is out of range; the text names it and its position.
+            ValueError: a shape, dtype, device, offset or value is wrong.
+            TypeError: ``x`` is neither a tensor nor a :class:`SparseBatch`.
         """
         if isinstance(x, Tensor) and self.offsets is not None:
             x = _global_ids("FFM", x, self.offsets)
@@ -354,8 +375,8 @@ class FM(nn.Module):
         Σ_{a<b} <v_a, v_b> x_a x_b = ½ Σ_k ((Σ_a v_ak x_a)² - Σ_a v_ak² x_a²)
 
     Args:
-        num_features: N.
-        embed_dim: K.
+        num_features: N, the number of features.
+        embed_dim: K, the number of latent factors.
         grad: ``"sparse"`` or ``"dense"`` gradients of the two tables.
     """
 
@@ -373,7 +394,17 @@ class FM(nn.Module):
         nn.init.normal_(self.weight, std=0.1 / math.sqrt(self.weight.shape[1]))
 
     def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
-        """``[B, F]`` ids of the whole table (with ``values [B, F]`` or without), or a :class:`SparseBatch`."""
+        """Score of a batch, ``[B]``.
+
+        Args:
+            x: ``[B, F]`` ids of the whole table (int32 or int64), or a :class:`SparseBatch`.
+            values: ``[B, F]``, only with ids as a tensor; ``None`` = 1.
+
+        Raises:
+            IndexError: an id is outside ``[0, N)``; the text names it and its position.
+            ValueError: a shape, offset or value is wrong.
+            TypeError: ``x`` is neither a tensor nor a :class:`SparseBatch`.
+        """
         indices, _, values, offsets = _entries("FM", x, values, self.weight.dtype)
         check_contents("FM", indices, values, offsets, self.weight.shape[0])
         rows = nn.functional.embedding(indices, self.weight, sparse=self.grad == "sparse")

@@ -467,16 +467,27 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
         return np.where(y == self.classes_[1], 1.0, -1.0)
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Logits ``[n]`` of the second class."""
+        """Logits of the second class.
+
+        Args:
+            X: see the top of :mod:`ffm_ext.sklearn`.
+
+        Returns:
+            ``[n]`` float64.
+
+        Raises:
+            sklearn.exceptions.NotFittedError: :meth:`fit` has not been called.
+            ValueError: ``X`` has another number of columns, or holds what is not finite.
+        """
         return self._scores(X)
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probabilities of the two classes, ``[n, 2]``."""
+        """Probabilities of the two classes, ``[n, 2]`` float64; arguments and errors of :meth:`decision_function`."""
         logits = torch.from_numpy(self._scores(X))
         return torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], dim=1).numpy()
 
     def predict(self, X: Any) -> np.ndarray:
-        """The more probable label of each sample, ``[n]``."""
+        """The more probable label of each sample, ``[n]``; arguments and errors of :meth:`decision_function`."""
         positive = self._scores(X) > 0
         return self.classes_[positive.astype(np.intp)]
 
@@ -516,7 +527,18 @@ class FFMRegressor(RegressorMixin, _BaseFFM):  # type: ignore[misc]
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """Predictions ``[n]``, float64."""
+        """Predictions.
+
+        Args:
+            X: see the top of :mod:`ffm_ext.sklearn`.
+
+        Returns:
+            ``[n]`` float64.
+
+        Raises:
+            sklearn.exceptions.NotFittedError: :meth:`fit` has not been called.
+            ValueError: ``X`` has another number of columns, or holds what is not finite.
+        """
         return self._scores(X) * self.y_scale_ + self.y_mean_
 
     def _check_y(self, y: Any) -> np.ndarray:

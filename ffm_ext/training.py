@@ -93,6 +93,7 @@ class Progress(NamedTuple):
     finished: Epoch | None
 
 
+#: The epochs that are complete, in order.
 History = list[Epoch]
 
 
@@ -212,6 +213,12 @@ class Trainer:
 
         Returns:
             :attr:`history`.
+
+        Raises:
+            TypeError: ``train`` or ``valid`` is none of these.
+            ValueError: an option makes no sense, or shapes of the data do not fit each other or the model.
+            IndexError: an id or a field of the data is out of range.
+            FloatingPointError: the loss is not finite any more; the text says after how many samples.
         """
         if auto_stop and valid is None:
             raise ValueError("Trainer.fit: auto_stop needs valid")
@@ -482,7 +489,14 @@ class Trainer:
     # ---------------------------------------------------------------- using
 
     def evaluate(self, data: Data) -> float:
-        """The mean loss (weighted where the data has weights) of the model as it is."""
+        """The mean loss (weighted where the data has weights) of the model as it is.
+
+        Args:
+            data: as for :meth:`fit`.
+
+        Raises:
+            TypeError, ValueError, IndexError: as :meth:`fit`.
+        """
         return self._mean_loss(self._parts("Trainer.evaluate", data))
 
     def predict(self, data: Data | Tensor | SparseBatch) -> Tensor:
@@ -490,6 +504,9 @@ class Trainer:
 
         Args:
             data: as for :meth:`fit`; labels may be left out: ids ``[n, F]`` or a ``SparseBatch`` alone.
+
+        Raises:
+            TypeError, ValueError, IndexError: as :meth:`fit`.
         """
         if isinstance(data, Tensor | SparseBatch):
             data = (data, torch.zeros(len(data)))
@@ -596,6 +613,9 @@ class Trainer:
 
         It names its data position, seed and optimizer; :meth:`load` goes on from it. In ``"deterministic"`` mode, and
         in ``"exact"``, what comes out then has the same bits as without the interruption.
+
+        Raises:
+            OSError: it cannot be written.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file

@@ -24,7 +24,8 @@ PAGES = [
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_code_blocks_run(page: str) -> None:
+def test_code_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # files of a page are its own
     text = (ROOT / page).read_text()
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) == text.count("```python") > 0

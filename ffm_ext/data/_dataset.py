@@ -48,7 +48,9 @@ class SparseDataset(Dataset[Shard]):
 
     Attributes:
         shards: ``tuple`` of :class:`Shard`.
-        num_features, num_fields, metadata: as given.
+        num_features: N, as given or found.
+        num_fields: F, as given or found.
+        metadata: as given.
 
     Raises:
         TypeError: a tensor has another dtype than :class:`Shard` says; values are not float32.
@@ -185,7 +187,7 @@ class SparseDataset(Dataset[Shard]):
 
     @staticmethod
     def collate(samples: Shard | Sequence[Shard]) -> Shard:
-        """``collate_fn`` for a ``DataLoader``: joins samples to a batch."""
+        """``collate_fn`` for a ``DataLoader``: joins samples, a :class:`Shard` each, to a batch, which is one too."""
         return samples if isinstance(samples, Shard) else _join(samples)
 
     def batches(

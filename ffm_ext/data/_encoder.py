@@ -173,7 +173,11 @@ class Numeric:
         """Nothing is to be learnt."""
 
     def encode(self, values: Array) -> tuple[Array, Array | None]:
-        """Local ids of values that are there, and the value of each entry."""
+        """Local ids of values that are there, and the value of each entry.
+
+        Raises:
+            ValueError: a number is infinite.
+        """
         with np.errstate(over="ignore"):
             numbers = _as_numbers(values).astype(np.float32)
         if not np.isfinite(numbers).all():
@@ -252,7 +256,7 @@ class FieldEncoder:
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """What each feature stands for, ``N`` texts: ``"user=alice"``, ``"age in [20, 30)"``, ``"site#17"``."""
+        """What each of the N features stands for, such as ``"user=alice"``, ``"age in [20, 30)"``, ``"site#17"``."""
         self._check_fitted()
         return tuple(
             name + rest for name, encoding in self.columns.items() for rest in encoding.names()

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: MIT
+"""A wheel in clean environments: ``make test-wheel`` builds one and names it in ``FFM_EXT_WHEEL``.
+
+An environment here sees nothing but its own packages. Those with an extra borrow torch and the wheel from ``base`` by a
+``.pth`` file, so that each installs what the extra itself asks for, and no second torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator
+from email import message_from_bytes
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+from packaging.metadata import Metadata
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+WHEEL = Path(os.environ.get("FFM_EXT_WHEEL", "")).absolute()
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not WHEEL.is_file(), reason="FFM_EXT_WHEEL names no wheel: make test-wheel"),
+]
+
+# The torch that most users of pip get: another release, and built for CUDA.
+OTHER_TORCH = os.environ.get("FFM_EXT_OTHER_TORCH", "torch==2.14.1")
+
+# Extra -> what it is for, as code that fails without it.
+EXTRAS = {
+    "cli": "import rich.progress; from ffm_ext.cli import main; main(['info'])",
+    "sklearn": "from ffm_ext.sklearn import FFMClassifier; FFMClassifier()",
+    "plot": "import matplotlib; matplotlib.use('agg'); from ffm_ext import FFM, inspection; "
+    "inspection.plot_field_strength(FFM(2, field_dims=[3, 4]))",
+    "bench": "import matplotlib, pytest_benchmark",
+    "docs": "import furo, ipykernel, linkcheck, myst_nb, nbclient, sphinx, sphinx_copybutton",
+    "distributed": "import fbgemm_gpu, tensordict, torchmetrics",
+    "dev": "import build, hypothesis, mypy, ninja, pandas, polars, pyarrow, pybind11, pytest, xdist",
+    "all": "import furo, hypothesis, matplotlib, rich, sklearn, ffm_ext.sklearn",
+}
+
+TRAIN = """
+import torch, ffm_ext
+from ffm_ext.optim import AdaGrad
+from ffm_ext.training import Trainer
+
+x, y = torch.randint(10, (256, 3)), torch.randint(2, (256,)).float()
+model = ffm_ext.FFM(4, field_dims=[10, 10, 10])
+before = torch.nn.functional.binary_cross_entropy_with_logits(model(x), y)
+optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+for step in range(20):
+    optimizer.zero_grad()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(model(x), y)
+    loss.backward()
+    optimizer.step()
+assert loss < before
+Trainer(model, optimizer=AdaGrad(lr=0.1)).fit((x, y), epochs=2)
+print(ffm_ext.build_info()["torch_built_against"], torch.__version__)
+"""
+
+
+class Environment:
+    """A virtual environment with nothing in it."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, with_pip=True, symlinks=True)
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+        (self.site,) = folder.glob("lib/python*/site-packages")
+
+    def run(self, *arguments: str | Path, **environment: str) -> str:
+        # Only what pip needs to find packages is taken along.
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("PIP_", "SSL_")) or name in ("HOME", "TMPDIR")
+        }
+        done = subprocess.run(
+            [self.python, *arguments],
+            cwd=self.folder,
+            env={**kept, "PATH": f"{self.folder}/bin:/usr/bin:/bin", **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def remove(self) -> None:
+        """At once: pytest keeps what the last runs left, and these are gigabytes."""
+        shutil.rmtree(self.folder)
+
+    def install(self, *packages: str | Path) -> None:
+        self.run("-m", "pip", "install", "--quiet", "--no-compile", *packages)
+
+
+def pinned(name: str) -> str:
+    """A package as requirements/dev.txt pins it."""
+    for line in (ROOT / "requirements" / "dev.txt").read_text().splitlines():
+        requirement = Requirement(line)
+        if requirement.name == name and (not requirement.marker or requirement.marker.evaluate()):
+            return f"{name}{requirement.specifier}"
+    raise LookupError(name)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    environment = Environment(tmp_path_factory.mktemp("base"))
+    environment.install(pinned("torch"), WHEEL)
+    yield environment
+    environment.remove()
+
+
+def metadata() -> Metadata:
+    with ZipFile(WHEEL) as wheel:
+        (name,) = [n for n in wheel.namelist() if n.endswith(".dist-info/METADATA")]
+        return Metadata.from_email(wheel.read(name), validate=True)
+
+
+def test_metadata_is_valid() -> None:
+    found = metadata()
+    assert found.name == "ffm-ext"
+    assert str(found.license_expression) == "MIT AND CC-BY-4.0"
+    assert {Path(path).name for path in found.license_files} == {"LICENSE", "DATA_LICENSE.txt"}
+    with ZipFile(WHEEL) as wheel:
+        (tags,) = [n for n in wheel.namelist() if n.endswith(".dist-info/WHEEL")]
+        assert message_from_bytes(wheel.read(tags))["Root-Is-Purelib"] == "false"
+        names = wheel.namelist()
+    (library,) = [name for name in names if name.endswith(".so")]  # no copy of torch's own
+    assert library.startswith("ffm_ext/_C.")
+    assert not [name for name in names if name.split("/")[0] in ("tests", "benchmarks", "csrc")]
+
+
+def test_requirements_hold(base: Environment) -> None:
+    base.run("-m", "pip", "check")
+
+
+def test_trains_where_no_compiler_is(base: Environment, tmp_path: Path) -> None:
+    # A PATH that has nothing but this Python.
+    (tmp_path / "python").symlink_to(base.python)
+    assert not any(shutil.which(name, path=str(tmp_path)) for name in ("cc", "c++", "g++", "ninja"))
+    base.run("-c", TRAIN, PATH=str(tmp_path))
+
+
+def test_every_extra_is_tested() -> None:
+    assert set(metadata().provides_extra) <= set(EXTRAS)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_extra(extra: str, base: Environment, tmp_path: Path) -> None:
+    if extra not in metadata().provides_extra:
+        pytest.skip(f"the wheel has no extra {extra}")
+    environment = Environment(tmp_path / extra)
+    (environment.site / "base.pth").write_text(f"{base.site}\n")
+    environment.install(f"ffm-ext[{extra}] @ {WHEEL.as_uri()}")
+    environment.run("-c", EXTRAS[extra])
+    environment.run("-m", "pip", "check")
+    environment.remove()
+
+
+def test_runs_on_another_torch(tmp_path: Path) -> None:
+    environment = Environment(tmp_path / "other")
+    environment.install(OTHER_TORCH, pinned("hypothesis"), pinned("pytest"), pinned("pytest-xdist"))
+    environment.install(f"ffm-ext[sklearn] @ {WHEEL.as_uri()}")
+    built, runs = environment.run("-c", TRAIN).split()
+    assert built.split("+")[0] != runs.split("+")[0]
+    environment.run("-m", "pip", "check")
+    # The quick tests, away from the sources: what they import is the wheel.
+    for name in ("tests", "docs", "README.md", "pyproject.toml"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    tests = [tmp_path / "tests" / f"test_{name}.py" for name in OPERATORS]
+    environment.run("-m", "pytest", "-q", "-n", "auto", "-m", "not slow", *tests)
+    environment.remove()
+
+
+# Everything that calls an operator of the library.
+OPERATORS = (
+    *("bad_input", "batch", "build_info", "data", "determinism", "gradients", "interaction"),
+    *("libffm_reader", "memory", "modules", "operators", "optim", "quantized", "training"),
+)
+if sys.version_info < (3, 11):
+    EXTRAS["docs"] = "import ipykernel, linkcheck, nbclient"
+    EXTRAS["all"] = EXTRAS["all"].replace("furo, ", "")
