@@ -61,6 +61,6 @@ peers: $(VENV)/packages ## install the peers that `make bench` measures against
 	PYTHON=$(abspath $(python)) benchmarks/install_peers.sh
 
 clean: ## remove what was built; .venv stays
-	rm -rf build dist *.egg-info ffm_ext/_C.*.so
+	rm -rf build dist *.egg-info ffm_ext/*.so
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
