@@ -7,7 +7,7 @@ VENV   ?= .venv
 bin    := $(VENV)/bin
 python := $(bin)/python
 pip    := $(python) -m pip install -qq --disable-pip-version-check
-cpp    := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+cpp    := $(shell find csrc examples tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-all lint format bench peers clean

@@ -217,7 +217,8 @@ def write_ninja(
             f"{shlex.join(compiler.command)} $in -o $out {shlex.join(ldflags)} $how",
             description="link $out",
         )
-        objects, bindings = [], []
+        objects: list[str] = []
+        bindings: list[str] = []
         for step in steps:
             target = str(step.target(build))
             (bindings if step.source.match("csrc/bindings.cpp") else objects).append(target)
@@ -225,7 +226,9 @@ def write_ninja(
             n.build([target], "cxx", [str(step.source)], variables=variables)
         operators = str(library.with_name(OPS_LIBRARY))
         n.build(
-            [operators], "link", objects,
+            [operators],
+            "link",
+            objects,
             variables={"how": f"-Wl,-soname,{OPS_LIBRARY} -Wl,--no-undefined"},
         )
         how = {"how": "-Wl,-rpath,'$$ORIGIN'"}

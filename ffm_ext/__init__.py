@@ -6,6 +6,7 @@ import torch  # noqa: F401  (its libraries must be loaded before the extension)
 from . import (  # noqa: F401
     _C,
     _fake,
+    _vmap,
     data,
     datasets,
     functional,

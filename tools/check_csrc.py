@@ -3,8 +3,8 @@
 
 Sources   Every file names its licence. ``csrc/`` keeps to torch's stable ABI, to pybind11 in one file, and to kernels
           that know no torch.
-Binary    The extension asks torch for nothing but C symbols: one build serves every torch from the floor on. The library
-          of the operators asks Python for nothing. The bindings define no variable of ours: it would be a second one.
+Binary    The extension asks torch for nothing but C symbols: one build serves every torch from the floor on. The
+          operators ask Python for nothing. The bindings define no variable of ours: it would be a second one.
 Kernels   The object of an ISA defines nothing outside that ISA's namespace. Were it to carry an inline function of a
           shared header, the linker could keep that copy for everyone, and an older CPU would meet its instructions.
 """

@@ -81,11 +81,9 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    info: dict[str, Any]
+    info = dict(build_info()) if args.file is None else _models.describe(args.file)
     if args.file is None:
-        info = {**build_info(), "library": str(library_path())}
-    else:
-        info = _models.describe(args.file)
+        info["library"] = str(library_path())
     if args.json:
         print(json.dumps(info, indent=2))
         return
