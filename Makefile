@@ -7,7 +7,7 @@ VENV   ?= .venv
 bin    := $(VENV)/bin
 python := $(bin)/python
 pip    := $(python) -m pip install -qq --disable-pip-version-check
-cpp    := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+cpp    := $(shell find csrc examples tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test test-all lint format bench peers clean
@@ -77,6 +77,6 @@ peers: $(VENV)/packages ## install the peers that `make bench` measures against
 	PYTHON=$(abspath $(python)) benchmarks/install_peers.sh
 
 clean: ## remove what was built; .venv stays
-	rm -rf build dist *.egg-info ffm_ext/_C.*.so
+	rm -rf build dist *.egg-info ffm_ext/*.so
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

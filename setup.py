@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Builds ``ffm_ext._C``: which files are compiled, and how. All metadata is in pyproject.toml.
+"""Builds ``ffm_ext._C`` and the library of the operators beside it: which files are compiled, and how. All metadata is
+in pyproject.toml.
 
 =========================  ===================================  =======================================
 file                       compiled                             sees, beside csrc/
@@ -12,6 +13,9 @@ every other csrc/**/*.cpp  once, for the first ISA              torch's stable A
 
 No ``-march=native`` and no ``-ffast-math``: the CPU is asked at run time which ISA it has. A device with a compiler of
 its own gets its own folder, its own rule in ``write_ninja`` and its own lines in ``compile_steps``.
+
+``libffm_ext_ops.so`` has everything but the bindings and needs no Python: programs in C++ load it for the operators.
+``_C`` is the bindings, linked to it; what they call there says ``FFM_API`` (csrc/export.h).
 
 The build is one ninja file in ``build/<platform>-<python>/``, shared by ``pip install .``, ``pip install -e .`` and
 ``python setup.py build_ext --inplace``; it also leaves ``build/compile_commands.json`` for clangd.
@@ -39,6 +43,8 @@ from setuptools.command.build_ext import build_ext
 
 # The oldest torch that the binary runs on; setup.py defines TORCH_TARGET_VERSION from it.
 TORCH_FLOOR = (2, 10)
+
+OPS_LIBRARY = "libffm_ext_ops.so"
 
 # C++20 because torch's own headers are compiled as C++20 since 2.13.
 CXXFLAGS = [
@@ -208,15 +214,25 @@ def write_ninja(
         )
         n.rule(
             "link",
-            f"{shlex.join(compiler.command)} $in -o $out {shlex.join(ldflags)}",
+            f"{shlex.join(compiler.command)} $in -o $out {shlex.join(ldflags)} $how",
             description="link $out",
         )
-        objects = []
+        objects: list[str] = []
+        bindings: list[str] = []
         for step in steps:
-            objects.append(str(step.target(build)))
+            target = str(step.target(build))
+            (bindings if step.source.match("csrc/bindings.cpp") else objects).append(target)
             variables = {"flags": shlex.join(step.flags), "isa": step.isa}
-            n.build([objects[-1]], "cxx", [str(step.source)], variables=variables)
-        n.build([str(library)], "link", objects)
+            n.build([target], "cxx", [str(step.source)], variables=variables)
+        operators = str(library.with_name(OPS_LIBRARY))
+        n.build(
+            [operators],
+            "link",
+            objects,
+            variables={"how": f"-Wl,-soname,{OPS_LIBRARY} -Wl,--no-undefined"},
+        )
+        how = {"how": "-Wl,-rpath,'$$ORIGIN'"}
+        n.build([str(library)], "link", [*bindings, operators], variables=how)
 
 
 class NinjaBuild(build_ext):
@@ -258,6 +274,14 @@ class NinjaBuild(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             # With a new time: setuptools, which copies on from here, leaves out what is not newer.
             shutil.copy(library, target)
+            shutil.copy(library.with_name(OPS_LIBRARY), target.with_name(OPS_LIBRARY))
+
+    def copy_extensions_to_source(self) -> None:
+        """For --inplace and editable installs, which know of the extension alone."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+            shutil.copy(built.with_name(OPS_LIBRARY), built.relative_to(self.build_lib).parent)
 
 
 if __name__ == "__main__":

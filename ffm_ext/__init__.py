@@ -6,6 +6,7 @@ import torch  # noqa: F401  (its libraries must be loaded before the extension)
 from . import (  # noqa: F401
     _C,
     _fake,
+    _vmap,
     data,
     datasets,
     functional,
@@ -16,7 +17,7 @@ from . import (  # noqa: F401
     reference,
     training,
 )
-from ._build_info import __version__, build_info
+from ._build_info import __version__, build_info, library_path
 from .batch import SparseBatch
 from .modules import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine
 from .quantized import QuantizedFFMInteraction, quantize
@@ -35,6 +36,7 @@ __all__ = [
     "functional",
     "inspection",
     "interop",
+    "library_path",
     "memory",
     "optim",
     "quantize",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,3 +31,8 @@ def build_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def library_path() -> Path:
+    """``libffm_ext_ops.so``: the operators without Python, for programs in C++ (``examples/cpp_serving``)."""
+    return Path(_C.__file__).with_name("libffm_ext_ops.so")

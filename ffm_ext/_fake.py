@@ -33,7 +33,7 @@ def _output_shape(
     return {"sum": [B], "dot": [B, terms], "hadamard": [B, terms, K]}[output]
 
 
-def _grad_values(values: Tensor | None, values_grad: bool, weight: Tensor) -> Tensor:
+def new_grad_values(values: Tensor | None, values_grad: bool, weight: Tensor) -> Tensor:
     if values_grad and values is not None:
         return torch.empty_like(values, memory_format=torch.contiguous_format)
     return weight.new_empty(0)
@@ -81,7 +81,7 @@ def _(
         offsets=offsets,
         grad_output=grad_output,
     )
-    return weight.new_empty(weight.shape), _grad_values(values, values_grad, weight)
+    return weight.new_empty(weight.shape), new_grad_values(values, values_grad, weight)
 
 
 @torch.library.register_fake("ffm_ext::ffm_backward_sparse")
@@ -109,7 +109,7 @@ def _(
     return (
         weight.new_empty(rows, dtype=torch.int64),
         weight.new_empty(rows, weight.shape[1], weight.shape[2]),
-        _grad_values(values, values_grad, weight),
+        new_grad_values(values, values_grad, weight),
     )
 
 
@@ -139,7 +139,7 @@ def _(
         offsets=offsets,
         grad_output=grad_output,
     )
-    return _grad_values(values, values_grad, weight)
+    return new_grad_values(values, values_grad, weight)
 
 
 @torch.library.register_fake("ffm_ext::ffm_update_")
@@ -181,7 +181,7 @@ def _(
         offsets=offsets,
         grad_output=grad_output,
     )
-    return _grad_values(values, True, weight)
+    return new_grad_values(values, True, weight)
 
 
 def packed_row_bytes(F: int, K: int) -> int:

@@ -6,24 +6,139 @@
     FFMFunction.forward    ->  ffm_forward
     FFMFunction.backward   ->  ffm_backward            grad="dense":  gradient [N, F, K] and that of values
                                ffm_backward_sparse     grad="sparse": touched rows, their gradient, that of values
-                               ffm_backward_fused_     grad="fused":  the table is updated, values get a gradient
+                               fused_step_             grad="fused":  ffm_backward_fused_ updates the table
                                ffm_backward_values     the table is frozen, values are not
                                reference.py            create_graph=True: gradients of gradients
+
+``torch.compile`` meets all of it behind one operator, ``ffm_ext::interaction``: Dynamo traces neither sparse gradients
+nor the state of an optimizer, and AOTAutograd traces both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
+from ._fake import new_grad_values
 from .optim import FusedOptimizer
 
-__all__ = ["FFMFunction"]
+__all__ = ["interaction"]
 
 _ops = torch.ops.ffm_ext
+_library = torch.library.Library("ffm_ext", "FRAGMENT")
+
+
+def interaction(
+    weight: Tensor,
+    indices: Tensor,
+    fields: Tensor | None,
+    values: Tensor | None,
+    offsets: Tensor | None,
+    num_fields: int,
+    output: str,
+    within_field: bool,
+    grad: str,
+    fused: int = 0,
+    step: Tensor | None = None,
+    states: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """The interaction with what gradients are needed. Arguments as those of ``functional``, already checked.
+
+    Args:
+        grad: ``"dense"``, ``"sparse"``, or ``"fused"`` with the next three.
+        fused: the ``handle`` of the :class:`~ffm_ext.optim.FusedOptimizer`.
+        step, states: the buffers of the layer that its update changes.
+    """
+    problem = (weight, indices, fields, values, offsets, num_fields, output, within_field)
+    if torch.compiler.is_exporting():
+        return _forward(*problem)
+    if torch.compiler.is_compiling():
+        return _ops.interaction(*problem, grad, fused, step, states)
+    return _interaction(*problem, grad, fused, step, states)
+
+
+def _interaction(
+    weight: Tensor,
+    indices: Tensor,
+    fields: Tensor | None,
+    values: Tensor | None,
+    offsets: Tensor | None,
+    num_fields: int,
+    output: str,
+    within_field: bool,
+    *gradient: Any,
+) -> Tensor:
+    arguments = (weight, indices, fields, values, offsets, num_fields, output, within_field)
+    has_grad = weight.requires_grad or (values is not None and values.requires_grad)
+    # Forward-mode tangents do not show in requires_grad, and an operator would lose them in silence.
+    if (has_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+        return FFMFunction.apply(*arguments, *gradient)  # type: ignore[no-untyped-call]
+    return _forward(*arguments)
+
+
+def _forward(
+    weight: Tensor,
+    indices: Tensor,
+    fields: Tensor | None,
+    values: Tensor | None,
+    offsets: Tensor | None,
+    num_fields: int,
+    output: str,
+    within_field: bool,
+) -> Tensor:
+    table = _table(weight, num_fields)
+    return _ops.ffm_forward(table, indices, fields, values, offsets, output, within_field)
+
+
+# Composite: every transform of torch sees what is inside.
+_library.define(
+    "interaction(Tensor weight, Tensor indices, Tensor? fields, Tensor? values, Tensor? offsets, int num_fields, "
+    "str output, bool within_field, str grad, int fused, Tensor? step, Tensor[] states) -> Tensor"
+)
+_library.impl("interaction", _interaction, "CompositeImplicitAutograd")
+
+# ffm_backward_fused_ with the numbers that the optimizer has when it runs, not those it had when it was traced.
+_library.define(
+    "fused_step_(Tensor grad_output, Tensor(a!) weight, Tensor(b!) step, Tensor(c!)[] states, Tensor indices, "
+    "Tensor? fields, Tensor? values, Tensor? offsets, str output, bool within_field, bool values_grad, int fused) "
+    "-> Tensor"
+)
+
+
+@torch.library.impl(_library, "fused_step_", "CompositeExplicitAutograd")
+def _fused_step(
+    grad_output: Tensor, weight: Tensor, step: Tensor, states: list[Tensor], *arguments: Any
+) -> Tensor:
+    *lists_and_modes, fused = arguments
+    step += 1
+    update = FusedOptimizer.of(fused).update(int(step))
+    grad_values = _ops.ffm_backward_fused_(grad_output, weight, states, *lists_and_modes, *update)
+    # Whoever saved the old table for a backward of their own must not go on with the new one.
+    torch.autograd.graph.increment_version(weight)
+    return grad_values
+
+
+@torch.library.register_fake("ffm_ext::fused_step_", lib=_library)
+def _(
+    grad_output: Tensor,
+    weight: Tensor,
+    step: Tensor,
+    states: list[Tensor],
+    indices: Tensor,
+    fields: Tensor | None,
+    values: Tensor | None,
+    offsets: Tensor | None,
+    output: str,
+    within_field: bool,
+    values_grad: bool,
+    fused: int,
+) -> Tensor:
+    return new_grad_values(values, values_grad, weight)
 
 
 def _table(weight: Tensor, num_fields: int) -> Tensor:
@@ -33,97 +148,100 @@ def _table(weight: Tensor, num_fields: int) -> Tensor:
     return weight.view(weight.shape[0], num_fields, weight.shape[1] // num_fields)
 
 
-def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients for ``create_graph=True``: those of the reference, which can be differentiated again."""
+def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and values for ``create_graph=True`` and ``torch.func``.
+
+    They are those of the reference, which can be differentiated again.
+    """
     weight, indices, fields, values, offsets = ctx.saved_tensors
     needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     if needs_weight and ctx.grad != "dense":
         raise RuntimeError(
-            f"ffm_interaction: create_graph=True needs grad='dense': with grad={ctx.grad!r} there is "
-            "no gradient that could be differentiated again"
+            "ffm_interaction: create_graph=True needs grad='dense', and so does torch.func: with "
+            f"grad={ctx.grad!r} there is no gradient that could be differentiated again"
         )
-    out = reference.ffm_interaction(
-        weight,
-        indices,
-        fields,
-        values,
-        offsets,
-        num_fields=ctx.num_fields,
-        output=ctx.output,
-        within_field=ctx.within_field,
-        grad="dense",
-    )
-    inputs = [
-        tensor for tensor, needed in ((weight, needs_weight), (values, needs_values)) if needed
-    ]
-    grads = iter(torch.autograd.grad(out, inputs, grad_output, create_graph=True))
-    grad_weight = next(grads) if needs_weight else None
-    grad_values = next(grads) if needs_values else None
-    return grad_weight, None, None, grad_values, *(None,) * 6
+
+    def of(weight: Tensor, values: Tensor | None) -> Tensor:
+        return reference.ffm_interaction(
+            weight,
+            indices,
+            fields,
+            values,
+            offsets,
+            num_fields=ctx.num_fields,
+            output=ctx.output,
+            within_field=ctx.within_field,
+            grad="dense",
+        )
+
+    if not needs_values:
+        (grad_weight,) = _vjp(lambda weight: of(weight, values), weight)(grad_output)
+        return grad_weight, None
+    if not needs_weight:
+        (grad_values,) = _vjp(lambda values: of(weight, values), values)(grad_output)
+        return None, grad_values
+    grad_weight, grad_values = _vjp(of, weight, values)(grad_output)
+    return grad_weight, grad_values
+
+
+def _vjp(
+    function: Callable[..., Tensor], *inputs: Tensor
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    return torch.func.vjp(function, *inputs)[1]
 
 
 class FFMFunction(torch.autograd.Function):
-    """Arguments as :func:`ffm_ext.functional.ffm_interaction`, all positional, already checked."""
+    """Arguments as :func:`interaction`, all positional."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        weight: Tensor,
-        indices: Tensor,
-        fields: Tensor | None,
-        values: Tensor | None,
-        offsets: Tensor | None,
-        num_fields: int,
-        output: str,
-        within_field: bool,
-        grad: str,
-        fused: FusedOptimizer | None,
-    ) -> Tensor:
+    def forward(*args: Any) -> Tensor:
         """The interaction, by one operator call."""
-        table = _table(weight, num_fields)
-        return _ops.ffm_forward(table, indices, fields, values, offsets, output, within_field)
+        return _forward(*args[:8])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep the inputs; the field sums are cheaper to read again than to keep."""
         weight, indices, fields, values, offsets, *modes = inputs
         ctx.save_for_backward(weight, indices, fields, values, offsets)
-        ctx.num_fields, ctx.output, ctx.within_field, ctx.grad, ctx.fused = modes
+        ctx.num_fields, ctx.output, ctx.within_field, ctx.grad, ctx.fused, ctx.step, ctx.states = (
+            modes
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        """Forward mode: not there."""
+        raise NotImplementedError(
+            "ffm_interaction: no forward-mode derivatives (torch.func.jvp, jacfwd, hessian, "
+            "torch.autograd.forward_ad); ffm_ext.reference.ffm_interaction has them with grad='dense'"
+        )
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``weight`` and ``values``, whichever are needed."""
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, grad_output)
+            first, second = _differentiable_backward(ctx, grad_output)
+            return first, None, None, second, *(None,) * 8
         weight, indices, fields, values, offsets = ctx.saved_tensors
         table = _table(weight, ctx.num_fields)
-        problem = (
-            grad_output,
-            table,
-            indices,
-            fields,
-            values,
-            offsets,
-            ctx.output,
-            ctx.within_field,
-        )
+        lists = (indices, fields, values, offsets, ctx.output, ctx.within_field)
         needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         grad_weight: Tensor | None = None
         grad_values: Tensor | None = None
         if not needs_weight:
-            grad_values = _ops.ffm_backward_values(*problem)
+            grad_values = _ops.ffm_backward_values(grad_output, table, *lists)
         elif ctx.grad == "fused":
-            states, update = ctx.fused.next_step()
-            grad_output, table, *lists = problem
-            grad_values = _ops.ffm_backward_fused_(
-                grad_output, table, states, *lists, needs_values, *update
+            grad_values = _ops.fused_step_(
+                grad_output, table, ctx.step, ctx.states, *lists, needs_values, ctx.fused
             )
-            # Whoever saved the old table for a backward of their own must not go on with the new one.
-            torch.autograd.graph.increment_version(weight)
         elif ctx.grad == "dense":
-            grad_weight, grad_values = _ops.ffm_backward(*problem, needs_values)
+            grad_weight, grad_values = _ops.ffm_backward(grad_output, table, *lists, needs_values)
             grad_weight = grad_weight.view(weight.shape)
         else:
-            rows, grad_rows, grad_values = _ops.ffm_backward_sparse(*problem, needs_values)
+            rows, grad_rows, grad_values = _ops.ffm_backward_sparse(
+                grad_output, table, *lists, needs_values
+            )
             grad_weight = torch.sparse_coo_tensor(
                 rows[None],
                 grad_rows.view(rows.shape[0], *weight.shape[1:]),
@@ -131,4 +249,4 @@ class FFMFunction(torch.autograd.Function):
                 is_coalesced=True,
                 check_invariants=False,
             )
-        return grad_weight, None, None, grad_values if needs_values else None, *(None,) * 6
+        return grad_weight, None, None, grad_values if needs_values else None, *(None,) * 8

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 __all__ = ["SparseBatch"]
 
@@ -269,6 +270,25 @@ class SparseBatch:
         )
 
 
+_PARTS = ("indices", "fields", "values", "offsets")
+
+
+def _flatten(batch: SparseBatch) -> tuple[list[Tensor | None], None]:
+    return [getattr(batch, name) for name in _PARTS], None
+
+
+def _flatten_with_keys(batch: SparseBatch) -> tuple[list[tuple[Any, Tensor | None]], None]:
+    return [(GetAttrKey(name), getattr(batch, name)) for name in _PARTS], None
+
+
+def _unflatten(parts: Iterable[Any], _: object) -> SparseBatch:
+    """A batch of whatever torch puts in the places of the tensors; nothing is checked."""
+    batch = SparseBatch.__new__(SparseBatch)
+    for name, part in zip(_PARTS, parts, strict=True):
+        setattr(batch, name, part)
+    return batch
+
+
 def _feature_fields(feature_fields: Any, num_features: int) -> Tensor:
     fields = torch.as_tensor(feature_fields)
     if fields.shape != (num_features,):
@@ -296,3 +316,15 @@ def _offsets(counts: Tensor) -> Tensor:
 def _float_dtype(dtype: np.dtype) -> np.dtype:
     keep = np.issubdtype(dtype, np.floating) and dtype.itemsize in (2, 4, 8)
     return dtype if keep else np.dtype(np.float32)
+
+
+# Programs of torch.export take batches as they are: their inputs are indices, fields, values, offsets, in this order.
+register_pytree_node(
+    SparseBatch,
+    _flatten,
+    _unflatten,
+    serialized_type_name="ffm_ext.SparseBatch",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+# torch.save and torch.export.save keep batches, and their files load with weights_only=True.
+torch.serialization.add_safe_globals([SparseBatch])

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ._arguments import GradMode, Output, check_modes, table_shape
-from .autograd import FFMFunction
+from .autograd import interaction
 
 __all__ = ["ffm_interaction"]
 
@@ -58,12 +57,5 @@ def ffm_interaction(
         IndexError: an id is outside ``[0, N)`` or a field outside ``[0, F)``; the text names it and its position.
     """
     check_modes("ffm_interaction", output, grad)
-    N, F, K = table_shape("ffm_interaction", weight, indices, num_fields)
-    needs_grad = weight.requires_grad or (values is not None and values.requires_grad)
-    if needs_grad and torch.is_grad_enabled():
-        return FFMFunction.apply(  # type: ignore[no-untyped-call]
-            weight, indices, fields, values, offsets, F, output, within_field, grad, None
-        )
-    return torch.ops.ffm_ext.ffm_forward(
-        weight.view(N, F, K), indices, fields, values, offsets, output, within_field
-    )
+    _, F, _ = table_shape("ffm_interaction", weight, indices, num_fields)
+    return interaction(weight, indices, fields, values, offsets, F, output, within_field, grad)

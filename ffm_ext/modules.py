@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import GradMode, Output, check_contents, check_modes
-from .autograd import FFMFunction
+from .autograd import interaction
 from .batch import SparseBatch
 from .functional import ffm_interaction
 from .memory import empty_table
-from .optim import FusedOptimizer, Optimizer, add_state, remove_state
+from .optim import FusedOptimizer, Optimizer, add_state, optimizer_state, remove_state
 
 __all__ = ["FFM", "FM", "FFMInteraction", "FieldAwareFactorizationMachine"]
 
@@ -71,7 +71,6 @@ class FFMInteraction(nn.Module):
         self.weight = nn.Parameter(
             empty_table(num_features, num_fields * embed_dim, dtype=dtype, device=device)
         )
-        self.weight.register_post_accumulate_grad_hook(_keep_coalesced)
         self._fused: FusedOptimizer | None = None
         self.reset_parameters()
 
@@ -94,10 +93,15 @@ class FFMInteraction(nn.Module):
             ValueError: a shape, dtype, device, offset or value is wrong.
             TypeError: ``x`` is neither a tensor nor a :class:`SparseBatch`.
         """
-        indices, fields, values, offsets = _entries("FFMInteraction", x, values, self.weight.dtype)
-        if self._fused is not None and torch.is_grad_enabled() and self.weight.requires_grad:
-            return FFMFunction.apply(  # type: ignore[no-untyped-call]
-                self.weight,
+        weight = self.weight
+        indices, fields, values, offsets = _entries("FFMInteraction", x, values, weight.dtype)
+        has_grad = weight.requires_grad and torch.is_grad_enabled()
+        if has_grad and (self._fused is not None or self.grad == "sparse"):
+            self._check_is_parameter(weight)
+        if has_grad and self._fused is not None:
+            step, *states = optimizer_state(self)
+            return interaction(
+                weight,
                 indices,
                 fields,
                 values,
@@ -106,10 +110,12 @@ class FFMInteraction(nn.Module):
                 self.output,
                 self.within_field,
                 "fused",
-                self._fused,
+                self._fused.handle,
+                step,
+                tuple(states),
             )
         return ffm_interaction(
-            self.weight,
+            weight,
             indices,
             fields,
             values,
@@ -119,6 +125,23 @@ class FFMInteraction(nn.Module):
             within_field=self.within_field,
             grad=self.grad,
         )
+
+    def _check_is_parameter(self, weight: Tensor) -> None:
+        """Only a table that is a parameter itself can be updated in place, or take a sparse gradient."""
+        if torch.compiler.is_compiling():
+            return
+        if not weight.is_leaf:
+            has = "a fused optimizer" if self._fused is not None else "grad='sparse'"
+            raise RuntimeError(
+                "FFMInteraction: weight is computed from another tensor (parametrized, say), and with "
+                f"{has} it has to be the parameter itself: make the layer with grad='dense'"
+            )
+        # Here and not once for all, because copies, pickles and load_state_dict(assign=True) lose the hooks of tensors.
+        if self._fused is None and _keep_coalesced not in _hooks(weight):
+            weight.register_post_accumulate_grad_hook(_keep_coalesced)
+
+    def __prepare_scriptable__(self) -> None:
+        raise _no_torchscript("FFMInteraction")
 
     def fuse_optimizer(self, optimizer: Optimizer) -> FusedOptimizer:
         """Let every ``backward`` update the table by itself; its gradient is never made, ``weight.grad`` stays None.
@@ -141,6 +164,11 @@ class FFMInteraction(nn.Module):
                 "FFMInteraction.fuse_optimizer: optimizer must be one of ffm_ext.optim, "
                 f"got {type(optimizer).__name__}"
             )
+        if "weight" not in self._parameters:
+            raise RuntimeError(
+                "FFMInteraction.fuse_optimizer: weight is parametrized, and a fused optimizer updates "
+                "the parameter itself"
+            )
         remove_state(self)
         add_state(self, optimizer)
         self._fused = FusedOptimizer(self, optimizer)
@@ -154,13 +182,34 @@ class FFMInteraction(nn.Module):
         )
 
 
-class FieldAwareFactorizationMachine(nn.Module):
+class _Described(nn.Module):
+    """A module with buffers that follow from how it was described, and are neither saved nor learnt."""
+
+    def _describe(self, device: torch.device | str | None, **buffers: Tensor | None) -> None:
+        """Register them. They come on the CPU, whatever the default device is."""
+        device = torch.get_default_device() if device is None else device
+        self._description = {name: buffer for name, buffer in buffers.items() if buffer is not None}
+        for name, buffer in buffers.items():
+            moved = None if buffer is None else buffer.to(device, copy=True)
+            self.register_buffer(name, moved, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves the module; what ``to_empty`` leaves without values gets them again."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, values in self._description.items():
+            if not self.get_buffer(name).is_meta:
+                self.get_buffer(name).copy_(values)
+        return self
+
+
+class FieldAwareFactorizationMachine(_Described):
     """Drop-in for the layer of the same name in torchfm: per-pair Hadamard products of one-hot samples.
 
     Args:
         field_dims: the number of features of each field.
         embed_dim: K, the number of latent factors.
         grad: ``"dense"`` as torchfm's embeddings have it, or ``"sparse"``.
+        dtype, device: of the table.
 
     A ``state_dict`` of the old layer (F tables ``embeddings.{g}.weight`` ``[N, K]``) loads as it is. The initial table
     is Xavier-uniform a field, as there.
@@ -169,14 +218,26 @@ class FieldAwareFactorizationMachine(nn.Module):
     offsets: Tensor
 
     def __init__(
-        self, field_dims: Sequence[int], embed_dim: int, *, grad: GradMode = "dense"
+        self,
+        field_dims: Sequence[int],
+        embed_dim: int,
+        *,
+        grad: GradMode = "dense",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         field_dims = [int(n) for n in field_dims]
         self.interaction = FFMInteraction(
-            sum(field_dims), len(field_dims), embed_dim, output="hadamard", grad=grad
+            sum(field_dims),
+            len(field_dims),
+            embed_dim,
+            output="hadamard",
+            grad=grad,
+            dtype=dtype,
+            device=device,
         )
-        self.register_buffer("offsets", _field_starts(field_dims), persistent=False)
+        self._describe(device, offsets=_field_starts(field_dims))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -186,6 +247,9 @@ class FieldAwareFactorizationMachine(nn.Module):
             table = layer.weight.view(layer.num_features, layer.num_fields, layer.embed_dim)
             for g in range(layer.num_fields):
                 table[:, g] = nn.init.xavier_uniform_(torch.empty_like(table[:, g]))
+
+    def __prepare_scriptable__(self) -> None:
+        raise _no_torchscript("FieldAwareFactorizationMachine")
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, F]`` ids (int32 or int64) that count from 0 in every field -> ``[B, P, K]`` products.
@@ -212,13 +276,26 @@ class _Linear(nn.Module):
     bias: nn.Parameter | Any
 
     def __init__(
-        self, num_features: int, grad: GradMode, *, bias: bool = True, weight: bool = True
+        self,
+        num_features: int,
+        grad: GradMode,
+        *,
+        bias: bool = True,
+        weight: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.grad = grad
-        zeros = torch.zeros
-        self.register_parameter("weight", nn.Parameter(zeros(num_features, 1)) if weight else None)
-        self.register_parameter("bias", nn.Parameter(zeros(())) if bias else None)
+        for name, shape, wanted in (("weight", (num_features, 1), weight), ("bias", (), bias)):
+            empty = torch.empty(shape, dtype=dtype, device=device) if wanted else None
+            self.register_parameter(name, None if empty is None else nn.Parameter(empty))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All zero."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self, score: Tensor, indices: Tensor, values: Tensor | None, offsets: Tensor | None
@@ -230,19 +307,28 @@ class _Linear(nn.Module):
     def _sum(self, indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
         if values is None and self.grad == "dense" and indices.dim() == 2:
             return self.weight[indices].sum((1, 2))
+        sparse = self.grad == "sparse" and not torch.compiler.is_exporting()
+        if sparse and values is not None and torch.compiler.is_dynamo_compiling():
+            # The sparse gradient of embedding_bag with per_sample_weights cannot be traced: the shapes that torch has
+            # for it are wrong. That of embedding can.
+            terms = nn.functional.embedding(indices, self.weight, sparse=True).squeeze(-1) * values
+            if offsets is None:
+                return terms.sum(1)
+            samples = _samples(indices, offsets)
+            return terms.new_zeros(offsets.numel() - 1).index_add(0, samples, terms)
         summed = nn.functional.embedding_bag(
             indices,
             self.weight,
             offsets,
             mode="sum",
-            sparse=self.grad == "sparse",
+            sparse=sparse,
             per_sample_weights=values,
             include_last_offset=offsets is not None,
         )
         return summed.squeeze(1)
 
 
-class FFM(nn.Module):
+class FFM(_Described):
     """Field-aware factorization machine: bias + linear term + interaction, as logits or predictions ``[B]``.
 
     The features are described in one of three ways:
@@ -260,6 +346,7 @@ class FFM(nn.Module):
         normalize: divide the values of each sample by their Euclidean norm, which scales its pairs by
             ``r = 1 / Σ x²`` and its linear term by ``√r``: the instance-wise normalisation of libffm and xLearn. Values
             that are all 0 stay 0. The gradient of values passes through it.
+        dtype, device: of the parameters.
 
     libffm's model is ``FFM(…, within_field=True, bias=False, linear=False, normalize=True)``.
 
@@ -288,6 +375,8 @@ class FFM(nn.Module):
         bias: bool = True,
         linear: bool = True,
         normalize: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         by_size = num_features is not None or num_fields is not None
@@ -310,18 +399,33 @@ class FFM(nn.Module):
             dims = [int(n) for n in field_dims]
             _check_positive("FFM", **{f"field_dims[{f}]": n for f, n in enumerate(dims)})
             starts = _field_starts(dims)
-            feature_fields = torch.repeat_interleave(torch.arange(len(dims)), torch.tensor(dims))
+            feature_fields = _each_repeated(dims)
             num_features, num_fields = sum(dims), len(dims)
         if num_features is None or num_fields is None:
             raise ValueError("FFM: num_features and num_fields go together")
         self.field_names = names or [str(f) for f in range(num_fields)]
         self.normalize = normalize
-        self.linear = _Linear(num_features, grad, bias=bias, weight=linear)
-        self.interaction = FFMInteraction(
-            num_features, num_fields, embed_dim, within_field=within_field, grad=grad
+        self.linear = _Linear(
+            num_features, grad, bias=bias, weight=linear, dtype=dtype, device=device
         )
-        self.register_buffer("feature_fields", feature_fields, persistent=False)
-        self.register_buffer("offsets", starts, persistent=False)
+        self.interaction = FFMInteraction(
+            num_features,
+            num_fields,
+            embed_dim,
+            within_field=within_field,
+            grad=grad,
+            dtype=dtype,
+            device=device,
+        )
+        self._describe(device, feature_fields=feature_fields, offsets=starts)
+
+    def reset_parameters(self) -> None:
+        """Draw the table anew; linear weights and bias become 0."""
+        self.linear.reset_parameters()
+        self.interaction.reset_parameters()
+
+    def __prepare_scriptable__(self) -> None:
+        raise _no_torchscript("FFM")
 
     def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
         """Logits of a batch.
@@ -378,20 +482,33 @@ class FM(nn.Module):
         num_features: N, the number of features.
         embed_dim: K, the number of latent factors.
         grad: ``"sparse"`` or ``"dense"`` gradients of the two tables.
+        dtype, device: of the parameters.
     """
 
-    def __init__(self, num_features: int, embed_dim: int, *, grad: GradMode = "sparse") -> None:
+    def __init__(
+        self,
+        num_features: int,
+        embed_dim: int,
+        *,
+        grad: GradMode = "sparse",
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         _check_positive("FM", num_features=num_features, embed_dim=embed_dim)
         check_modes("FM", "sum", grad)
-        self.linear = _Linear(num_features, grad)
+        self.linear = _Linear(num_features, grad, dtype=dtype, device=device)
         self.grad = grad
-        self.weight = nn.Parameter(torch.empty(num_features, embed_dim))
+        self.weight = nn.Parameter(torch.empty(num_features, embed_dim, dtype=dtype, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the factors anew, ``N(0, 0.01)``."""
+        """Draw the factors anew, ``N(0, 0.01)``; linear weights and bias become 0."""
+        self.linear.reset_parameters()
         nn.init.normal_(self.weight, std=0.1 / math.sqrt(self.weight.shape[1]))
+
+    def __prepare_scriptable__(self) -> None:
+        raise _no_torchscript("FM")
 
     def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
         """Score of a batch, ``[B]``.
@@ -432,6 +549,18 @@ def _keep_coalesced(weight: Tensor) -> None:
     rows = grad._indices()[0]
     if bool((rows[1:] > rows[:-1]).all()):
         grad._coalesced_(True)
+
+
+def _hooks(weight: Tensor) -> list[Any]:
+    hooks = weight._post_accumulate_grad_hooks
+    return [] if hooks is None else list(hooks.values())
+
+
+def _no_torchscript(where: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{where}: TorchScript cannot compile it. torch.export and AOTInductor take its place, for programs in C++ "
+        "too: see examples/cpp_serving"
+    )
 
 
 def _entries(
@@ -502,20 +631,24 @@ def _global_ids(where: str, x: Tensor, starts: Tensor) -> Tensor:
 
 def _field_starts(field_dims: Sequence[int]) -> Tensor:
     """Where each field's features start in the table, and the end: ``[F + 1]``."""
-    return torch.tensor([0, *field_dims]).cumsum(0)
+    return torch.tensor([0, *field_dims], device="cpu").cumsum(0)
+
+
+def _each_repeated(field_dims: Sequence[int]) -> Tensor:
+    """The field of each feature, ``[N]``."""
+    dims = torch.tensor(field_dims, device="cpu")
+    return torch.arange(len(field_dims), device="cpu").repeat_interleave(dims)
 
 
 def _fields_from_ids(names: Sequence[str], ids: Sequence[int | Sequence[int]]) -> Tensor:
     for name, features in zip(names, ids, strict=True):
         if isinstance(features, int):
             raise ValueError(f"FFM: fields[{name!r}] is a count where other fields list their ids")
-    columns = [torch.as_tensor(list(features), dtype=torch.int64) for features in ids]  # type: ignore[arg-type]
+    columns = [torch.tensor(list(features), dtype=torch.int64, device="cpu") for features in ids]  # type: ignore[arg-type]
     flat = torch.cat(columns)
-    owners = torch.repeat_interleave(
-        torch.arange(len(columns)), torch.tensor([c.numel() for c in columns])
-    )
+    owners = _each_repeated([c.numel() for c in columns])
     order = flat.argsort(stable=True)
-    wrong = (flat[order] != torch.arange(flat.numel())).nonzero()
+    wrong = (flat[order] != torch.arange(flat.numel(), device="cpu")).nonzero()
     if wrong.numel():
         at = order[wrong[0]]
         raise ValueError(

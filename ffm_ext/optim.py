@@ -7,8 +7,10 @@ the layer its state and returns a :class:`FusedOptimizer`, which torch's learnin
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -165,29 +167,57 @@ class FusedOptimizer(torch.optim.Optimizer):
     is part of the layer's ``state_dict``; this one's holds the learning rate.
     """
 
+    _all: ClassVar[weakref.WeakValueDictionary[int, FusedOptimizer]] = weakref.WeakValueDictionary()
+    _handles: ClassVar[Iterator[int]] = itertools.count(1)
+
     def __init__(self, layer: torch.nn.Module, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._layer = layer
         super().__init__(
             [layer.get_parameter("weight")],
             {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay},
         )
+        self._take_handle()
+
+    def _take_handle(self) -> None:
+        self.handle = next(self._handles)
+        self._all[self.handle] = self
+
+    @classmethod
+    def of(cls, handle: int) -> FusedOptimizer:
+        """The one with this ``handle``: a number, because operators take numbers."""
+        return cls._all[handle]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "optimizer": self.optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._take_handle()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Only calls ``closure``: ``backward`` has updated the table already."""
+        """Only calls ``closure``: ``backward`` has updated the table already.
+
+        Raises:
+            RuntimeError: ``torch.amp.GradScaler`` calls it.
+        """
+        if getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "FusedOptimizer.step: the loss was scaled by a GradScaler, and backward has updated the table with the "
+                "scaled gradient: scale nothing (bfloat16 needs no scale), or train with grad='sparse'"
+            )
         return None if closure is None else closure()
+
+    # So that GradScaler.step comes to step with its scale.
+    _step_supports_amp_scaling = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: the table has no gradient."""
 
-    def next_step(self) -> tuple[list[Tensor], tuple[str, list[float], int, int | None]]:
-        """The layer's state tensors, and what an operator is told of the update that comes now, which is counted."""
-        count = self._layer.get_buffer("optimizer_step")
-        count += 1
+    def update(self, step: int) -> tuple[str, list[float], int, int | None]:
+        """What an operator is told of the update that comes now, the ``step``-th."""
         group, optimizer = self.param_groups[0], self.optimizer
         settings = [float(group["lr"]), float(group["weight_decay"]), *optimizer.settings()[2:]]
-        states = [self._layer.get_buffer(f"optimizer_{name}") for name in optimizer.state_names]
-        return states, (optimizer.name, settings, int(count), optimizer.rounding_seed)
+        return optimizer.name, settings, step, optimizer.rounding_seed
 
 
 def add_state(layer: torch.nn.Module, optimizer: Optimizer) -> None:
@@ -195,6 +225,15 @@ def add_state(layer: torch.nn.Module, optimizer: Optimizer) -> None:
     layer.register_buffer("optimizer_step", torch.zeros((), dtype=torch.int64))
     for name, tensor in optimizer.new_state(layer.weight, layer.embed_dim).items():  # type: ignore[arg-type]
         layer.register_buffer(f"optimizer_{name}", tensor)
+
+
+def optimizer_state(layer: torch.nn.Module) -> list[Tensor]:
+    """Those buffers, ``optimizer_step`` first."""
+    return [
+        buffer
+        for name, buffer in layer._buffers.items()
+        if name.startswith("optimizer_") and buffer is not None
+    ]
 
 
 def remove_state(layer: torch.nn.Module) -> None:

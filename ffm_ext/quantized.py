@@ -13,7 +13,7 @@ from ._arguments import Output, check_modes
 from ._fake import packed_row_bytes
 from .batch import SparseBatch
 from .memory import empty_table
-from .modules import FFMInteraction, _check_positive, _entries
+from .modules import FFMInteraction, _check_positive, _entries, _no_torchscript
 
 __all__ = ["QuantizedFFMInteraction", "quantize"]
 
@@ -118,6 +118,9 @@ class QuantizedFFMInteraction(nn.Module):
             self.output,
             self.within_field,
         )
+
+    def __prepare_scriptable__(self) -> None:
+        raise _no_torchscript("QuantizedFFMInteraction")
 
     def extra_repr(self) -> str:
         """Sizes and modes, for ``repr``."""

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
-from problems import num_threads, python
+from problems import num_threads, python, refusal
 
 # The same examples in every run, and none stored: a test fails for a change in the code, not by luck.
 settings.register_profile("ffm_ext", derandomize=True, deadline=None, database=None)
@@ -60,3 +60,19 @@ def one_thread() -> Iterator[None]:
     """One thread unless a test asks for more: small tensors gain nothing, and a shared machine loses."""
     with num_threads(1):
         yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A test marked ``compatibility(…, refuses=text)`` has to end in an error with that text.
+
+    tools/make_compatibility.py reads the same marks, so that docs/compatibility.md says what is tested.
+    """
+    marks = list(pyfuncitem.iter_markers("compatibility"))
+    texts = [mark.kwargs["refuses"] for mark in marks if "refuses" in mark.kwargs]
+    if not texts:
+        return (yield)
+    assert len(marks) == 1, "a refusal is the only mark of its test"
+    with refusal(texts[0]):
+        yield
+    return True

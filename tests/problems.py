@@ -342,6 +342,20 @@ def num_threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def refusal(text: str) -> Iterator[None]:
+    """What is inside has to end in an error with that text."""
+    said: str | None = None
+    try:
+        yield
+    except AssertionError:
+        raise
+    except Exception as error:
+        said = str(error)
+    assert said is not None, f"nothing was refused, expected: {text}"
+    assert text in said
+
+
 def python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that finds the ``ffm_ext`` of this one."""
     path = str(Path(ffm_ext.__file__).parents[1])

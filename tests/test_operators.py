@@ -26,7 +26,13 @@ OPERATORS = (
     "ffm_dequantize",
     "ffm_forward_int8",
     "gather_sum",
+    "interaction",
+    "fused_step_",
 )
+
+# fused_step_ asks it for its numbers.
+LAYER = ffm_ext.FFMInteraction(11, 3, 4)
+FUSED = LAYER.fuse_optimizer(ffm_ext.optim.AdaGrad())
 
 # Each output once: opcheck traces every call anew.
 MODES = (("sum", False), ("dot", True), ("hadamard", False))
@@ -61,6 +67,15 @@ def operator_calls(name: str) -> list[tuple[Any, ...]]:
             state = [torch.ones_like(weight)]
             has_values = problem.values is not None
             calls.append((seed, weight, state, *lists, *modes, has_values, *update))
+        elif name == "fused_step_":
+            weight, *lists = problem.args
+            counted = (torch.zeros((), dtype=torch.int64), [torch.ones_like(weight)])
+            has_values = problem.values is not None
+            calls.append((seed, weight, *counted, *lists, *modes, has_values, FUSED.handle))
+        elif name == "interaction":
+            calls.append((*problem.args, 3, *modes, "dense", 0, None, []))
+            weight = problem.weight.clone().requires_grad_()
+            calls.append((weight, *problem.args[1:], 3, *modes, "dense", 0, None, []))
         elif name == "ffm_train_":
             weight, *lists = problem.args
             state = [torch.ones_like(weight)]

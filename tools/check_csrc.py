@@ -3,7 +3,8 @@
 
 Sources   Every file names its licence. ``csrc/`` keeps to torch's stable ABI, to pybind11 in one file, and to kernels
           that know no torch.
-Binary    The extension asks torch for nothing but C symbols: one build serves every torch from the floor on.
+Binary    The extension asks torch for nothing but C symbols: one build serves every torch from the floor on. The
+          operators ask Python for nothing. The bindings define no variable of ours: it would be a second one.
 Kernels   The object of an ISA defines nothing outside that ISA's namespace. Were it to carry an inline function of a
           shared header, the linker could keep that copy for everyone, and an older CPU would meet its instructions.
 """
@@ -15,6 +16,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+BUILD = Path("build", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
 LICENCED = {".cpp", ".cu", ".cuh", ".h", ".py", ".sh", ".toml", ".yaml"}
 UNSTABLE = re.compile(r'#include [<"](ATen/|c10/|torch/extension\.h|torch/torch\.h|torch/all\.h)')
 CXX_OF_TORCH = re.compile(r"\b(at|c10|torch)::")
@@ -43,19 +45,29 @@ def check_sources() -> Iterator[str]:
 
 
 def check_binary() -> Iterator[str]:
-    library = Path("ffm_ext", f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
-    if not library.exists():
-        yield f"{library}: not built, run `make build` first"
-        return
-    for line in run("nm", "-D", "-C", "--undefined-only", str(library)):
-        if CXX_OF_TORCH.search(line):
-            yield f"{library}: uses a C++ symbol of torch: {line.strip()}"
+    libraries = [
+        Path("ffm_ext", name)
+        for name in (f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", "libffm_ext_ops.so")
+    ]
+    for library in libraries:
+        if not library.exists():
+            yield f"{library}: not built, run `make build` first"
+            continue
+        for line in run("nm", "-D", "-C", "--undefined-only", str(library)):
+            if CXX_OF_TORCH.search(line):
+                yield f"{library}: uses a C++ symbol of torch: {line.strip()}"
+            if library.name == "libffm_ext_ops.so" and re.search(r"\b_?Py[A-Z_]", line):
+                yield f"{library}: uses a symbol of Python: {line.strip()}"
+    bindings = BUILD / "csrc" / "bindings.o"
+    if bindings.exists():
+        for line in run("nm", "-C", "--defined-only", str(bindings)):
+            if re.search(r" [BbDdu] .*\bffm::", line):
+                yield f"{bindings}: a variable that libffm_ext_ops.so has too: {line.partition(' ')[2]}"
 
 
 def check_kernels() -> Iterator[str]:
-    build = Path("build", f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
     for source in sorted(Path("csrc/cpu").glob("*_kernels.cpp")):
-        for compiled in sorted((build / source.parent).glob(f"{source.stem}.*.o")):
+        for compiled in sorted((BUILD / source.parent).glob(f"{source.stem}.*.o")):
             isa = compiled.suffixes[0][1:]
             for line in run("nm", "-C", "--defined-only", "--extern-only", str(compiled)):
                 if f"ffm::{isa}::" not in line:

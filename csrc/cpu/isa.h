@@ -2,6 +2,7 @@
 // Which build of the kernels runs: the best one that this CPU has, or the one that FFM_EXT_ISA names.
 #pragma once
 
+#include "../export.h"
 #include "ffm_kernels.h"
 
 namespace ffm {
@@ -13,6 +14,6 @@ const TrainKernels& train_kernels();
 const Int8Kernels& int8_kernels();
 
 // "baseline", "avx2" or "avx512" on x86-64, "neon" on AArch64, "baseline" elsewhere.
-const char* cpu_isa();
+FFM_API const char* cpu_isa();
 
 }  // namespace ffm

@@ -5,6 +5,8 @@
 
 #include <cstddef>
 
+#include "../export.h"
+
 namespace ffm {
 
 struct KeptBlock {
@@ -20,7 +22,7 @@ KeptBlock take_block(size_t bytes);
 void give_back(KeptBlock block);
 
 // What is kept and not in use: nothing with FFM_EXT_KEEP_MEMORY=0, and at most what was in use at the same time lately.
-size_t kept_bytes();
-void release_kept_memory();
+FFM_API size_t kept_bytes();
+FFM_API void release_kept_memory();
 
 }  // namespace ffm

@@ -19,6 +19,8 @@
 #include <variant>
 #include <vector>
 
+#include "../export.h"
+
 namespace ffm::io {
 
 // Memory of malloc, uninitialised: pages that nobody writes cost nothing.
@@ -76,7 +78,7 @@ struct Samples {
 
 // Throws std::system_error if the file cannot be opened or mapped, std::invalid_argument if it is a pipe or a device,
 // std::bad_alloc if memory does not suffice.
-Samples read_file(const std::string& path, const ReadOptions& options);
+FFM_API Samples read_file(const std::string& path, const ReadOptions& options);
 
 // The same of text in memory.
 Samples read_text(std::string_view text, const ReadOptions& options);

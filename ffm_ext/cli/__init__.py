@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from .._build_info import __version__, build_info
+from .._build_info import __version__, build_info, library_path
 from . import _models
 
 __all__ = ["main"]
@@ -82,6 +82,8 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _info(args: argparse.Namespace) -> None:
     info = dict(build_info()) if args.file is None else _models.describe(args.file)
+    if args.file is None:
+        info["library"] = str(library_path())
     if args.json:
         print(json.dumps(info, indent=2))
         return

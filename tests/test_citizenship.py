@@ -1,0 +1,625 @@
+# SPDX-License-Identifier: MIT
+"""What people do with a module of PyTorch, done with ours. The marks make docs/compatibility.md."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from problems import FORMS, OUTPUTS, Problem, by_definition, make_problem
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vjp, vmap
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+import ffm_ext
+from ffm_ext import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine, SparseBatch, reference
+from ffm_ext.functional import ffm_interaction
+
+N, F, K = 50, 3, 4
+ALL = ("dense", "sparse", "fused", "int8")
+LEARNING = ("dense", "sparse", "fused")
+NEEDS_DENSE = "create_graph=True needs grad='dense'"
+
+
+def in_modes(
+    feature: str, works: tuple[str, ...] = (), note: str | None = None, **refused: str
+) -> pytest.MarkDecorator:
+    """Runs a test once a mode: in those where it works, and in those where it is refused with the text given."""
+    options = {} if note is None else {"note": note}
+
+    def param(mode: str, **more: str) -> Any:
+        mark = pytest.mark.compatibility(feature, mode=mode, **options, **more)
+        return pytest.param(mode, marks=mark, id=mode)
+
+    params = [param(mode) for mode in works]
+    return pytest.mark.parametrize(
+        "mode", [*params, *(param(mode, refuses=text) for mode, text in refused.items())]
+    )
+
+
+def optimizer() -> ffm_ext.optim.Optimizer:
+    return ffm_ext.optim.Adam(lr=0.1)
+
+
+def make_layer(mode: str, **options: Any) -> Any:
+    layer = FFMInteraction(N, F, K, grad="dense" if mode == "dense" else "sparse", **options)
+    if mode == "fused":
+        layer.fuse_optimizer(optimizer())
+    return ffm_ext.quantize(layer) if mode == "int8" else layer
+
+
+def make_model(mode: str, **options: Any) -> Any:
+    """With a linear term and a bias, random ones."""
+    grad = "dense" if mode == "dense" else "sparse"
+    model = FFM(K, num_features=N, num_fields=F, grad=grad, **options)
+    for parameter in model.linear.parameters():
+        nn.init.normal_(parameter)
+    if mode == "fused":
+        model.interaction.fuse_optimizer(optimizer())
+    return ffm_ext.quantize(model) if mode == "int8" else model
+
+
+def ids(batch_size: int = 5) -> Tensor:
+    return torch.randint(N, (batch_size, F))
+
+
+def sparse_batch(batch_size: int, has_values: bool = True) -> SparseBatch:
+    nnz = 4 * batch_size + 3
+    offsets = torch.arange(batch_size + 1) * 4
+    offsets[-1] = nnz
+    values = torch.rand(nnz) if has_values else None
+    return SparseBatch(torch.randint(N, (nnz,)), torch.randint(F, (nnz,)), values, offsets)
+
+
+INPUTS: dict[str, Callable[[int], Tensor | SparseBatch]] = {
+    "ids": ids,
+    "batch": sparse_batch,
+    "batch without values": lambda batch_size: sparse_batch(batch_size, has_values=False),
+}
+
+
+def assert_same_state(a: nn.Module, b: nn.Module) -> None:
+    """Parameters, buffers and gradients."""
+    wanted = dict(b.named_parameters())
+    for name, parameter in a.named_parameters():
+        g, w = parameter.grad, wanted[name].grad
+        assert (g is None) == (w is None), name
+        if g is not None and w is not None:
+            assert g.layout == w.layout
+            torch.testing.assert_close(g.to_dense(), w.to_dense())
+    torch.testing.assert_close(a.state_dict(), b.state_dict())
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+def compile_and_train(
+    mode: str, model: nn.Module, make: Callable[[int], Any], backend: str
+) -> None:
+    """Five sizes of batches and of learning rates, one graph, the state of the same model without compilation."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    other = copy.deepcopy(model)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def loss(x: Any) -> Tensor:
+        return model(x).square().mean()
+
+    for step, batch_size in enumerate((4, 9, 2, 17, 33)):
+        x = make(batch_size)
+        model.zero_grad()
+        other.zero_grad()
+        for module in (*model.modules(), *other.modules()):
+            if getattr(module, "_fused", None) is not None:
+                module._fused.param_groups[0]["lr"] = 0.1 / (step + 1)  # type: ignore[union-attr]
+        loss(x).backward()
+        other(x).square().mean().backward()
+        assert_same_state(model, other)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("form", INPUTS)
+@in_modes(
+    "torch.compile, training step",
+    LEARNING,
+    note="`fullgraph=True`, any batch size and learning rate in one graph",
+)
+def test_compiled_training(mode: str, form: str) -> None:
+    compile_and_train(mode, make_model(mode), INPUTS[form], "aot_eager")
+
+
+@pytest.mark.parametrize("form", ["ids", "batch"])
+@pytest.mark.parametrize("mode", LEARNING)
+def test_compiled_training_with_normalisation(mode: str, form: str) -> None:
+    compile_and_train(mode, make_model(mode, normalize=True), INPUTS[form], "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", INPUTS)
+@pytest.mark.parametrize("mode", LEARNING)
+def test_compiled_training_by_inductor(mode: str, form: str) -> None:
+    compile_and_train(mode, make_model(mode), INPUTS[form], "inductor")
+
+
+@pytest.mark.parametrize("form", ["ids", "batch"])
+@in_modes("torch.compile, inference", ALL, note="`fullgraph=True`, one graph")
+def test_compiled_inference(mode: str, form: str) -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = make_model(mode)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for batch_size in (4, 9, 2, 33):
+            x = INPUTS[form](batch_size)
+            torch.testing.assert_close(compiled(x), model(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_compiled_graph_older_than_its_table_is_noticed() -> None:
+    torch.compiler.reset()
+    layer = make_layer("fused")
+    loss = torch.compile(lambda x: layer(x).sum(), fullgraph=True, backend="aot_eager")
+    first, second = loss(ids()), loss(ids())
+    first.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
+@in_modes("double backward under torch.compile", dense="does not currently support double backward")
+def test_compiled_double_backward(mode: str) -> None:
+    torch.compiler.reset()
+    layer = make_layer(mode)
+    loss = torch.compile(lambda x: layer(x).square().sum(), backend="aot_eager")
+    (first,) = torch.autograd.grad(loss(ids()), layer.weight, create_graph=True)
+    first.sum().backward()
+
+
+# ---------------------------------------------------------------- torch.export
+
+
+@pytest.mark.parametrize("form", ["ids", "batch"])
+@in_modes("torch.export", ALL, note="for inference: the program has no gradients")
+def test_export(mode: str, form: str) -> None:
+    model = make_model(mode).eval()
+    entries, ends = torch.export.Dim("entries"), torch.export.Dim("ends", min=3)
+    shapes: Any = {0: torch.export.Dim("B", min=2)}
+    if form == "batch":
+        shapes = [{0: entries}, {0: entries}, {0: entries}, {0: ends}]
+    program = torch.export.export(model, (INPUTS[form](3),), dynamic_shapes={"x": shapes})
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for batch_size in (3, 2, 8):
+        x = INPUTS[form](batch_size)
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+# ---------------------------------------------------------------- autocast
+
+
+@in_modes("autocast", ALL, note="the table keeps its dtype, sums and result too")
+def test_autocast(mode: str) -> None:
+    model = make_model(mode)
+    x, values = ids(), torch.rand(5, F, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(x, values)
+        assert found.dtype == torch.float32
+        assert nn.Linear(5, 2)(found).dtype == torch.bfloat16
+    torch.testing.assert_close(found, model(x, values))
+
+
+@pytest.mark.parametrize("mode", LEARNING)
+def test_training_under_autocast(mode: str) -> None:
+    """A head in bfloat16 behind the layer: the gradient of the table is float32, and that of the head's gradient."""
+    layer, head = make_layer(mode, output="dot"), nn.Linear(3, 1)
+    x, before = ids(), layer.weight.detach().clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+        out.retain_grad()
+        loss = head(out).square().mean()
+    loss.backward()
+    if mode == "fused":
+        assert not torch.equal(layer.weight, before)
+        return
+    expected = torch.autograd.grad(layer(x), layer.weight, out.grad)[0]
+    assert layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(layer.weight.grad.to_dense(), expected.to_dense())
+
+
+@in_modes("torch.amp.GradScaler", ("dense", "sparse"), fused="the loss was scaled by a GradScaler")
+def test_grad_scaler(mode: str) -> None:
+    layer = make_layer(mode)
+    other = copy.deepcopy(layer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x = ids()
+    step = layer._fused or torch.optim.SGD(layer.parameters(), lr=0.1)
+    scaler.scale(layer(x).square().sum()).backward()
+    scaler.step(step)
+    scaler.update()
+    other(x).square().sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    torch.testing.assert_close(layer.weight, other.weight)
+
+
+# ---------------------------------------------------------------- torch.func
+
+
+@in_modes("torch.func.functional_call", ALL)
+def test_functional_call(mode: str) -> None:
+    layer, other = make_layer(mode), make_layer(mode)
+    x = ids()
+    found = functional_call(layer, dict(other.state_dict()), (x,))
+    torch.testing.assert_close(found, other(x))
+    if mode in ("dense", "sparse"):
+        weight = other.weight.detach().clone().requires_grad_()
+        functional_call(layer, {"weight": weight}, (x,)).sum().backward()
+        other(x).sum().backward()
+        torch.testing.assert_close(weight.grad.to_dense(), other.weight.grad.to_dense())
+        assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+@in_modes("torch.func.grad, vjp, jacrev", ("dense",), sparse=NEEDS_DENSE)
+def test_func_gradients(mode: str, form: str) -> None:
+    problem = make_problem(form, F, K, dtype=torch.float64)
+    inputs = (problem.weight, problem.values)
+    argnums = (0,) if problem.values is None else (0, 1)
+    seed = torch.randn(problem.batch_size, dtype=torch.float64)
+
+    def ours(weight: Tensor, values: Tensor | None) -> Tensor:
+        return ffm_interaction(weight, *with_values(problem, values), grad=mode)  # type: ignore[arg-type]
+
+    def plain(weight: Tensor, values: Tensor | None) -> Tensor:
+        return reference.ffm_interaction(weight, *with_values(problem, values), grad="dense")
+
+    def gradients(f: Callable[..., Tensor]) -> list[Any]:
+        def second(*a: Tensor) -> Any:
+            return jacrev(lambda *a: f(*a)[3], argnums)(*a)
+
+        return [
+            grad(lambda *a: (f(*a) * seed).sum(), argnums)(*inputs),
+            jacrev(f, argnums)(*inputs),
+            vjp(lambda weight: f(weight, problem.values), problem.weight)[1](seed),
+            jacrev(second, argnums)(*inputs),
+        ]
+
+    torch.testing.assert_close(gradients(ours), gradients(plain))
+
+
+def with_values(problem: Problem, values: Tensor | None) -> tuple[Tensor | None, ...]:
+    return problem.indices, problem.fields, values, problem.offsets  # type: ignore[return-value]
+
+
+@in_modes("torch.func.vmap", ALL, note="by one call for all, also over several tables")
+@pytest.mark.filterwarnings("error:There is a performance drop")
+def test_vmap(mode: str) -> None:
+    layer, x = make_layer(mode), torch.stack([ids() for _ in range(4)])
+    torch.testing.assert_close(vmap(layer)(x), torch.stack([layer(i) for i in x]))
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")
+@pytest.mark.parametrize("batched", ["ids", "table", "table and ids", "values"])
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_vmap_of_a_gradient(form: str, output: str, batched: str) -> None:
+    problem = make_problem(form, F, K, dtype=torch.float64)
+    if batched == "values" and problem.values is None:
+        return
+
+    def stack(tensor: Tensor) -> Tensor:
+        return torch.stack([tensor, tensor.flip(0)])
+
+    args = list(problem.args)
+    dims: list[int | None] = [None] * 5
+    for i, name in ((0, "table"), (1, "ids"), (3, "values")):
+        if name in batched:
+            args[i], dims[i] = stack(args[i]), 0  # type: ignore[arg-type]
+
+    def loss(interaction: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *a: (
+            interaction(*a, output=output, within_field=True, grad="dense").square().sum()
+        )
+
+    argnums = (0,) if problem.values is None else (0, 3)
+    found = vmap(grad(loss(ffm_interaction), argnums), tuple(dims))(*args)
+    single = [[a if d is None else a[v] for a, d in zip(args, dims)] for v in range(2)]  # type: ignore[index]
+    wanted = [grad(loss(reference.ffm_interaction), argnums)(*a) for a in single]
+    torch.testing.assert_close(found, tuple(torch.stack(parts) for parts in zip(*wanted)))
+
+
+@in_modes("vmap of a gradient (one gradient a sample)", ("dense",), sparse=NEEDS_DENSE)
+def test_gradient_of_each_sample(mode: str) -> None:
+    layer, x = make_layer(mode), ids()
+
+    def loss(weight: Tensor, sample: Tensor) -> Tensor:
+        return functional_call(layer, {"weight": weight}, (sample[None],)).square().sum()
+
+    found = vmap(grad(loss), (None, 0))(layer.weight.detach(), x)
+    for sample, gradient in zip(x, found):
+        (wanted,) = torch.autograd.grad(layer(sample[None]).square().sum(), layer.weight)
+        torch.testing.assert_close(gradient, wanted)
+
+
+@in_modes(
+    "forward-mode derivatives (jvp, jacfwd, hessian)",
+    dense="no forward-mode derivatives",
+    sparse="no forward-mode derivatives",
+)
+def test_forward_mode(mode: str) -> None:
+    weight, x = torch.randn(N, F * K), ids()
+    torch.func.jvp(lambda w: ffm_interaction(w, x, grad=mode), (weight,), (weight,))  # type: ignore[arg-type]
+
+
+def test_forward_mode_elsewhere_is_no_matter() -> None:
+    layer, x = make_layer("dense"), ids()
+
+    def function(scale: Tensor) -> Tensor:
+        return layer(x).detach() * scale
+
+    _, tangent = torch.func.jvp(function, (torch.ones(5),), (torch.ones(5),))
+    torch.testing.assert_close(tangent, layer(x))
+
+
+@in_modes("double backward", ("dense",), sparse=NEEDS_DENSE, fused=NEEDS_DENSE)
+def test_double_backward(mode: str) -> None:
+    """Third derivatives too, and that of the gradient that flows in. gradgradcheck is in test_gradients.py."""
+    problem = make_problem("one-hot", F, K, num_features=N, dtype=torch.float64)
+    layer = make_layer(mode).double()
+    seed = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    results = []
+    for function in (
+        lambda w: functional_call(layer, {"weight": w}, (problem.indices,)),
+        lambda w: by_definition(
+            w.view(N, F, K), *problem.args[1:], output="sum", within_field=False
+        ),
+    ):
+        weight = layer.weight.detach().clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(weight).pow(3), weight, seed, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), (weight, seed), create_graph=True)
+        third = torch.autograd.grad(second[0].sum() + second[1].sum(), (weight, seed))
+        results.append((first, *second, *third))
+    torch.testing.assert_close(*results)
+
+
+# ---------------------------------------------------------------- copies and files
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_a_file(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def by_state_dict(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(model)
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
+
+
+def assigned(model: nn.Module) -> nn.Module:
+    other = copy.deepcopy(model)
+    other.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    return other
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, pickled, through_a_file, by_state_dict, assigned]
+)
+@in_modes("copy.deepcopy, pickle, torch.save, state_dict", ALL)
+def test_a_copy_goes_on_as_the_original(
+    mode: str, copied: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = make_model(mode)
+    x = ids()
+    if mode != "int8":
+        model(x).sum().backward()
+        model.zero_grad()
+    other = copied(model)
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+    if mode == "int8":
+        return
+    other(x).square().sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model(x).square().sum().backward()
+    assert_same_state(other, model)
+    if mode == "sparse":
+        assert other.interaction.weight.grad.is_coalesced()
+    if mode == "fused":
+        # The copy's handle is the copy's own.
+        other.interaction._fused.param_groups[0]["lr"] = 0.7
+        assert model.interaction._fused.param_groups[0]["lr"] == 0.1
+        before = model.interaction.weight.detach().clone()
+        other(x).sum().backward()
+        assert torch.equal(model.interaction.weight, before)
+        assert not torch.equal(other.interaction.weight, before)
+
+
+# ---------------------------------------------------------------- hooks, parametrizations, memory
+
+
+@in_modes("forward and backward hooks", LEARNING)
+def test_hooks(mode: str) -> None:
+    layer, seen = make_layer(mode), []
+    layer.register_forward_pre_hook(lambda module, args: (args[0].flip(0),))
+    layer.register_forward_hook(lambda module, args, out: out * 2)
+    layer.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(grad_out[0]))
+    layer.weight.register_hook(lambda g: None if g is None else seen.append(g))
+    x = ids()
+    expected = 2 * FFMInteraction.forward(layer, x.flip(0))
+    out = layer(x)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    torch.testing.assert_close(seen[0], torch.ones(5))
+    # In the fused mode the table has no gradient.
+    assert len(seen) == (1 if mode == "fused" else 2)
+
+
+class Masked(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * (torch.arange(N) % 2)[:, None]
+
+
+COMPUTED = "weight is computed from another tensor"
+
+
+@in_modes("torch.nn.utils.parametrize", ("dense",), sparse=COMPUTED, fused=COMPUTED)
+def test_parametrize(mode: str) -> None:
+    x = ids()
+    layer, other = make_layer(mode), make_layer(mode)
+    parametrize.register_parametrization(layer, "weight", Masked())
+    layer(x).sum().backward()
+    gradient = layer.parametrizations.weight.original.grad
+    assert (gradient[::2] == 0).all()
+    assert gradient[1::2].any()
+    torch.nn.utils.parametrizations.weight_norm(other, "weight")
+    other(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in other.parameters())
+
+
+def test_a_parametrized_table_takes_no_fused_optimizer() -> None:
+    layer = make_layer("dense")
+    parametrize.register_parametrization(layer, "weight", Masked())
+    with pytest.raises(
+        RuntimeError, match=r"FFMInteraction\.fuse_optimizer: weight is parametrized"
+    ):
+        layer.fuse_optimizer(optimizer())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@in_modes("torch.utils.checkpoint", LEARNING)
+def test_gradient_checkpointing(mode: str, reentrant: bool) -> None:
+    layer = make_layer(mode)
+    other = copy.deepcopy(layer)
+    x, values = ids(), torch.rand(5, F, requires_grad=True)
+    checkpoint(lambda *a: layer(*a).square(), x, values, use_reentrant=reentrant).sum().backward()
+    other(x, values).square().sum().backward()
+    assert_same_state(layer, other)
+
+
+# ---------------------------------------------------------------- construction
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "FFMInteraction": lambda **k: FFMInteraction(13, 3, 4, **k),
+    "FFM of sizes": lambda **k: FFM(4, field_dims=[4, 7, 2], **k),
+    "FFM of ids": lambda **k: FFM(
+        4, fields={"a": [0, 1, 12], "b": range(2, 10), "c": [10, 11]}, **k
+    ),
+    "FM": lambda **k: FM(13, 4, **k),
+    "drop-in": lambda **k: FieldAwareFactorizationMachine([4, 7, 2], 4, **k),
+}
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_buffers())
+
+
+@pytest.mark.compatibility("meta device, to_empty, reset_parameters", mode=("dense", "sparse"))
+@pytest.mark.parametrize("name", MODELS)
+def test_meta_device(name: str) -> None:
+    make = MODELS[name]
+    with torch.device("meta"):
+        model = make()
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    shell = nn.ModuleDict({"inner": model}).to_empty(device="cpu")
+    for parameter in shell.parameters():
+        nn.init.constant_(parameter, float("nan"))
+    for module in shell.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.reset_parameters()  # type: ignore[operator]
+    other = make()
+    for one in (model, other):
+        torch.manual_seed(0)
+        one.reset_parameters()  # type: ignore[operator]
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(buffers(model), buffers(other))
+    x = torch.randint(2, (5, 3))
+    torch.testing.assert_close(model(x), other(x))
+
+
+@pytest.mark.compatibility("torch.nn.utils.skip_init", mode=("dense", "sparse"))
+@pytest.mark.parametrize("name", MODELS)
+def test_deferred_initialisation(name: str) -> None:
+    other = MODELS[name]()
+
+    class Deferred(nn.Module):
+        def __new__(cls, device: str = "cpu") -> Any:
+            return MODELS[name](device=device)
+
+        def __init__(self, device: str = "cpu") -> None: ...
+
+    model = torch.nn.utils.skip_init(Deferred)
+    model.load_state_dict(other.state_dict())
+    x = torch.randint(2, (5, 3))
+    torch.testing.assert_close(model(x), other(x))
+    torch.testing.assert_close(buffers(model), buffers(other))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dtype_of_a_new_module(name: str) -> None:
+    model = MODELS[name](dtype=torch.float64)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+# ---------------------------------------------------------------- the rest
+
+
+@in_modes("torch.profiler", LEARNING, note="the operators have their names in it")
+def test_profiler(mode: str) -> None:
+    layer = make_layer(mode)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(ids()).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    backward = {
+        "dense": "ffm_backward",
+        "sparse": "ffm_backward_sparse",
+        "fused": "ffm_backward_fused_",
+    }
+    assert {"ffm_ext::ffm_forward", f"ffm_ext::{backward[mode]}"} <= names
+
+
+TORCHSCRIPT = "TorchScript cannot compile it. torch.export and AOTInductor take its place"
+
+
+@in_modes("torch.jit.script", **dict.fromkeys(ALL, TORCHSCRIPT))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript(mode: str) -> None:
+    torch.jit.script(make_model(mode))
+
+
+def test_a_batch_is_a_pytree() -> None:
+    batch = sparse_batch(3)
+    leaves, spec = torch.utils._pytree.tree_flatten(batch)
+    assert [id(leaf) for leaf in leaves] == [
+        id(getattr(batch, n)) for n in ("indices", "fields", "values", "offsets")
+    ]
+    other = torch.utils._pytree.tree_map_only(Tensor, torch.clone, batch)
+    assert isinstance(other, SparseBatch)
+    assert torch.equal(other.offsets, batch.offsets)
+    assert torch.utils._pytree.tree_unflatten(leaves, spec).values is batch.values
+
+
+def test_a_batch_is_saved_with_tensors() -> None:
+    batch, file = sparse_batch(3), io.BytesIO()
+    torch.save({"batch": batch}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)["batch"]
+    for name in ("indices", "fields", "values", "offsets"):
+        assert torch.equal(getattr(loaded, name), getattr(batch, name))
