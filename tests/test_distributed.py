@@ -347,9 +347,9 @@ def test_the_command_line_gives_the_same_loss_for_any_number_of_processes(tmp_pa
     write_data(tmp_path / "train.ffm", 500, 0)
     write_data(tmp_path / "valid.ffm", 90, 1)
     data.convert_libffm(tmp_path / "train.ffm", tmp_path / "folder", shard_bytes=5000)
-    for source in ("train.ffm", "folder"):
+    for source, sizes in (("train.ffm", (1, 2, 3)), ("folder", (1, 2))):
         runs = {}
-        for size in (1, 2, 3):
+        for size in sizes:
             model = tmp_path / f"model-{size}"
             runs[size] = finished(
                 torchrun(
@@ -358,7 +358,7 @@ def test_the_command_line_gives_the_same_loss_for_any_number_of_processes(tmp_pa
                 )
             )  # fmt: skip
             assert len(runs[size]) == 4, "three epochs and a summary, of the first process alone"
-        for size in (2, 3):
+        for size in sizes[1:]:
             for one, several in zip(runs[1], runs[size], strict=True):
                 for name in ("train_loss", "valid_loss", "valid_logloss", "samples"):
                     assert several.get(name) == pytest.approx(one.get(name), abs=1e-5)
@@ -373,25 +373,13 @@ def test_the_command_line_gives_the_same_loss_for_any_number_of_processes(tmp_pa
 def test_a_killed_process_is_started_again_and_the_run_ends_the_same(tmp_path: Path) -> None:
     write_data(tmp_path / "train.ffm", 3000, 0)
     write_data(tmp_path / "valid.ffm", 90, 1)
-    command = [
-        "-m",
-        "ffm_ext",
-        "train",
-        "--json",
-        "-t",
-        12,
-        "--batch-size",
-        16,
-        "--checkpoint-every",
-        1000,
-    ]
+    command = ["-m", "ffm_ext", "train", "--json", "-t", 12, "--batch-size", 16]
     files = ["-p", tmp_path / "valid.ffm", tmp_path / "train.ffm"]
     expected = finished(torchrun(2, *command, *files, tmp_path / "undisturbed"))[-1]
 
     checkpoint = tmp_path / "checkpoint"
-    process = torchrun(
-        2, *command, "--checkpoint", checkpoint, *files, tmp_path / "killed", restarts=2
-    )
+    kept = ["--checkpoint", checkpoint, "--checkpoint-every", 1000]
+    process = torchrun(2, *command, *kept, *files, tmp_path / "killed", restarts=2)
     deadline = time.monotonic() + WAIT
     while len(list(checkpoint.glob("step-*"))) == 0:
         assert process.poll() is None and time.monotonic() < deadline
@@ -402,6 +390,7 @@ def test_a_killed_process_is_started_again_and_the_run_ends_the_same(tmp_path: P
     assert process.returncode == 0, errors
     assert "SIGKILL" in errors or "Signal 9" in errors or "-9" in errors
     printed = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert "going on from" in errors
     assert printed[-1]["valid_logloss"] == expected["valid_logloss"]
     assert torch.equal(
         interop.load_model(tmp_path / "killed").interaction.weight,

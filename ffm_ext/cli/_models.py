@@ -273,10 +273,12 @@ def _train_together(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.train}: no samples")
     if first:
         _report_skipped(data.data, args.train)
-    resume, checkpoint = args.resume, args.checkpoint or args.resume
+    resume = args.resume
     # After a failure the agent starts all processes again, with the arguments of the first time.
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and checkpoint is not None:
-        resume = checkpoint if newest_checkpoint(checkpoint) else resume
+    if args.checkpoint is not None and newest_checkpoint(args.checkpoint):
+        resume = args.checkpoint
+    if first and resume is not None:
+        print(f"going on from {resume}", file=sys.stderr)
     trainer = (
         DistributedTrainer.load(resume)
         if resume

@@ -12,6 +12,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# What a file may be to blame for, the particular before the general.
+_TOLD = (FileNotFoundError, OSError, IndexError, ValueError)
+
 # The newer name of the same, where torch has it.
 _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
@@ -79,10 +82,10 @@ class Group:
         error: Exception | None = None
         try:
             result = work()
-        except (OSError, ValueError, IndexError) as caught:
+        except _TOLD as caught:
             error = caught
-        for found in self.objects(None if error is None else (type(error), error.args)):
-            if found is not None:
-                kind, args = found
-                raise kind(*args) from error
+        kind = next((kind for kind in _TOLD if isinstance(error, kind)), None)
+        for first_kind, text in self.objects((kind, str(error))):
+            if first_kind is not None:
+                raise first_kind(text) from error
         return result

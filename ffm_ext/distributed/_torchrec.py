@@ -181,7 +181,8 @@ def shard(
             "shard: there is no process group; call torch.distributed.init_process_group"
         )
     size, device = dist.get_world_size(), torch.device(device)
-    sharder = EmbeddingCollectionSharder()
+    # A row that several samples of a batch need comes once.
+    sharder = EmbeddingCollectionSharder(use_index_dedup=True)
     plans: dict[str, Any] = {}
     for path, module in model.named_modules():
         if not isinstance(module, sharder.module_type):

@@ -160,6 +160,7 @@ class DistributedTrainer(Trainer):
         It is written beside the older one and then renamed: after a failure, the older one is there still. Tensors are
         in safetensors files, all else in ``trainer.json``; nothing is pickled. All processes see the same file system.
         """
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -182,12 +183,15 @@ class DistributedTrainer(Trainer):
                 flush_to_disk(new / _INFO)
 
         members.together(prepare)
-        save(
-            tensors,
-            storage_writer=HuggingFaceStorageWriter(str(new), save_distributed=True),
-            process_group=self._group,
-            no_dist=members.size == 1,
-        )
+        try:
+            save(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(new), save_distributed=True),
+                process_group=self._group,
+                no_dist=members.size == 1,
+            )
+        except CheckpointException as error:
+            raise OSError(f"DistributedTrainer.save: {os.fspath(path)}: {error}") from error
 
         def finish() -> None:
             if members.rank == 0:
