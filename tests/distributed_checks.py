@@ -268,8 +268,8 @@ def torchrec_column_wise_sgd(rank: int, size: int, folder: Path) -> list[float]:
     return torchrec(rank, size, folder, "column_wise", torch.optim.SGD)
 
 
-def torchrec_table_wise_adam(rank: int, size: int, folder: Path) -> list[float]:
-    return torchrec(rank, size, folder, "table_wise", torch.optim.Adam)
+def torchrec_table_wise_adagrad(rank: int, size: int, folder: Path) -> list[float]:
+    return torchrec(rank, size, folder, "table_wise", torch.optim.Adagrad)
 
 
 def main() -> None:

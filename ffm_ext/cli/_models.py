@@ -255,10 +255,10 @@ def _train_together(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from ..distributed import DistributedTrainer, read_share
-    from ..distributed._group import Group
+    from ..distributed._group import Group, join_torchrun
     from ..distributed._training import newest_checkpoint
 
-    dist.init_process_group("gloo")
+    join_torchrun()
     members = Group()
     first = members.rank == 0
     args.quiet |= not first

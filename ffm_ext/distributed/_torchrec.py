@@ -145,8 +145,9 @@ def shard(
         model: a module that holds :class:`EmbeddingFFM` or other ``EmbeddingCollection``.
         sharding: ``"row_wise"``: each table by rows over all processes. ``"column_wise"``: by columns, in parts that
             are a multiple of 4 wide. ``"table_wise"``: each table whole in one process, in turn.
-        optimizer: fused into the backward pass of the tables: ``torch.optim.SGD``, ``Adagrad``, ``Adam``, or one of
-            ``torchrec.optim`` such as ``RowWiseAdagrad``. ``None``: the tables have gradients.
+        optimizer: fused into the backward pass of the tables: ``torch.optim.SGD`` or ``Adagrad``, or
+            ``torchrec.optim.RowWiseAdagrad``; on CUDA also ``torch.optim.Adam`` and others that FBGEMM has. ``None``: the
+            tables have gradients.
         optimizer_args: its arguments, ``{"lr": 0.1}``.
         device: of the tables.
 
@@ -181,8 +182,7 @@ def shard(
             "shard: there is no process group; call torch.distributed.init_process_group"
         )
     size, device = dist.get_world_size(), torch.device(device)
-    # A row that several samples of a batch need comes once.
-    sharder = EmbeddingCollectionSharder(use_index_dedup=True)
+    sharder = EmbeddingCollectionSharder()
     plans: dict[str, Any] = {}
     for path, module in model.named_modules():
         if not isinstance(module, sharder.module_type):
