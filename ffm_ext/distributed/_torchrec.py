@@ -145,8 +145,8 @@ def shard(
         model: a module that holds :class:`EmbeddingFFM` or other ``EmbeddingCollection``.
         sharding: ``"row_wise"``: each table by rows over all processes. ``"column_wise"``: by columns, in parts that
             are a multiple of 4 wide. ``"table_wise"``: each table whole in one process, in turn.
-        optimizer: fused into the backward pass of the tables: ``torch.optim.SGD`` or ``Adagrad``, or
-            ``torchrec.optim.RowWiseAdagrad``; on CUDA also ``torch.optim.Adam`` and others that FBGEMM has. ``None``: the
+        optimizer: fused into the backward pass of the tables: ``torch.optim.SGD``, ``torch.optim.Adagrad`` or
+            ``torchrec.optim.RowWiseAdagrad``; on CUDA also ``torch.optim.Adam`` and others of FBGEMM. ``None``: the
             tables have gradients.
         optimizer_args: its arguments, ``{"lr": 0.1}``.
         device: of the tables.

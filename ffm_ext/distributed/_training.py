@@ -86,20 +86,19 @@ class DistributedTrainer(Trainer):
             raise TypeError(
                 f"{where}: data must be a Share, a SparseDataset or a path, got {type(data).__name__}"
             )
-        if where.endswith("fit"):
-            sizes = data.sizes.tolist()
-            if self._sizes is not None and sizes != self._sizes and self._sample:
-                raise ValueError(
-                    f"{where}: the checkpoint is in the middle of an epoch of {sum(self._sizes)} samples "
-                    f"in {len(self._sizes)} ranges, data has {sum(sizes)} in {len(sizes)}, or others"
-                )
-            self._sizes = sizes
         return [data]
 
     def _num_samples(self, parts: list[Any]) -> int:
         return sum(part.num_samples for part in parts)
 
     def _steps(self, part: Any, number: int) -> np.ndarray:
+        sizes = part.sizes.tolist()
+        if self._sample and self._sizes is not None and sizes != self._sizes:
+            raise ValueError(
+                f"DistributedTrainer: the checkpoint is in the middle of an epoch of {sum(self._sizes)} samples "
+                f"in {len(self._sizes)} ranges, data has {sum(sizes)} in {len(sizes)}, or others"
+            )
+        self._sizes = sizes
         self._orders = [self._order(int(part.sizes[i]), 1 + i) for i in part.ranges]
         return np.arange(part.num_steps(self.batch_size))
 
