@@ -76,10 +76,7 @@ class FFMInteraction(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the table anew."""
-        pairs = max(1, self.num_fields * (self.num_fields - 1) // 2)
-        nn.init.normal_(
-            self.weight, std=math.sqrt(_INITIAL_STD / math.sqrt(pairs * self.embed_dim))
-        )
+        nn.init.normal_(self.weight, std=initial_std(self.num_fields, self.embed_dim))
 
     def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
         """Interaction of a batch, in the dtype of the table: ``[B]``, ``[B, P]`` or ``[B, P, K]`` by ``output``.
@@ -93,6 +90,7 @@ class FFMInteraction(nn.Module):
             ValueError: a shape, dtype, device, offset or value is wrong.
             TypeError: ``x`` is neither a tensor nor a :class:`SparseBatch`.
         """
+        check_replicas(self)
         weight = self.weight
         indices, fields, values, offsets = _entries("FFMInteraction", x, values, weight.dtype)
         has_grad = weight.requires_grad and torch.is_grad_enabled()
@@ -169,10 +167,20 @@ class FFMInteraction(nn.Module):
                 "FFMInteraction.fuse_optimizer: weight is parametrized, and a fused optimizer updates "
                 "the parameter itself"
             )
+        if type(self.weight.data) is not Tensor:
+            raise TypeError(
+                f"FFMInteraction.fuse_optimizer: the table is a {type(self.weight.data).__name__}, of which this "
+                "process may hold a part; only a plain tensor can be updated inside backward"
+            )
         remove_state(self)
         add_state(self, optimizer)
         self._fused = FusedOptimizer(self, optimizer)
         return self._fused
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self._fused is not None:  # assign=True has put another parameter in place
+            self._fused.param_groups[0]["params"] = [self.weight]
 
     def extra_repr(self) -> str:
         """Sizes and modes, for ``repr``."""
@@ -301,6 +309,7 @@ class _Linear(nn.Module):
         self, score: Tensor, indices: Tensor, values: Tensor | None, offsets: Tensor | None
     ) -> Tensor:
         if self.weight is not None:
+            check_replicas(self)
             score = score + self._sum(indices, values, offsets)
         return score if self.bias is None else score + self.bias
 
@@ -522,6 +531,7 @@ class FM(nn.Module):
             ValueError: a shape, offset or value is wrong.
             TypeError: ``x`` is neither a tensor nor a :class:`SparseBatch`.
         """
+        check_replicas(self)
         indices, _, values, offsets = _entries("FM", x, values, self.weight.dtype)
         check_contents("FM", indices, values, offsets, self.weight.shape[0])
         rows = nn.functional.embedding(indices, self.weight, sparse=self.grad == "sparse")
@@ -536,6 +546,48 @@ class FM(nn.Module):
             sums = zeros.index_add(0, samples, rows)
             squares = zeros.index_add(0, samples, rows**2)
         return self.linear((sums**2 - squares).sum(1) / 2, indices, values, offsets)
+
+
+def check_replicas(layer: nn.Module, replicas: nn.Module | None = None) -> None:
+    """Refuse a table that would not be the same in every process, or not be the one that its fused optimizer keeps.
+
+    Args:
+        layer: any module; those without a table pass.
+        replicas: the ``DistributedDataParallel`` that trains it; ``None``: the one whose forward pass this is, if any.
+    """
+    if not isinstance(layer, FFMInteraction | FM | _Linear) or torch.compiler.is_compiling():
+        return
+    if layer.weight is None or not (torch.is_grad_enabled() and layer.weight.requires_grad):
+        return
+    name = type(layer).__name__
+    replicas = replicas or nn.parallel.DistributedDataParallel._active_ddp_module
+    fused = getattr(layer, "_fused", None)
+    if fused is not None and replicas is not None:
+        raise RuntimeError(
+            f"{name}: a layer with a fused optimizer cannot be trained under DistributedDataParallel: each process "
+            "would update a table of its own. Use grad='sparse' or 'dense' with an optimizer of torch, or "
+            "ffm_ext.distributed.DistributedTrainer"
+        )
+    if fused is not None and fused.param_groups[0]["params"][0] is not layer.weight:
+        raise RuntimeError(
+            f"{name}: the table is not the one that its fused optimizer updates: FSDP and functional_call put another "
+            "in its place. Use grad='dense' with an optimizer of torch"
+        )
+    if (
+        layer.grad == "sparse"
+        and replicas is not None
+        and not hasattr(replicas, "sums_sparse_gradients")
+    ):
+        raise RuntimeError(
+            f"{name}: torch's DistributedDataParallel does not take the sparse gradient of this layer: wrap the model "
+            "in ffm_ext.distributed.DistributedDataParallel, or use grad='dense'"
+        )
+
+
+def initial_std(num_fields: int, embed_dim: int) -> float:
+    """The deviation of a new table."""
+    pairs = max(1, num_fields * (num_fields - 1) // 2)
+    return math.sqrt(_INITIAL_STD / math.sqrt(pairs * embed_dim))
 
 
 def _keep_coalesced(weight: Tensor) -> None:

@@ -130,6 +130,9 @@ class Trainer:
         TypeError, ValueError: an argument is not what it should be.
     """
 
+    # A save on Ctrl-C, which the processes of a group would begin at different steps, is for one that is alone.
+    _saves_alone = True
+
     def __init__(
         self,
         model: FFM,
@@ -257,7 +260,8 @@ class Trainer:
                     )
                 save()
         except KeyboardInterrupt:
-            save()
+            if self._saves_alone:
+                save()
             raise
         return self.history
 
@@ -277,25 +281,22 @@ class Trainer:
         save: Callable[[], None] | None,
         save_every: int | None,
     ) -> None:
-        start, total = time.perf_counter() - self._seconds, sum(len(part.labels) for part in parts)
+        start, total = time.perf_counter() - self._seconds, self._num_samples(parts)
         shards = self._order(len(parts), 0)
         saved = self._samples
         with self._threads():
             while self._shard < len(parts):
                 number = int(shards[self._shard])
                 part = parts[number]
-                order = self._order(len(part.labels), 1 + number)
+                order = self._steps(part, number)
                 while self._sample < len(order):
                     piece = order[self._sample : self._sample + self._piece(save_every)]
                     with _uninterrupted():
-                        loss = self._train(part, piece)
-                        weights = part.weights
+                        loss, weight, samples = self._train(part, piece)
                         self._loss += loss
-                        self._weight += (
-                            len(piece) if weights is None else float(weights[piece].double().sum())
-                        )
+                        self._weight += weight
                         self._sample += len(piece)
-                        self._samples += len(piece)
+                        self._samples += samples
                         self._seconds = time.perf_counter() - start
                     if not math.isfinite(loss):
                         raise FloatingPointError(
@@ -358,6 +359,13 @@ class Trainer:
             return np.arange(n)
         return np.random.default_rng([self.seed, self.epoch, stream]).permutation(n)
 
+    def _num_samples(self, parts: list[_Part]) -> int:
+        return sum(len(part.labels) for part in parts)
+
+    def _steps(self, part: _Part, number: int) -> np.ndarray:
+        """What this epoch goes through in a part, in order: its samples."""
+        return self._order(len(part.labels), 1 + number)
+
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:
         before = torch.get_num_threads()
@@ -369,13 +377,13 @@ class Trainer:
         finally:
             torch.set_num_threads(before)
 
-    def _train(self, part: _Part, order: np.ndarray) -> float:
-        """Train with some samples of a part; the sum of their losses."""
+    def _train(self, part: _Part, order: np.ndarray) -> tuple[float, float, int]:
+        """Train with some samples of a part: the sums of their losses and of their weights, and how many they are."""
+        weights, n = part.weights, len(order)
+        weight = float(n) if weights is None else float(weights[order].double().sum())
         if self.mode == "deterministic":
-            return sum(
-                self._train_batch(_take(part, order[i : i + self.batch_size]))
-                for i in range(0, len(order), self.batch_size)
-            )
+            batches = (order[i : i + self.batch_size] for i in range(0, n, self.batch_size))
+            return sum(self._train_batch(_take(part, batch)) for batch in batches), weight, n
         layer = self.model.interaction
         indices, fields, values, offsets = _entries("Trainer", part.x, None, layer.weight.dtype)
         small, empty = self._small_parameters(), list[Tensor]()
@@ -402,8 +410,8 @@ class Trainer:
             self.optimizer.rounding_seed,
             self.mode == "hogwild",
         )
-        self._step += len(order)
-        return float(loss)
+        self._step += n
+        return float(loss), weight, n
 
     def _train_batch(self, part: _Part) -> float:
         """One update with the summed gradients of a batch."""
@@ -436,16 +444,9 @@ class Trainer:
             self._step,
             self.optimizer.rounding_seed,
         )
-        torch.ops.ffm_ext.ffm_backward_fused_(
-            torch.from_numpy(slope).to(dtype),
-            table,
-            self._states["table"],
-            *lists,
-            False,
-            *update,
-        )
+        self._update_table(torch.from_numpy(slope).to(dtype), lists, update)
         exact = (*update[:3], None)
-        if "linear" in small and len(ids):
+        if "linear" in small:
             rows, inverse = np.unique(ids, return_inverse=True)
             gradient = np.bincount(inverse.ravel(), wide * slope[samples], len(rows))
             self._update_small("linear", torch.from_numpy(rows).long(), gradient, exact)
@@ -456,6 +457,10 @@ class Trainer:
             self._update_small("bias", None, gradient, (name, without_decay, *rest))
         self._step += 1
         return float(np.add.reduce(loss))
+
+    def _update_table(self, slope: Tensor, lists: tuple[Any, ...], update: tuple[Any, ...]) -> None:
+        states = self._states["table"]
+        torch.ops.ffm_ext.ffm_backward_fused_(slope, self._table(), states, *lists, False, *update)
 
     def _update_small(
         self, name: str, rows: Tensor | None, gradient: np.ndarray, update: tuple[Any, ...]
@@ -532,6 +537,11 @@ class Trainer:
             self.model.offsets = offsets
 
     def _mean_loss(self, parts: list[_Part]) -> float:
+        total, weight = self._sum_of_losses(parts)
+        return total / max(weight, 1e-300)
+
+    def _sum_of_losses(self, parts: list[_Part]) -> tuple[float, float]:
+        """The losses of all samples, each times its weight, and the weights."""
         total = weight = 0.0
         for part in parts:
             loss, _ = _loss_and_slope(
@@ -540,7 +550,7 @@ class Trainer:
             weights = np.ones(len(loss)) if part.weights is None else part.weights.double().numpy()
             total += float(np.add.reduce(loss * weights))
             weight += float(np.add.reduce(weights))
-        return total / max(weight, 1e-300)
+        return total, weight
 
     def _parts(self, where: str, data: Any) -> list[_Part]:
         if isinstance(data, str | os.PathLike):
@@ -620,6 +630,15 @@ class Trainer:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
+        tensors, metadata = self._tensors_and_metadata()
+        with atomic_write(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata)
+            except SafetensorError as error:
+                raise OSError(f"Trainer.save: {os.fspath(path)}: {error}") from error
+
+    def _tensors_and_metadata(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What a checkpoint holds: tensors, and texts that describe all else."""
         state = self.state_dict()
         position = state.pop("position")
         arguments = {name: getattr(self, name) for name in _ARGUMENTS}
@@ -634,11 +653,7 @@ class Trainer:
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         if self.model.feature_fields is not None and self.model.offsets is None:
             tensors["feature_fields"] = self.model.feature_fields
-        with atomic_write(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata)
-            except SafetensorError as error:
-                raise OSError(f"Trainer.save: {os.fspath(path)}: {error}") from error
+        return tensors, metadata
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trainer:
@@ -659,6 +674,13 @@ class Trainer:
                 state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{where}: not a whole safetensors file ({error})") from error
+        return cls._from(where, state, metadata)
+
+    @classmethod
+    def _from(
+        cls, where: str, state: dict[str, Any], metadata: dict[str, str], **more: Any
+    ) -> Trainer:
+        """The trainer of :meth:`_tensors_and_metadata`."""
         if metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
             raise ValueError(f"{where}: not a checkpoint of this version of ffm_ext.Trainer")
         try:
@@ -675,7 +697,7 @@ class Trainer:
                 parameter.data = parameter.data.to(state[f"model.linear.{name}"].dtype)
             if "feature_fields" in state:
                 model.feature_fields = state.pop("feature_fields")
-            trainer = cls(model, optimizer=kind(**settings), **arguments)
+            trainer = cls(model, optimizer=kind(**settings), **arguments, **more)
             state["position"] = json.loads(metadata["position"])
             trainer.load_state_dict(state)
         except (KeyError, TypeError, json.JSONDecodeError) as error:

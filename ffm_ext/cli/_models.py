@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from ..data import (
 )
 from ..modules import FFM, _unit_norm
 from ..optim import OPTIMIZERS
-from ..training import Epoch, Progress, Trainer
+from ..training import Epoch, Mode, Progress, Trainer
 
 # ---------------------------------------------------------------- data
 
@@ -196,7 +197,10 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--no-shuffle", action="store_true", help="samples as they stand")
     more.add_argument("--lenient", action="store_true", help="skip broken lines and count them")
     more.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="written after each epoch and on Ctrl-C"
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="written after each epoch and on Ctrl-C; a folder under torchrun",
     )
     more.add_argument("--checkpoint-every", type=int, metavar="N", help="and every N samples")
     more.add_argument(
@@ -205,10 +209,17 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument(
         "--json", action="store_true", help="an object a line: epochs, then a summary"
     )
+    more.add_argument(
+        "--ranges",
+        type=int,
+        default=64,
+        metavar="N",
+        help="under torchrun: into how many ranges the data falls; runs with the same N have the same batches (64)",
+    )
 
 
 def _new_trainer(
-    args: argparse.Namespace, train: SparseDataset, valid: SparseDataset | None
+    args: argparse.Namespace, train: SparseDataset, valid: SparseDataset | None, kind: type[Trainer]
 ) -> Trainer:
     both = [train] if valid is None else [train, valid]
     torch.manual_seed(args.seed)
@@ -227,11 +238,12 @@ def _new_trainer(
     optimizer = OPTIMIZERS[args.optimizer](
         lr=args.lr, weight_decay=args.decay, rounding_seed=args.rounding_seed
     )
-    return Trainer(
+    alone: Mode = "exact" if args.threads == 1 else "hogwild"
+    return kind(
         model,
         optimizer=optimizer,
         loss=args.loss,
-        mode=args.mode or ("exact" if args.threads == 1 else "hogwild"),
+        mode=args.mode or (alone if kind is Trainer else "deterministic"),
         batch_size=args.batch_size,
         num_threads=args.threads,
         shuffle=not args.no_shuffle,
@@ -240,12 +252,81 @@ def _new_trainer(
 
 
 def train(args: argparse.Namespace) -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process, and others
+        _train_together(args)
+        return
     data = load_data(args.train, args.lenient)
     valid = None if args.valid is None else load_data(args.valid, args.lenient)
     if len(data) == 0:
         raise ValueError(f"{args.train}: no samples")
     _report_skipped(data.metadata.get("skipped", 0), args.train)
-    trainer = Trainer.load(args.resume) if args.resume else _new_trainer(args, data, valid)
+    trainer = Trainer.load(args.resume) if args.resume else _new_trainer(args, data, valid, Trainer)
+
+    def validate() -> tuple[Tensor, Tensor]:
+        assert valid is not None
+        return scores(trainer.model, valid)[0], torch.cat([part.labels for part in valid.shards])
+
+    _fit(args, trainer, data, valid, validate)
+
+
+def _train_together(args: argparse.Namespace) -> None:
+    """The same as one of several processes; the first alone prints, and writes the model."""
+    import torch.distributed as dist
+
+    from ..distributed import DistributedTrainer, read_share
+    from ..distributed._group import Group, join_torchrun
+    from ..distributed._training import newest_checkpoint
+
+    join_torchrun()
+    members = Group()
+    first = members.rank == 0
+    args.quiet |= not first
+    threads = args.threads
+    data = read_share(args.train, ranges=args.ranges, lenient=args.lenient, num_threads=threads)
+    valid = (
+        None
+        if args.valid is None
+        else read_share(args.valid, ranges=args.ranges, lenient=args.lenient, num_threads=threads)
+    )
+    if data.num_samples == 0:
+        raise ValueError(f"{args.train}: no samples")
+    if first:
+        _report_skipped(data.data.metadata.get("skipped", 0), args.train)
+    resume = args.resume
+    # After a failure the agent starts all processes again, with the arguments of the first time.
+    if args.checkpoint is not None and newest_checkpoint(args.checkpoint):
+        resume = args.checkpoint
+    if first and resume is not None:
+        print(f"going on from {resume}", file=sys.stderr)
+    trainer = (
+        DistributedTrainer.load(resume)
+        if resume
+        else _new_trainer(
+            args, data.data, None if valid is None else valid.data, DistributedTrainer
+        )
+    )
+
+    def validate() -> tuple[Tensor, Tensor]:
+        assert valid is not None
+        labels = [torch.zeros(0), *(part.labels for part in valid.data.shards)]
+        score, label = members.cat(scores(trainer.model, valid.data)[0], torch.cat(labels))
+        return score, label
+
+    _fit(args, trainer, data, valid, validate, first=first)
+    members.barrier()
+    dist.destroy_process_group()
+
+
+def _fit(
+    args: argparse.Namespace,
+    trainer: Trainer,
+    data: Any,
+    valid: Any,
+    validate: Callable[[], tuple[Tensor, Tensor]],
+    *,
+    first: bool = True,
+) -> None:
+    """Train, write the model, and say how good it is: the scores and labels of ``validate()``."""
     checkpoint = args.checkpoint or args.resume
     start = time.perf_counter()
     with _progress(args) as (show, line):
@@ -271,21 +352,20 @@ def train(args: argparse.Namespace) -> None:
                 checkpoint_every=args.checkpoint_every,
             )
         except KeyboardInterrupt:
-            if checkpoint is not None:
+            if checkpoint is not None and first:
                 print(f"\nstopped; go on with --resume {checkpoint}", file=sys.stderr)
             raise
     target = args.model or Path(f"{args.train.name}.model")
-    interop.save_model(trainer.model, target)
+    if first:
+        interop.save_model(trainer.model, target)
     summary: dict[str, Any] = {
         "model": str(target),
         "epochs": trainer.epoch,
         "seconds": round(time.perf_counter() - start, 3),
     }
     if valid is not None:
-        score, _ = scores(trainer.model, valid)
-        labels = torch.cat([shard.labels for shard in valid.shards])
-        summary |= {f"valid_{k}": v for k, v in quality(score, labels, trainer.loss).items()}
-    if args.json:
+        summary |= {f"valid_{k}": v for k, v in quality(*validate(), trainer.loss).items()}
+    if args.json and first:
         print(json.dumps(summary))
     elif not args.quiet:
         print(

@@ -214,10 +214,13 @@ def _read(
     feature_fields: Tensor | None = None,
     begin: int = 0,
     end: int | None = None,
-    first_line: int = 1,
+    first_line: int | None = 1,
     max_problems: int = _MAX_PROBLEMS,
 ) -> _Piece:
-    """The lines that begin in the bytes ``begin:end``."""
+    """The lines that begin in the bytes ``begin:end``.
+
+    ``first_line`` is the number of the first of them; ``None``: it is counted where a fault has to be named.
+    """
     lenient, num_features, num_fields, num_threads = limits
     path = os.fspath(path)
     for name, size in (
@@ -232,7 +235,7 @@ def _read(
         libsvm=feature_fields is not None,
         begin=begin,
         end=end,
-        first_line=first_line,
+        first_line=first_line or 1,
         num_features=num_features,
         num_fields=None if feature_fields is not None else num_fields,
         lenient=lenient,
@@ -240,7 +243,10 @@ def _read(
         num_threads=num_threads or torch.get_num_threads(),
     )
     name = os.fsdecode(path)
-    problems = [f"{name}:{line}:{column}: {what}" for line, column, what in found["faults"]]
+    before = 0 if first_line is not None or not found["faults"] else _lines_before(path, begin)
+    problems = [
+        f"{name}:{before + line}:{column}: {what}" for line, column, what in found["faults"]
+    ]
     if found["num_faults"] and not lenient:
         raise ValueError(problems[0])
     indices, values = torch.from_numpy(found["indices"]), found["values"]
@@ -261,6 +267,31 @@ def _read(
         found["num_lines"],
         found["end"],
     )
+
+
+def read_ranges(
+    path: str | PathLike[str], ranges: range, of: int, *, lenient: bool, num_threads: int | None
+) -> list[_Piece]:
+    """Some of the ``of`` ranges of equal length that the bytes of a libffm text fall into, a piece each.
+
+    A line belongs to the range that its first byte is in, so that every line is in one range.
+    """
+    size = os.path.getsize(path)
+    limits = _Limits(lenient, None, None, num_threads)
+    return [
+        _read(path, limits, begin=size * i // of, end=size * (i + 1) // of, first_line=None)
+        for i in ranges
+    ]
+
+
+def _lines_before(path: str, begin: int) -> int:
+    """How many lines begin before the first one that begins at ``begin`` or after."""
+    lines, before = 0, b"\n"
+    with open(path, "rb") as file:
+        while begin > 0 and (block := file.read(min(begin, 1 << 24))):
+            lines += block.count(b"\n")
+            begin, before = begin - len(block), block[-1:]
+    return lines + (before != b"\n")
 
 
 def _pieces(path: str | PathLike[str], limits: _Limits, size: int) -> Iterator[_Piece]:

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: MIT
+"""What tests/test_distributed.py does in processes of its own: functions of ``(rank, size, folder)``.
+
+``python tests/distributed_checks.py FOLDER RANK SIZE NAME …`` runs some as one process of a gloo group that meets in
+FOLDER, and writes what they return, or raise, to ``FOLDER/result-RANK.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import ffm_ext
+from ffm_ext import optim
+from ffm_ext.distributed import DistributedDataParallel, DistributedTrainer, read_share
+
+N, F, K, B, STEPS = 60, 5, 4, 16, 6
+
+
+def batches(seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Global batches: ids ``[B, F]`` and labels."""
+    random = torch.Generator().manual_seed(seed)
+    per = N // F
+    return [
+        (
+            torch.randint(0, per, (B, F), generator=random) + torch.arange(F) * per,
+            torch.rand(B, generator=random).round(),
+        )
+        for _ in range(STEPS)
+    ]
+
+
+def new_model(grad: str, **options: Any) -> ffm_ext.FFM:
+    torch.manual_seed(0)
+    return ffm_ext.FFM(K, num_features=N, num_fields=F, grad=grad, **options)
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, rank: int = 0, size: int = 1
+) -> list[float]:
+    """The loss of every step on this process's part of each batch."""
+    losses = []
+    for x, labels in batches():
+        mine = slice(B * rank // size, B * (rank + 1) // size)
+        if optimizer is not None:
+            optimizer.zero_grad()
+        loss = nn.functional.binary_cross_entropy_with_logits(model(x[mine]), labels[mine])
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def mean(losses: list[float]) -> list[float]:
+    """Over the processes."""
+    found = torch.tensor(losses, dtype=torch.float64)
+    dist.all_reduce(found)
+    return (found / dist.get_world_size()).tolist()
+
+
+# ---------------------------------------------------------------- replicas
+
+
+def ddp(rank: int, size: int, folder: Path, grad: str) -> list[float]:
+    model = new_model(grad)
+    replicas = DistributedDataParallel(model)
+    losses = train(replicas, torch.optim.SGD(model.parameters(), lr=0.5), rank, size)
+    assert model.interaction.weight.grad is not None
+    assert model.interaction.weight.grad.is_sparse == (grad == "sparse")
+    if grad == "sparse":
+        assert model.interaction.weight.grad.is_coalesced()
+        assert len(model.interaction.weight.grad.indices()[0]) < N
+    both = [torch.empty_like(model.interaction.weight) for _ in range(size)]
+    dist.all_gather(both, model.interaction.weight.detach())
+    assert all(torch.equal(both[0], other) for other in both)
+    return mean(losses)
+
+
+def ddp_dense(rank: int, size: int, folder: Path) -> list[float]:
+    return ddp(rank, size, folder, "dense")
+
+
+def ddp_sparse(rank: int, size: int, folder: Path) -> list[float]:
+    return ddp(rank, size, folder, "sparse")
+
+
+def ddp_of_torch_dense(rank: int, size: int, folder: Path) -> list[float]:
+    model = new_model("dense")
+    replicas = nn.parallel.DistributedDataParallel(model)
+    return mean(train(replicas, torch.optim.SGD(model.parameters(), lr=0.5), rank, size))
+
+
+def ddp_of_torch_sparse(rank: int, size: int, folder: Path) -> None:
+    train(nn.parallel.DistributedDataParallel(new_model("sparse", linear=False)), None)
+
+
+def ddp_fused(rank: int, size: int, folder: Path) -> None:
+    model = new_model("dense")
+    model.interaction.fuse_optimizer(optim.SGD(lr=0.5))
+    DistributedDataParallel(model)
+
+
+def ddp_of_torch_fused(rank: int, size: int, folder: Path) -> None:
+    model = new_model("dense")
+    model.interaction.fuse_optimizer(optim.SGD(lr=0.5))
+    train(nn.parallel.DistributedDataParallel(model), None)
+
+
+# ---------------------------------------------------------------- FSDP
+
+
+def fsdp(rank: int, size: int, folder: Path) -> list[float]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = new_model("dense", bias=False)  # FSDP takes no parameter without dimensions
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    losses = train(model, torch.optim.Adam(model.parameters(), lr=0.05), rank, size)
+    table = model.interaction.weight
+    assert table.to_local().shape[0] < N, "every process holds a part of the rows"  # type: ignore[operator]
+    dcp.save(model.state_dict(), checkpoint_id=folder / "fsdp")
+    return mean(losses)
+
+
+def fsdp_fused_before(rank: int, size: int, folder: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = new_model("dense", bias=False, linear=False)
+    model.interaction.fuse_optimizer(optim.SGD(lr=0.5))
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    train(model, None)
+
+
+def fsdp_fused_after(rank: int, size: int, folder: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = new_model("dense", bias=False, linear=False)
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
+    model.interaction.fuse_optimizer(optim.SGD(lr=0.5))
+
+
+# ---------------------------------------------------------------- DistributedTrainer
+
+
+def trainer(folder: Path, **settings: Any) -> DistributedTrainer:
+    torch.manual_seed(0)
+    model = ffm_ext.FFM(K, num_features=N, num_fields=6, within_field=True, normalize=True).double()
+    return DistributedTrainer(
+        model,
+        **{"optimizer": optim.AdaGrad(lr=0.1), "batch_size": 32, "num_threads": 1, **settings},
+    )
+
+
+def trainer_runs(rank: int, size: int, folder: Path) -> list[list[float]]:
+    """Two epochs; a checkpoint in the middle of the second."""
+    made = trainer(folder)
+    train_part, valid = read_share(folder / "train.ffm"), read_share(folder / "valid.ffm")
+    stop = StopIteration()
+
+    def interrupt(progress: Any) -> None:
+        if progress.epoch == 2 and 0 < progress.samples < progress.total:
+            made.save(folder / "checkpoint")
+            raise stop
+
+    with contextlib.suppress(StopIteration):
+        made.fit(
+            train_part,
+            valid,
+            epochs=2,
+            callback=interrupt,
+            checkpoint=folder / "each",
+            checkpoint_every=100,
+        )
+    assert made._sample > 0, "it was to stop within an epoch"
+    made = DistributedTrainer.load(folder / "checkpoint")
+    made.fit(train_part, valid, epochs=2)
+    return [[epoch.train_loss, epoch.valid_loss or 0.0] for epoch in made.history]
+
+
+def a_fault_of_one_is_told_by_all(rank: int, size: int, folder: Path) -> None:
+    read_share(folder / "broken.ffm")
+
+
+# ---------------------------------------------------------------- TorchRec
+
+SIZES = {"user": 11, "film": 7, "genre": 20}
+
+
+def jagged(rank: int, size: int) -> list[tuple[Any, Tensor]]:
+    """The part of a process of every batch: several ids a field, with weights."""
+    from torchrec import KeyedJaggedTensor
+
+    random = torch.Generator().manual_seed(1)
+    mine = slice(B * rank // size, B * (rank + 1) // size)
+    found = []
+    for _ in range(STEPS):
+        lengths = torch.randint(0, 4, (len(SIZES), B), generator=random)
+        ends = torch.nn.functional.pad(lengths.cumsum(1), (1, 0))
+        ids, weights = [], []
+        for f, n in enumerate(SIZES.values()):
+            one = torch.randint(0, n, (int(ends[f, -1]),), generator=random)
+            weight = torch.rand(len(one), generator=random)
+            ids.append(one[ends[f, mine.start] : ends[f, mine.stop]])
+            weights.append(weight[ends[f, mine.start] : ends[f, mine.stop]])
+        features = KeyedJaggedTensor(
+            list(SIZES), torch.cat(ids), torch.cat(weights), lengths=lengths[:, mine].flatten()
+        )
+        found.append((features, torch.rand(B, generator=random).round()[mine]))
+    return found
+
+
+def new_embedding_ffm() -> Any:
+    from ffm_ext.distributed import EmbeddingFFM
+
+    torch.manual_seed(0)
+    return EmbeddingFFM(SIZES, 8, within_field=True)
+
+
+def train_jagged(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, size: int
+) -> list[float]:
+    losses = []
+    for features, labels in jagged(rank, size):
+        optimizer.zero_grad()
+        loss = nn.functional.binary_cross_entropy_with_logits(model(features), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def torchrec(
+    rank: int, size: int, folder: Path, how: str, kind: type[torch.optim.Optimizer]
+) -> list[float]:
+    import torch.distributed.checkpoint as dcp
+
+    from ffm_ext.distributed import shard
+
+    model = shard(new_embedding_ffm(), how, optimizer=kind, optimizer_args={"lr": 0.1})  # type: ignore[arg-type]
+    bias = [parameter for name, parameter in model.named_parameters() if name == "bias"]
+    losses = train_jagged(model, kind(bias, lr=0.1), rank, size)
+    dcp.save(model.state_dict(), checkpoint_id=folder / f"torchrec-{how}-{kind.__name__}")
+    return mean(losses)
+
+
+def torchrec_row_wise_sgd(rank: int, size: int, folder: Path) -> list[float]:
+    return torchrec(rank, size, folder, "row_wise", torch.optim.SGD)
+
+
+def torchrec_row_wise_adagrad(rank: int, size: int, folder: Path) -> list[float]:
+    return torchrec(rank, size, folder, "row_wise", torch.optim.Adagrad)
+
+
+def torchrec_column_wise_sgd(rank: int, size: int, folder: Path) -> list[float]:
+    return torchrec(rank, size, folder, "column_wise", torch.optim.SGD)
+
+
+def torchrec_table_wise_adagrad(rank: int, size: int, folder: Path) -> list[float]:
+    return torchrec(rank, size, folder, "table_wise", torch.optim.Adagrad)
+
+
+def main() -> None:
+    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    os.environ |= {
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+    }
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    results: dict[str, Any] = {}
+    for name in sys.argv[4:]:
+        try:
+            results[name] = {"value": globals()[name](rank, size, folder)}
+        except Exception as error:
+            results[name] = {
+                "error": f"{type(error).__name__}: {error}",
+                "trace": traceback.format_exc(),
+            }
+        dist.barrier()
+    (folder / f"result-{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
