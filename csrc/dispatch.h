@@ -16,7 +16,7 @@ struct Scalar {
 
 // Calls fn(Scalar<T>{}).
 template <typename Fn>
-__attribute__((always_inline)) inline void dispatch_dtype(ScalarKind dtype, Fn&& fn) {
+FFM_HOST_DEVICE void dispatch_dtype(ScalarKind dtype, Fn&& fn) {
   switch (dtype) {
     case ScalarKind::kFloat32: return fn(Scalar<float>{});
     case ScalarKind::kFloat64: return fn(Scalar<double>{});
@@ -27,7 +27,7 @@ __attribute__((always_inline)) inline void dispatch_dtype(ScalarKind dtype, Fn&&
 
 // Calls fn(std::integral_constant<int, K>{}), K = 0 where embed_dim is known only at run time.
 template <typename Fn>
-__attribute__((always_inline)) inline void dispatch_embed_dim(int64_t embed_dim, Fn&& fn) {
+FFM_HOST_DEVICE void dispatch_embed_dim(int64_t embed_dim, Fn&& fn) {
   switch (embed_dim) {
     case 4: return fn(std::integral_constant<int, 4>{});
     case 8: return fn(std::integral_constant<int, 8>{});
@@ -38,7 +38,7 @@ __attribute__((always_inline)) inline void dispatch_embed_dim(int64_t embed_dim,
 
 // Calls fn(std::integral_constant<Output, O>{}).
 template <typename Fn>
-__attribute__((always_inline)) inline void dispatch_output(Output output, Fn&& fn) {
+FFM_HOST_DEVICE void dispatch_output(Output output, Fn&& fn) {
   switch (output) {
     case Output::kSum: return fn(std::integral_constant<Output, Output::kSum>{});
     case Output::kDot: return fn(std::integral_constant<Output, Output::kDot>{});

@@ -7,25 +7,15 @@
 #include <cstring>
 #include <vector>
 
+#include "../updated_table.h"
 #include "batch.h"
 #include "isa.h"
-#include "updated_table.h"
 
 namespace ffm {
 namespace {
 
 // Samples in the order in which they are trained, so many at a time: kernels read them one behind the other.
 constexpr int64_t kSamplesAtATime = 256;
-
-int64_t value_bytes(ScalarKind dtype) {
-  switch (dtype) {
-    case ScalarKind::kFloat32: return 4;
-    case ScalarKind::kFloat64: return 8;
-    case ScalarKind::kBFloat16:
-    case ScalarKind::kFloat16: return 2;
-  }
-  return 0;
-}
 
 // A copy of some samples of a Problem.
 class Samples {
@@ -44,7 +34,7 @@ class Samples {
     if (p_.offsets) copy_.offsets = {offsets_.data(), true};
     copy_.indices.data = gather(p_.indices.data, p_.indices.is_int64 ? 8 : 4, numbers, n, indices_);
     copy_.fields.data = gather(p_.fields.data, p_.fields.is_int64 ? 8 : 4, numbers, n, fields_);
-    copy_.values = gather(p_.values, value_bytes(p_.dtype), numbers, n, values_);
+    copy_.values = gather(p_.values, element_bytes(p_.dtype), numbers, n, values_);
     return copy_;
   }
 

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: MIT
-// How rows of a table are updated. Included after vec.h, inside the namespace of an ISA. An optimizer is a struct whose
-// update(w, s0, s1, g) takes registers of weights, of its two states and of the gradient.
+// How rows of a table are updated. Included after vec.h, inside the namespace of an ISA.
 
 // 1 / sqrt(v) for v >= 0, to the last bit or two; a large finite number where v is 0.
-template <typename A, int N>
-inline Vec<A, N> inverse_sqrt(Vec<A, N> v) {
+template <typename V>
+inline V inverse_sqrt(V v) {
+  using A = std::remove_cvref_t<decltype(v[0])>;
+  constexpr int N = sizeof(V) / sizeof(A);
   constexpr A kSmallest = std::is_same_v<A, float> ? A(0x1p-126) : A(0x1p-1022);
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<A, float> && N == 16) {
-    v = bit_copy<Vec<A, N>>(_mm512_max_ps(bit_copy<__m512>(v), _mm512_set1_ps(kSmallest)));
+    v = bit_copy<V>(_mm512_max_ps(bit_copy<__m512>(v), _mm512_set1_ps(kSmallest)));
   } else
 #endif
-    v = v < kSmallest ? Vec<A, N>{} + kSmallest : v;
+    v = v < kSmallest ? V{} + kSmallest : v;
   // An estimate of 12 bits or more, and a step of Newton's.
-  [[maybe_unused]] const auto refine = [v](Vec<A, N> y) { return y * (A(1.5) - (A(0.5) * v * y) * y); };
+  [[maybe_unused]] const auto refine = [v](V y) { return y * (A(1.5) - (A(0.5) * v * y) * y); };
   if constexpr (std::is_same_v<A, float>) {
-    using V = Vec<A, N>;
 #if defined(__AVX512F__)
     if constexpr (N == 16) return refine(bit_copy<V>(_mm512_rsqrt14_ps(bit_copy<__m512>(v))));
 #endif
@@ -29,116 +29,24 @@ inline Vec<A, N> inverse_sqrt(Vec<A, N> v) {
     if constexpr (N == 4) return refine(refine(bit_copy<V>(vrsqrteq_f32(bit_copy<float32x4_t>(v)))));
 #endif
   }
-  Vec<A, N> y;
+  V y;
   for (int i = 0; i < N; ++i) y[i] = A(1) / std::sqrt(v[i]);
   return y;
 }
-template <typename A, int N>
-inline Vec<A, N> square_root(Vec<A, N> v) {
-  return v * inverse_sqrt<A, N>(v);
+template <typename V>
+inline V square_root(V v) {
+  return v * inverse_sqrt(v);
 }
 
-template <typename A>
-struct Sgd {
-  static constexpr int kStates = 0;
-  explicit Sgd(const Optimizer& o) : lr(o.lr), weight_decay(o.weight_decay) {}
-  template <int N>
-  void update(Vec<A, N>& w, Vec<A, N>&, Vec<A, N>&, Vec<A, N> g) const {
-    w -= lr * (g + weight_decay * w);
-  }
-  A lr, weight_decay;
-};
+#include "../update_rules.h"
 
-// Duchi, Hazan, Singer, "Adaptive Subgradient Methods", JMLR 12 (2011), without an epsilon: libffm's form.
-template <typename A>
-struct AdaGrad {
-  static constexpr int kStates = 1;
-  explicit AdaGrad(const Optimizer& o) : lr(o.lr), weight_decay(o.weight_decay) {}
-  template <int N>
-  void update(Vec<A, N>& w, Vec<A, N>& sum, Vec<A, N>&, Vec<A, N> g) const {
-    g += weight_decay * w;
-    sum += g * g;
-    w -= lr * g * inverse_sqrt<A, N>(sum);
-  }
-  A lr, weight_decay;
-};
-
-// Kingma, Ba, "Adam", ICLR 2015; rows that a batch does not touch stay as they are, and eps is that of
-// the paper's last remark in section 2, as in torch.optim.SparseAdam.
-template <typename A>
-struct Adam {
-  static constexpr int kStates = 2;
-  explicit Adam(const Optimizer& o)
-      : beta1(o.beta1),
-        beta2(o.beta2),
-        eps(o.eps),
-        weight_decay(o.weight_decay),
-        rate(o.lr * std::sqrt(o.correction2) / o.correction1) {}
-  template <int N>
-  void update(Vec<A, N>& w, Vec<A, N>& mean, Vec<A, N>& square, Vec<A, N> g) const {
-    g += weight_decay * w;
-    mean += (1 - beta1) * (g - mean);
-    square += (1 - beta2) * (g * g - square);
-    w -= rate * mean / (square_root<A, N>(square) + eps);
-  }
-  A beta1, beta2, eps, weight_decay, rate;
-};
-
-// McMahan et al., "Ad Click Prediction: a View from the Trenches", KDD 2013, Algorithm 1. weight_decay is its lambda_2.
-template <typename A>
-struct Ftrl {
-  static constexpr int kStates = 2;
-  explicit Ftrl(const Optimizer& o) : inverse_lr(1 / o.lr), beta(o.beta1), l1(o.l1), l2(o.weight_decay) {}
-  template <int N>
-  void update(Vec<A, N>& w, Vec<A, N>& z, Vec<A, N>& n, Vec<A, N> g) const {
-    const Vec<A, N> sum = n + g * g, root = square_root<A, N>(sum);
-    z += g - (root - square_root<A, N>(n)) * inverse_lr * w;
-    n = sum;
-    const Vec<A, N> size = z < 0 ? -z : z, shrunk = l1 - size;
-    const Vec<A, N> toward = (z < 0 ? -shrunk : shrunk) / ((beta + root) * inverse_lr + l2);
-    w = size <= l1 ? Vec<A, N>{} : toward;
-  }
-  A inverse_lr, beta, l1, l2;
-};
-
-// How the weights of a row are rounded: to nearest, or by a hash of (seed, step, row) and of the place in the row.
-class Rounding {
- public:
-  Rounding(const Optimizer& o, int64_t row) : is_stochastic_(o.is_stochastic) {
-    if (!is_stochastic_) return;
-    uint64_t h = o.seed ^ static_cast<uint64_t>(o.step) * 0x9e3779b97f4a7c15u;
-    for (int i = 0; i < 2; ++i) {
-      h = (h ^ h >> 32) * 0xd6e8feb86659fd93u;
-      if (i == 0) h ^= static_cast<uint64_t>(row);
-    }
-    key_ = static_cast<uint32_t>(h >> 32);
-  }
-  // 16 random bits for each of the places i, i + 1, ...
-  template <int N>
-  Vec<uint32_t, N> bits(int64_t i) const {
-    constexpr auto kLane = []<int... I>(std::integer_sequence<int, I...>) {
-      return Vec<uint32_t, N>{I...};
-    }(std::make_integer_sequence<int, N>{});
-    Vec<uint32_t, N> h = (kLane + static_cast<uint32_t>(i)) * 0x9e3779b9u + key_;
-    // MurmurHash3's finalizer (Appleby, public domain).
-    h = (h ^ h >> 16) * 0x85ebca6bu;
-    h = (h ^ h >> 13) * 0xc2b2ae35u;
-    return h >> 16;
-  }
-
-  bool is_stochastic() const { return is_stochastic_; }
-
- private:
-  bool is_stochastic_;
-  uint32_t key_ = 0;
-};
-
-// Where a finite weight lies between two bfloat16, the nearer one is taken the more often: the mean stays.
+// The places i, i + 1, ... of a row.
 template <int N>
-inline Vec<uint16_t, N> round_at_random(Vec<float, N> v, Vec<uint32_t, N> random) {
-  const Vec<uint32_t, N> bits = bit_copy<Vec<uint32_t, N>>(v);
-  const Vec<uint32_t, N> rounded = (bits & 0x7f800000u) == 0x7f800000u ? bits : bits + random;
-  return __builtin_convertvector(rounded >> 16, Vec<uint16_t, N>);
+inline Vec<uint32_t, N> places(int64_t i) {
+  constexpr auto kLane = []<int... I>(std::integer_sequence<int, I...>) {
+    return Vec<uint32_t, N>{I...};
+  }(std::make_integer_sequence<int, N>{});
+  return kLane + static_cast<uint32_t>(i);
 }
 
 // weight[row] moves against the gradient x * d at its elements [begin, begin + n); d[0] is that of the first.
@@ -151,7 +59,10 @@ template <int kCount, int N, typename T>
 inline void store_weights(T* p, Vec<Sum<T>, N> w, Rounding rounding, int64_t i) {
   Vec<Bits<T>, N> bits = narrow<T, N>(w);
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (rounding.is_stochastic()) bits = round_at_random<N>(w, rounding.bits<N>(i));
+    if (rounding.is_stochastic()) {
+      const auto rounded = round_at_random(bit_copy<Vec<uint32_t, N>>(w), rounding.random_bits(places<N>(i)));
+      bits = __builtin_convertvector(rounded, Vec<uint16_t, N>);
+    }
   }
   __builtin_memcpy(p, &bits, kCount * sizeof(T));
 }
@@ -171,7 +82,7 @@ void update_row(const UpdatedTable& table, const Optimizer& o, int64_t row, Sum<
     Vec<A, N> w = load<N>(weight + i), s0 = {}, s1 = {};
     if constexpr (Rule<A>::kStates > 0) s0 = load<N>(first + i);
     if constexpr (Rule<A>::kStates > 1) s1 = load<N>(second + i);
-    rule.template update<N>(w, s0, s1, x * load<N>(d + i));
+    rule.update(w, s0, s1, x * load<N>(d + i));
     store_weights<N, N>(weight + i, w, rounding, begin + i);
     if constexpr (Rule<A>::kStates > 0) store<N>(first + i, s0);
     if constexpr (Rule<A>::kStates > 1) store<N>(second + i, s1);
@@ -205,7 +116,7 @@ __attribute__((always_inline)) inline void update_vectors(T* weight, Sum<T>* sum
     return __builtin_shufflevector(sum, sum, (I * kEmbedDim % N)...);
   }(kLanesOf);
   __builtin_memcpy(sums, &after, kVectors * sizeof(A));
-  w -= rates.lr * g * inverse_sqrt<A, N>(sum);
+  w -= rates.lr * g * inverse_sqrt(sum);
   store_weights<kCount, N>(weight, w, rounding, begin);
 }
 
@@ -243,7 +154,7 @@ void update_row_vector_wise(const UpdatedTable& table, const Optimizer& o, int64
     for (int64_t k = 0; k < K; ++k) squares += gradient(k) * gradient(k);
     A& sum = sums[i / K];
     sum += squares / static_cast<A>(K);
-    const A rate = rates.lr * inverse_sqrt<A, 2>(Vec<A, 2>{sum})[0];
+    const A rate = rates.lr * inverse_sqrt(Vec<A, 2>{sum})[0];
     for (int64_t k = 0; k < K; ++k) {
       store_weights<1, 2>(weight + i + k, Vec<A, 2>{load(weight + i + k) - rate * gradient(k)}, rounding,
                           begin + i + k);

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "../checks.h"
-#include "../optimizer.h"
+#include "checks.h"
+#include "optimizer.h"
 
 namespace ffm {
 
