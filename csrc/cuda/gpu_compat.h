@@ -22,10 +22,12 @@
   extern __shared__ __align__(128) unsigned char gpu_dynamic_shared_memory[]; \
   unsigned char* const name = gpu_dynamic_shared_memory
 
-#define GPU_SHARED(type, name) __shared__::gpu::SameType<type> name
+// clang-format off: it does not know <<< >>> in macros.
+#define GPU_SHARED(type, name) __shared__ ::gpu::SameType<type> name
 
 #define GPU_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ((kernel) < < < (grid), (block), (shared_bytes), (stream) >>> (__VA_ARGS__), cudaGetLastError())
+  ((kernel)<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__), cudaGetLastError())
+// clang-format on
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define GPU_HAS_BULK_COPIES 1
