@@ -101,11 +101,17 @@ using Location = std::source_location;
 
 constexpr int kErrorExit = 3;
 
-// The emulated device: few multiprocessors, so that a grid as large as the device goes round.
-constexpr int kNumMultiprocessors = 2;
 constexpr int kStaticSharedBytes = 48 << 10;
-constexpr int kMaxSharedBytes = 227 << 10;
-constexpr int kMultiprocessorSharedBytes = 228 << 10;
+
+// What launchers are told of the device. Few blocks at a time: a grid as large as the device goes round. Little shared
+// memory: the paths of samples that do not fit.
+struct Device {
+  int num_multiprocessors = 2;
+  int max_blocks = 1;  // on a multiprocessor
+  int shared_bytes = 227 << 10;
+  int compute_capability = 90;
+};
+inline Device device;
 
 enum class Order { kBreadthFirst, kDepthFirst, kRandom };
 enum class Landing { kAtWait, kAtOnce, kRandom };
@@ -148,7 +154,7 @@ struct Launch {
 cudaError_t launch(const Launch& launch, const Location& at);
 void set_max_shared_bytes(const void* kernel, int bytes, const Location& at);
 
-enum class Collective { kSync, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot, kMatchAny, kReduce };
+enum class Collective { kSync, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot, kMatchAny };
 // Every lane of the mask brings a value; lanes get what the collective is. `operand`: lane, delta or mask.
 uint64_t warp_collective(Collective kind, const char* name, unsigned mask, uint64_t value, int operand, int width,
                          const Location& at);
@@ -482,7 +488,8 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* num_blocks, Kernel*, int block_size,
                                                           size_t shared_bytes) {
-  const size_t by_memory = ::gpu::emulator::kMultiprocessorSharedBytes / (shared_bytes + 1024);
-  *num_blocks = static_cast<int>(std::min<size_t>(by_memory, 2048 / block_size));
+  const ::gpu::emulator::Device& device = ::gpu::emulator::device;
+  const size_t by_memory = static_cast<size_t>(device.shared_bytes + 1024) / (shared_bytes + 1024);
+  *num_blocks = static_cast<int>(std::min<size_t>(by_memory, std::min(device.max_blocks, 2048 / block_size)));
   return cudaSuccess;
 }
