@@ -78,6 +78,11 @@ struct Problem {
   FFM_HOST_DEVICE int64_t row_size() const { return num_fields * embed_dim; }
 };
 
+// Where the pair (f, g), f < g, stands among all pairs.
+FFM_HOST_DEVICE constexpr int64_t pair_index(int64_t f, int64_t g, int64_t F) {
+  return f * (2 * F - f - 1) / 2 + g - f - 1;
+}
+
 // A packed table holds int8 numbers with a bfloat16 scale for each K-vector: weight[a, g, k] = scale[a, g] * number[a,
 // g, k]. A row is one piece of memory: its F scales, then its F vectors, filled up with zeros to packed_embed_dim(K)
 // numbers. A Problem on such a table has it as `weight`, and float32, the type of values and outputs, as `dtype`.
