@@ -12,13 +12,11 @@
 
 namespace ffm::cuda {
 
-inline const char* error_text(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
+inline const char* error_text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 struct Device {
   int num_multiprocessors = 0;
-  int shared_bytes = 0;        // a block may have at most
+  int shared_bytes = 0;        // that a launch may ask for, beside 1 KiB of static variables
   int shared_bytes_total = 0;  // of a multiprocessor
   bool has_bulk_copies = false;
 };
@@ -34,6 +32,7 @@ inline cudaError_t current_device(Device* device) {
   for (const auto& [attribute, value] : wanted) {
     if (cudaError_t error = cudaDeviceGetAttribute(value, attribute, index)) return error;
   }
+  device->shared_bytes -= 1 << 10;
   // FFM_EXT_BULK_COPIES=0 leaves them out, to compare.
   const char* const wanted_bulk = std::getenv("FFM_EXT_BULK_COPIES");
   device->has_bulk_copies = major >= 9 && (wanted_bulk == nullptr || std::strcmp(wanted_bulk, "0") != 0);
@@ -48,8 +47,8 @@ template <typename Kernel>
 cudaError_t resident_blocks(const Device& device, Kernel* kernel, int threads, size_t shared_bytes, int64_t work,
                             unsigned* blocks) {
   if (shared_bytes > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
   int a_multiprocessor = 0;

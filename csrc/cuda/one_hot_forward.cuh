@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The interaction of one-hot samples whose rows fit into shared memory. See stage_rows.cuh for how they get there.
 //
-// kBytes: of a unit, that is of a read from shared memory: the largest power of two that divides a K-vector's bytes, up
-// to 16. kUnits: units of a K-vector, 0 where they are known at run time only.
+// What is done with the pairs of a sample is a class: TablePairs for rows of numbers; of packed rows, see
+// ffm_int8_kernels.cu.
 #pragma once
 
 #include "pairs.cuh"
@@ -18,12 +18,15 @@ struct OneHot {
   int num_pairs = 0;
 };
 
+// kBytes: of a unit, that is of a read from shared memory: the largest power of two that divides a K-vector's bytes, up
+// to 16. kUnits: units of a K-vector, 0 where they are known at run time only.
 template <typename T, int kBytes, int kUnits>
-class OneHotPairs {
+class TablePairs {
  public:
+  using Value = T;
   using A = Sum<T>;
 
-  __device__ OneHotPairs(const Problem& p, const OneHot& one_hot, const Pair* pairs)
+  __device__ TablePairs(const Problem& p, const OneHot& one_hot, const Pair* pairs)
       : p_(p),
         pairs_(pairs),
         stride_(one_hot.ring.stride),
@@ -99,8 +102,10 @@ class OneHotPairs {
   int stride_, lanes_, units_, num_pairs_, lane_;
 };
 
-template <typename T, int kBytes, int kUnits, bool kIsSum>
-__global__ void __launch_bounds__(256, 2) one_hot_forward(const Problem p, const OneHot one_hot, T* out) {
+template <typename Pairs, bool kIsSum>
+__global__ void __launch_bounds__(256, 2)
+    one_hot_forward(const Problem p, const OneHot one_hot, typename Pairs::Value* out) {
+  using T = typename Pairs::Value;
   using A = Sum<T>;
   GPU_DYNAMIC_SHARED(shared);
   GPU_SHARED(A[2 * BlockSum<A>::kMaxWarps], warp_sums);
@@ -108,7 +113,7 @@ __global__ void __launch_bounds__(256, 2) one_hot_forward(const Problem p, const
   Pair* const pair_list = reinterpret_cast<Pair*>(ring.end());
   list_pairs(pair_list, one_hot.ring.num_rows);
   ring.start();
-  const OneHotPairs<T, kBytes, kUnits> pairs(p, one_hot, pair_list);
+  const Pairs pairs(p, one_hot, pair_list);
   BlockSum<A> block_sum(warp_sums);
   const int64_t step = gridDim.x, ahead = step * one_hot.ring.stages;
   for (int s = 0; s < one_hot.ring.stages; ++s) {
@@ -142,23 +147,24 @@ __global__ void __launch_bounds__(256, 2) one_hot_forward(const Problem p, const
   }
 }
 
-// Whether it was launched: rows fit, or it went wrong.
-template <typename T, int kBytes, int kUnits>
-bool launch_one_hot(const Device& device, const Problem& p, void* out, cudaStream_t stream, cudaError_t* error) {
+// Rows of row_bytes, whose K-vectors are `units` reads of unit_bytes each; spare_bytes: that such a read may take
+// behind a row. Whether it was launched, or went wrong: the rows of a sample fit.
+template <typename Pairs>
+bool launch_one_hot(const Device& device, const Problem& p, int64_t row_bytes, int unit_bytes, int64_t units,
+                    int spare_bytes, void* out, cudaStream_t stream, cudaError_t* error) {
+  using T = typename Pairs::Value;
   const int64_t F = p.num_fields, P = F * (F - 1) / 2;
-  OneHot one_hot;
-  const int64_t units = p.embed_dim * static_cast<int64_t>(sizeof(T)) / kBytes;
+  if (P * static_cast<int64_t>(sizeof(Pair)) > device.shared_bytes) return false;
   const size_t list_bytes = static_cast<size_t>(P) * sizeof(Pair);
-  if (P > 1 << 20 || F > UINT16_MAX) return false;
-  one_hot.lanes = lanes_a_vector(units);
   const int threads = threads_for(P * units);
-  one_hot.ring = ring_layout(device, p.weight, F, p.row_size() * static_cast<int64_t>(sizeof(T)), kBytes, one_hot.lanes,
-                             threads, static_cast<int>(sizeof(Sum<T>)), list_bytes);
+  OneHot one_hot;
+  one_hot.lanes = lanes_a_vector(units);
+  one_hot.ring = ring_layout(device, p.weight, F, row_bytes, spare_bytes, unit_bytes, one_hot.lanes, threads,
+                             static_cast<int>(sizeof(Sum<T>)), list_bytes);
   if (one_hot.ring.stages == 0) return false;
   one_hot.units = static_cast<int>(units);
   one_hot.num_pairs = static_cast<int>(P);
-  const auto kernel =
-      p.output == Output::kSum ? one_hot_forward<T, kBytes, kUnits, true> : one_hot_forward<T, kBytes, kUnits, false>;
+  const auto kernel = p.output == Output::kSum ? one_hot_forward<Pairs, true> : one_hot_forward<Pairs, false>;
   const size_t shared_bytes = one_hot.ring.bytes() + list_bytes;
   unsigned blocks = 0;
   *error = resident_blocks(device, kernel, threads, shared_bytes, p.batch_size, &blocks);

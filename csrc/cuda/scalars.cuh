@@ -61,9 +61,7 @@ __device__ __forceinline__ uint32_t pack(float a, float b, BFloat16) { return gp
 __device__ __forceinline__ uint32_t pack(float a, float b, Float16) { return gpu::floats_to_float16x2(a, b); }
 
 template <typename T, int kBytes>
-__device__ __forceinline__ Unit<T, kBytes> load_unit(const void* p) {
-  using Raw = typename Bits<kBytes>::type;
-  const Raw raw = *static_cast<const Raw*>(p);
+__device__ __forceinline__ Unit<T, kBytes> unpack_unit(const typename Bits<kBytes>::type& raw) {
   Unit<T, kBytes> unit;
   if constexpr (sizeof(T) > 2) {
     __builtin_memcpy(unit.x, &raw, kBytes);
@@ -82,6 +80,11 @@ __device__ __forceinline__ Unit<T, kBytes> load_unit(const void* p) {
     }
   }
   return unit;
+}
+
+template <typename T, int kBytes>
+__device__ __forceinline__ Unit<T, kBytes> load_unit(const void* p) {
+  return unpack_unit<T, kBytes>(*static_cast<const typename Bits<kBytes>::type*>(p));
 }
 
 template <typename T, int kBytes>

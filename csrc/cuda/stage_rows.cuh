@@ -3,8 +3,8 @@
 //
 // One-hot samples. A block works on one sample after the other, and keeps as many slots as it has samples in flight; a
 // slot is a sample's F rows, whole as they lie in the table, so that each byte is read once and 16 of them at a time. A
-// row is one bulk copy that ends at a barrier (sm_90), or many cp.async by neighbouring threads. Where rows lie, and how
-// they are copied, is decided on the host: RingLayout.
+// row is one bulk copy that ends at a barrier (sm_90), or many cp.async by neighbouring threads. Where rows lie, and
+// how they are copied, is decided on the host: RingLayout.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@
 namespace ffm::cuda {
 
 struct RingLayout {
-  int num_rows = 0;    // a sample
+  int num_rows = 0;  // a sample
   int row_bytes = 0;
   int stride = 0;      // bytes from row to row
   int copy_bytes = 0;  // of a cp.async; 2 where rows are not even aligned to 4; 0: bulk copies
@@ -55,14 +55,15 @@ inline int best_copy_lanes(int num_rows, int pieces_a_row, int threads) {
   return best;
 }
 
-// Rows of row_bytes that are read in units of `unit` bytes, `lanes` of them to a K-vector. No slot fits: stages is 0.
-inline RingLayout ring_layout(const Device& device, const void* table, int64_t num_rows, int64_t row_bytes, int unit,
-                              int lanes, int threads, int sum_bytes, size_t other_bytes) {
+// Rows of row_bytes, with spare_bytes behind each, that are read in units of `unit` bytes, `lanes` of them to a
+// K-vector. No slot fits: stages is 0.
+inline RingLayout ring_layout(const Device& device, const void* table, int64_t num_rows, int64_t row_bytes,
+                              int spare_bytes, int unit, int lanes, int threads, int sum_bytes, size_t other_bytes) {
   RingLayout layout;
   if (num_rows * row_bytes > device.shared_bytes) return layout;
   layout.num_rows = static_cast<int>(num_rows);
   layout.row_bytes = static_cast<int>(row_bytes);
-  layout.stride = conflict_free_stride(layout.row_bytes, unit, lanes);
+  layout.stride = conflict_free_stride(layout.row_bytes + spare_bytes, unit, lanes);
   layout.sum_bytes = sum_bytes;
   layout.copy_bytes = common_alignment(row_bytes, table);
   // Copies want their alignment of the rows in shared memory too.
@@ -147,8 +148,8 @@ class SampleRing {
     if (!is_bulk()) gpu::copy_async_commit();
   }
 
-  // Until the next sample is in its slot, for all threads. Slots come in turn, and each had its copy, even past the last
-  // sample.
+  // Until the next sample is in its slot, for all threads. Slots come in turn, and each had its copy, even past the
+  // last sample.
   __device__ __forceinline__ void wait(int slot) {
 #if GPU_HAS_BULK_COPIES
     if (is_bulk()) {
