@@ -196,8 +196,10 @@ std::vector<FiberMemory*> free_memory, used_memory;
 cudaError_t last_error = cudaSuccess;
 char launch_sync[8], fence_sync[8];
 
-// Where TSan sees the addresses, none is used twice in a launch: it would see a block's access race with another's.
+// What TSan knows is not used twice in a launch. Of memory, it would see a block's access race with another's; of
+// fibers, it would take one for what it was before.
 std::vector<std::pair<void*, size_t>> kept_pages;
+[[maybe_unused]] std::vector<void*> kept_fibers;
 
 // ---- Switching.
 
@@ -394,7 +396,7 @@ void start(Fiber& fiber) {
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kRedZoneBytes = 0;
 #else
-constexpr size_t kRedZoneBytes = 128;
+constexpr size_t kRedZoneBytes = 256;
 #endif
 
 // Not initialized: every byte 0xff is NaN, of any type.
@@ -460,7 +462,9 @@ void check_copy(const char* name, const void* to, const void* from, size_t bytes
   mark_write(const_cast<void*>(to), bytes);
 }
 
+// TSan is told of a copy both where it begins and at the wait, so that it needs no other landing.
 bool lands_at_once() {
+  if (kIsTsan) return false;
   return schedule.landing == Landing::kAtOnce || (schedule.landing == Landing::kRandom && random_bits() % 2);
 }
 
@@ -514,16 +518,16 @@ void run_block(size_t dynamic_bytes) {
   reschedule();
   if (block.alive > 0) explain_deadlock();
   running = nullptr;
+  free_shared_memory();
   for (const BulkBarrier& barrier : block.barriers) {
     if (barrier.in_flight > 0) fail(launched_at, "a block ends before its bulk copies have landed");
   }
 #ifdef GPU_EMULATOR_TSAN
-  for (Fiber& fiber : block.fibers) __tsan_destroy_fiber(fiber.tsan_fiber);
+  for (Fiber& fiber : block.fibers) kept_fibers.push_back(fiber.tsan_fiber);
 #else
   free_memory.insert(free_memory.end(), used_memory.begin(), used_memory.end());
   used_memory.clear();
 #endif
-  free_shared_memory();
 }
 
 }  // namespace
@@ -597,6 +601,10 @@ cudaError_t launch(const Launch& launch, const Location& at) {
     used_memory.clear();
     for (auto [pages, bytes] : kept_pages) munmap(pages, bytes);
     kept_pages.clear();
+#ifdef GPU_EMULATOR_TSAN
+    for (void* fiber : kept_fibers) __tsan_destroy_fiber(fiber);
+    kept_fibers.clear();
+#endif
   }
   return cudaSuccess;
 }
