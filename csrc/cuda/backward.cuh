@@ -3,15 +3,16 @@
 //   d[g] = dL/dS[f, g] = grad_output(f, g) * S[g, f],   grad_row = x * d,   grad_x = <row, d>.
 //
 // 1. backward_samples: a block works on a sample. Its field sums S come into shared memory, each row read once, and are
-//    read column by column. An entry that has its row to itself stores its gradient, or updates its row at once: no other
-//    sample reads it, and of its own sample all has been read. All other entries put their gradients down, each at its
-//    place among the entries of all rows (group_rows.cuh).
-// 2. reduce_places, reduce_partials: gradients that lie side by side are summed, a unit of a row by one thread: 64 places
+//    read column by column. An entry that has its row to itself stores its gradient, or updates its row at once: no
+//    other sample reads it, and of its own sample all has been read. All other entries put their gradients down, each
+//    at its place among the entries of all rows (group_rows.cuh).
+// 2. reduce_places, reduce_partials: gradients that lie side by side are summed, a unit of a row by one thread: 64
+// places
 //    at a time, then what goes on from one 64 to the next, 64 of them at a time, and so on. So the longest row takes no
 //    longer than many short ones, and the order of a sum depends on places alone.
 //
-// A sample that does not fit into shared memory is worked on in tiles: columns J of the rows of fields I, and columns I of
-// the rows of fields J, are all that the gradients of just these numbers need.
+// A sample that does not fit into shared memory is worked on in tiles: columns J of the rows of fields I, and columns I
+// of the rows of fields J, are all that the gradients of just these numbers need.
 #pragma once
 
 #include <type_traits>
@@ -25,12 +26,12 @@
 
 namespace ffm::cuda {
 
-constexpr int kMaxSampleThreads = 384;
+constexpr int kMaxSampleThreads = 320;
 // Places, or partial sums, that one thread adds up.
 constexpr int64_t kPlaces = 64;
 
 struct SampleLayout {
-  int tile = 0;            // fields a side
+  int tile = 0;  // fields a side
   int num_tiles = 0;
   int squares = 0;         // in shared memory: 1, or 2 where there are several tiles
   int stride = 0;          // numbers from row to row of a square
@@ -47,8 +48,8 @@ struct BackwardTask {
   SampleLayout layout;
   const T* grad_output = nullptr;
   T* grad_values = nullptr;
-  A* value_sums = nullptr;              // [nnz], where there are several tiles
-  T* grad_rows = nullptr;               // or an update
+  A* value_sums = nullptr;  // [nnz], where there are several tiles
+  T* grad_rows = nullptr;   // or an update
   RowUpdate<T> update;
   RowGroups groups;                     // without places: values alone
   A* stage = nullptr;                   // place -> gradient
@@ -471,8 +472,10 @@ class SampleGradients {
   int32_t* order_;  // the sample's entries by field
 };
 
+// Registers are what limits the blocks of a multiprocessor: two of the largest, at 80 registers a thread for one-hot
+// samples, and at 96 for others.
 template <typename T, int kCount, bool kRagged, bool kUpdates>
-__global__ void __launch_bounds__(kMaxSampleThreads, sizeof(Sum<T>) > 4 ? 1 : 2)
+__global__ void __launch_bounds__(kRagged ? kMaxSampleThreads : kMaxSampleThreads * 6 / 5, sizeof(T) > 4 ? 1 : 2)
     backward_samples(const BackwardTask<T> task) {
   GPU_DYNAMIC_SHARED(shared);
   SampleGradients<T, kCount, kRagged, kUpdates>(task, shared).run();
@@ -652,10 +655,11 @@ template <typename T, int kCount, bool kUpdates>
 cudaError_t launch_backward(const BackwardTask<T>& task, cudaStream_t stream) {
   const Problem& p = task.p;
   const auto launch = [&](auto* kernel) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(task.layout.bytes));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(task.layout.bytes));
     if (error != cudaSuccess) return error;
-    return GPU_LAUNCH(kernel, static_cast<unsigned>(p.batch_size), task.layout.threads, task.layout.bytes, stream, task);
+    return GPU_LAUNCH(kernel, static_cast<unsigned>(p.batch_size), task.layout.threads, task.layout.bytes, stream,
+                      task);
   };
   cudaError_t error = p.fields ? launch(backward_samples<T, kCount, true, kUpdates>)
                                : launch(backward_samples<T, kCount, false, kUpdates>);
@@ -665,12 +669,13 @@ cudaError_t launch_backward(const BackwardTask<T>& task, cudaStream_t stream) {
                      kUnitThreads, 0, stream, task);
   for (int64_t step = kPlaces; error == cudaSuccess && step < p.num_entries; step *= kPlaces) {
     const int64_t pieces = (p.num_entries + step * kPlaces - 1) / (step * kPlaces);
-    error = GPU_LAUNCH((reduce_partials<T, kCount, kUpdates>), unit_blocks(pieces, units), kUnitThreads, 0, stream, task,
-                       step);
+    error = GPU_LAUNCH((reduce_partials<T, kCount, kUpdates>), unit_blocks(pieces, units), kUnitThreads, 0, stream,
+                       task, step);
   }
   if constexpr (kUpdates) {
     if (error == cudaSuccess && task.update.lanes == 0) {
-      error = GPU_LAUNCH((update_sums<T, kCount>), unit_blocks(p.num_entries, p.num_fields), kUnitThreads, 0, stream, task);
+      error =
+          GPU_LAUNCH((update_sums<T, kCount>), unit_blocks(p.num_entries, p.num_fields), kUnitThreads, 0, stream, task);
     }
   }
   return error;

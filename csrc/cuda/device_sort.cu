@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-#include "device_sort.h"
-
 #include <algorithm>
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_scan.cuh>
+
+#include "device_sort.h"
 
 namespace ffm::cuda {
 namespace {

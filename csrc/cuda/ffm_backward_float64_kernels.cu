@@ -6,7 +6,7 @@
 namespace ffm::cuda {
 
 const char* backward_float64(const Problem& p, const Gradient& grad, const RowGroups* groups, void* workspace,
-                        void* stream) {
+                             void* stream) {
   return launch_backward<double>(p, grad, groups, workspace, stream);
 }
 size_t backward_bytes_float64(const Problem& p, bool has_groups) {

@@ -5,7 +5,7 @@
 
 namespace ffm::cuda {
 
-#define FFM_BACKWARD_OF(dtype)                                                                                \
+#define FFM_BACKWARD_OF(dtype)                                                                                    \
   const char* backward_##dtype(const Problem&, const Gradient&, const RowGroups*, void* workspace, void* stream); \
   size_t backward_bytes_##dtype(const Problem&, bool has_groups);
 FFM_BACKWARD_OF(float32)

@@ -91,8 +91,8 @@ const char* find_row_faults(const int64_t* rows, int64_t n, int64_t num_features
   static_assert(kNoFault == 0x7f7f7f7f7f7f7f7f, "as cudaMemset writes it");
   cudaError_t error = cudaMemsetAsync(faults, 0x7f, sizeof(RowFaults), stream);
   if (error == cudaSuccess && n > 0) {
-    error = GPU_LAUNCH(find_row_faults_kernel, unit_blocks(n, 1), kUnitThreads, 0, stream, rows, n, num_features,
-                       faults);
+    error =
+        GPU_LAUNCH(find_row_faults_kernel, unit_blocks(n, 1), kUnitThreads, 0, stream, rows, n, num_features, faults);
   }
   return error_text(error);
 }

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT
 // Which entries of a batch share a row of the table: keys, a stable sort, and marks where rows begin.
 
-#include "group_rows.cuh"
-
 #include <algorithm>
 #include <bit>
 
 #include "device_sort.h"
 #include "ffm_kernels.h"
+#include "group_rows.cuh"
 #include "launch.h"
 
 namespace ffm::cuda {
