@@ -16,7 +16,7 @@ from . import (  # noqa: F401
     reference,
     training,
 )
-from ._build_info import __version__, build_info
+from ._build_info import __version__, build_info, check_contents
 from .batch import SparseBatch
 from .modules import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine
 from .quantized import QuantizedFFMInteraction, quantize
@@ -30,6 +30,7 @@ __all__ = [
     "SparseBatch",
     "__version__",
     "build_info",
+    "check_contents",
     "data",
     "datasets",
     "functional",

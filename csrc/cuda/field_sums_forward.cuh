@@ -88,6 +88,7 @@ class FieldSumsOfSample {
   // side. Ends with a barrier.
   __device__ void make_tile(int i0, int ni, int j0, int nj, int64_t k0, int nk) {
     const bool is_diagonal = i0 == j0;
+    second_side_ = is_diagonal ? 0 : layout_.tile;
     const int row_units[2] = {nj * nk / kCount, ni * nk / kCount};
     for (int i = threadIdx.x; i < layout_.sides * layout_.tile * layout_.stride; i += blockDim.x) sums_[i] = 0;
     for (int i = threadIdx.x; i < layout_.tile * layout_.vectors; i += blockDim.x) within_[i] = 0;
@@ -112,7 +113,7 @@ class FieldSumsOfSample {
   // S[f, g, k0:], for f in I and g in J, f, g counted from the start of the tile; and S[g, f, k0:].
   __device__ __forceinline__ const A* left(int f, int g, int nk) const { return sums_ + f * layout_.stride + g * nk; }
   __device__ __forceinline__ const A* right(int f, int g, int nk) const {
-    return sums_ + ((layout_.sides - 1) * layout_.tile + g) * layout_.stride + f * nk;
+    return sums_ + (second_side_ + g) * layout_.stride + f * nk;
   }
   // The products of the pairs inside field f of a diagonal tile.
   __device__ __forceinline__ const A* within(int f, int nk) const { return within_ + f * nk; }
@@ -183,6 +184,7 @@ class FieldSumsOfSample {
   A *sums_, *within_, *staged_, *x_;
   StagedEntry* entries_;
   int64_t begin_ = 0, end_ = 0;
+  int second_side_ = 0;  // its first row
 };
 
 // out is of the type of the values.

@@ -208,7 +208,8 @@ class SampleRing {
       if (p_.values) values_[slot * layout_.num_rows + r] = x;
     }
     unsigned char* const to = slots_ + (static_cast<size_t>(slot) * layout_.num_rows + r) * layout_.stride;
-    const unsigned char* const from = static_cast<const unsigned char*>(p_.weight) + id * layout_.row_bytes;
+    const unsigned char* const from =
+        static_cast<const unsigned char*>(p_.weight) + (is_good ? id : 0) * layout_.row_bytes;
 #if GPU_HAS_BULK_COPIES
     if (is_bulk()) {
       const int num_good = __popc(__ballot_sync(0xffffffffu, is_good));
