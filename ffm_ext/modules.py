@@ -141,7 +141,7 @@ class FFMInteraction(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FFMInteraction:
         """The count of updates stays on the CPU, where each backward reads it without waiting for a device."""
         step = self._buffers.get("optimizer_step")
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if step is not None:
             self._buffers["optimizer_step"] = step
         return self
