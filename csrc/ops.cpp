@@ -4,9 +4,12 @@
 //   FFMInteraction.forward (modules.py) -> functional.ffm_interaction -> FFMFunction (autograd.py)
 //     forward:   ffm_forward
 //     backward:  ffm_backward | ffm_backward_sparse | ffm_backward_values
-//   each dispatched to  cpu/ffm.cpp : checks.h, tensors -> params.h -> cpu/ffm_*_kernels.cpp, built once an ISA
+//   each dispatched to  cpu/ffm.cpp   : checks.h, tensors -> params.h -> cpu/ffm_*_kernels.cpp, built once an ISA
+//                  or   cuda/ffm*.cpp : the same checks                -> cuda/ffm_kernels.h, launchers of cuda/*.cu
 //
-//   QuantizedFFMInteraction (quantized.py): ffm_quantize once, then ffm_forward_int8, by way of cpu/ffm_int8.cpp
+//   QuantizedFFMInteraction (quantized.py): ffm_quantize once, then ffm_forward_int8, by way of ffm_int8.cpp
+//
+// ffm_train_ is for the CPU alone.
 //
 // Shapes: weight [N, F, K]; indices [B, F] alone, or indices [nnz] with fields [nnz] and offsets [B + 1]; values of the
 // shape of indices. output is "sum" | "dot" | "hadamard". Gradients of values are empty where they are not asked for.

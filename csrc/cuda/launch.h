@@ -51,6 +51,11 @@ cudaError_t resident_blocks(const Device& device, Kernel* kernel, int threads, s
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
+  // Kernels that ask for much shared memory have no use for the first-level cache that shares it.
+  if (shared_bytes > 8 << 10) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+    if (error != cudaSuccess) return error;
+  }
   int a_multiprocessor = 0;
   if (cudaError_t error =
           cudaOccupancyMaxActiveBlocksPerMultiprocessor(&a_multiprocessor, kernel, threads, shared_bytes)) {
