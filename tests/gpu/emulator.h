@@ -220,6 +220,8 @@ void copy_async(void* shared, const void* global, emulator::Location at = emulat
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
   emulator::copy_async(shared, global, Bytes, at);
 }
+// Reads what a GPU would bring into its cache, so that the sanitizers see an address that is wrong.
+inline void prefetch(const void* global) { (void)*static_cast<const volatile char*>(global); }
 inline void copy_async_commit() { emulator::copy_async_commit(); }
 template <int N>
 void copy_async_wait() {
@@ -400,6 +402,10 @@ T __ldca(const T* address) {
 }
 template <typename T>
 void __stcs(T* address, std::type_identity_t<T> value) {
+  *address = value;
+}
+template <typename T>
+void __stwb(T* address, std::type_identity_t<T> value) {
   *address = value;
 }
 template <typename T>

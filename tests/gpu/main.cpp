@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The CUDA kernels, run by the emulator, against the definition. Arguments: which tests, the stride through the
-// problems, the number of schedules. Prints what fails, and at last "N passed, N failed".
+// problems, the number of schedules, the last problem. Prints what fails, and at last "N passed, N failed".
 
 #include <signal.h>
 #include <unistd.h>
@@ -45,6 +45,7 @@ int main(int argc, char** argv) {
   ffm::Coverage coverage;
   if (argc > 2) coverage.stride = std::stoul(argv[2]);
   if (argc > 3) coverage.num_schedules = std::stoul(argv[3]);
+  if (argc > 4) coverage.last = std::stoul(argv[4]);
   const std::pair<const char*, void (*)(const ffm::Coverage&)> tests[] = {{"forward", ffm::test_forward},
                                                                           {"int8", ffm::test_int8},
                                                                           {"contents", ffm::test_contents},

@@ -16,9 +16,10 @@
 
 namespace ffm {
 
-// What of everything is tested: one problem of `stride`, each under so many schedules.
+// What of everything is tested: one problem of `stride`, up to the last, each under so many schedules.
 struct Coverage {
   uint64_t stride = 1;
+  uint64_t last = UINT64_MAX;
   uint64_t num_schedules = std::size(gpu::emulator::kSchedules);
 };
 
@@ -136,20 +137,27 @@ inline void choose_device(uint64_t number) {
 // What runs, for the message of a crash.
 inline char running[256];
 
+inline std::vector<gpu::emulator::Schedule> chosen_schedules(const Coverage& coverage, uint64_t number) {
+  constexpr uint64_t kAll = std::size(gpu::emulator::kSchedules);
+  std::vector<gpu::emulator::Schedule> chosen;
+  for (uint64_t i = 0; i < std::min(coverage.num_schedules, kAll); ++i) {
+    chosen.push_back(gpu::emulator::kSchedules[(number / coverage.stride + i) % kAll]);
+  }
+  return chosen;
+}
+
 // What run() gives, a vector of numbers, under the first schedule; under the others it must have the same bits.
 template <typename Run>
 auto under_schedules(const Coverage& coverage, uint64_t number, const std::string& what, Run&& run) {
-  constexpr uint64_t kAll = std::size(gpu::emulator::kSchedules);
   std::snprintf(running, sizeof(running), "%s", what.c_str());
   decltype(run()) first;
-  for (uint64_t i = 0; i < std::min(coverage.num_schedules, kAll); ++i) {
-    const gpu::emulator::Schedule& schedule = gpu::emulator::kSchedules[(number + i) % kAll];
+  bool is_first = true;
+  for (const gpu::emulator::Schedule& schedule : chosen_schedules(coverage, number)) {
     gpu::emulator::set_schedule(schedule);
     auto found = run();
-    if (i == 0)
-      first = std::move(found);
-    else
-      check(same_bits(first, found), what + ": other bits with the schedule " + schedule.name);
+    if (!is_first) check(same_bits(first, found), what + ": other bits with the schedule " + schedule.name);
+    if (is_first) first = std::move(found);
+    is_first = false;
   }
   return first;
 }
@@ -166,7 +174,7 @@ void for_problems(const Coverage& coverage, Fn&& fn) {
       for (int64_t F : {1, 2, 3, 7, 39}) {
         for (int64_t K : {1, 3, 4, 5, 8, 10, 12, 16, 24}) {
           for (int variant = 0; variant < 24; ++variant) {
-            if (++number % coverage.stride) continue;
+            if (++number % coverage.stride || number > coverage.last) continue;
             const bool is_ragged = variant % 2, has_values = variant / 2 % 2;
             random_bits.seed(number);
             Batch<T> batch;
