@@ -8,6 +8,13 @@
 
 namespace ffm {
 
+// Called from the host with functions of the host, from kernels with functions of the device: nvcc need not ask which.
+#ifdef __CUDACC__
+#define FFM_ANY_FUNCTION _Pragma("nv_exec_check_disable")
+#else
+#define FFM_ANY_FUNCTION
+#endif
+
 // A storage type as an argument.
 template <typename T>
 struct Scalar {
@@ -15,6 +22,7 @@ struct Scalar {
 };
 
 // Calls fn(Scalar<T>{}).
+FFM_ANY_FUNCTION
 template <typename Fn>
 FFM_HOST_DEVICE void dispatch_dtype(ScalarKind dtype, Fn&& fn) {
   switch (dtype) {
@@ -26,6 +34,7 @@ FFM_HOST_DEVICE void dispatch_dtype(ScalarKind dtype, Fn&& fn) {
 }
 
 // Calls fn(std::integral_constant<int, K>{}), K = 0 where embed_dim is known only at run time.
+FFM_ANY_FUNCTION
 template <typename Fn>
 FFM_HOST_DEVICE void dispatch_embed_dim(int64_t embed_dim, Fn&& fn) {
   switch (embed_dim) {
@@ -37,6 +46,7 @@ FFM_HOST_DEVICE void dispatch_embed_dim(int64_t embed_dim, Fn&& fn) {
 }
 
 // Calls fn(std::integral_constant<Output, O>{}).
+FFM_ANY_FUNCTION
 template <typename Fn>
 FFM_HOST_DEVICE void dispatch_output(Output output, Fn&& fn) {
   switch (output) {
