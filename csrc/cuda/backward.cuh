@@ -26,6 +26,13 @@
 
 namespace ffm::cuda {
 
+// What becomes of the gradients of rows.
+enum class Rows {
+  kStored,
+  kUpdated,  // the table moves instead
+  kAdded,    // to zeros, by whoever comes: in any order
+};
+
 constexpr int kMaxSampleThreads = 320;
 // Places, or partial sums, that one thread adds up.
 constexpr int64_t kPlaces = 64;
@@ -76,26 +83,57 @@ struct Turns {
   int width, step_rows, step_units, row, unit;
 };
 
-// A sum that is read and written once: past what the cache should keep.
-template <int kCount, typename A>
-__device__ __forceinline__ Numbers<A, kCount> load_staged(const A* p) {
-  using Raw = typename Bits<kCount * sizeof(A)>::type;
-  const Raw raw = __ldcs(reinterpret_cast<const Raw*>(p));
-  Numbers<A, kCount> numbers;
-  __builtin_memcpy(numbers.x, &raw, sizeof(raw));
-  return numbers;
+// Sums that are read and written once: past what the cache should keep. One by one, as in load_unit.
+template <int kCount>
+__device__ __forceinline__ Numbers<float, kCount> load_staged(const float* p) {
+  if constexpr (kCount == 4) {
+    const float4 four = __ldcs(reinterpret_cast<const float4*>(p));
+    return {four.x, four.y, four.z, four.w};
+  } else {
+    return {__ldcs(p)};
+  }
 }
-template <int kCount, typename A>
-__device__ __forceinline__ void store_staged(A* p, const Numbers<A, kCount>& numbers) {
-  using Raw = typename Bits<kCount * sizeof(A)>::type;
-  Raw raw;
-  __builtin_memcpy(&raw, numbers.x, sizeof(raw));
-  __stcs(reinterpret_cast<Raw*>(p), raw);
+template <int kCount>
+__device__ __forceinline__ Numbers<double, kCount> load_staged(const double* p) {
+  if constexpr (kCount == 2) {
+    const double2 two = __ldcs(reinterpret_cast<const double2*>(p));
+    return {two.x, two.y};
+  } else {
+    return {__ldcs(p)};
+  }
+}
+template <int kCount>
+__device__ __forceinline__ void store_staged(float* p, const Numbers<float, kCount>& numbers) {
+  if constexpr (kCount == 4) {
+    __stcs(reinterpret_cast<float4*>(p), make_float4(numbers.x[0], numbers.x[1], numbers.x[2], numbers.x[3]));
+  } else {
+    __stcs(p, numbers.x[0]);
+  }
+}
+template <int kCount>
+__device__ __forceinline__ void store_staged(double* p, const Numbers<double, kCount>& numbers) {
+  if constexpr (kCount == 2) {
+    __stcs(reinterpret_cast<double2*>(p), make_double2(numbers.x[0], numbers.x[1]));
+  } else {
+    __stcs(p, numbers.x[0]);
+  }
+}
+
+template <typename A, int kCount>
+__device__ __forceinline__ void add_atomically(A* p, const Numbers<A, kCount>& numbers) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (std::is_same_v<A, float> && kCount == 4) {
+    atomicAdd(reinterpret_cast<float4*>(p), make_float4(numbers.x[0], numbers.x[1], numbers.x[2], numbers.x[3]));
+    return;
+  }
+#endif
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) atomicAdd(p + k, numbers.x[k]);
 }
 
 // The field sums of a sample and what becomes of them. kCount numbers are worked on at a time. One-hot samples lie in
 // shared memory as they do in the table; of others, the sums of fields that have several entries.
-template <typename T, int kCount, bool kRagged, bool kUpdates>
+template <typename T, int kCount, bool kRagged, Rows kRows>
 class SampleGradients {
  public:
   using A = Sum<T>;
@@ -117,6 +155,7 @@ class SampleGradients {
 
   __device__ void run() {
     if (!(kRagged ? list_entries() : list_fields())) return skip();
+    if constexpr (kRows == Rows::kUpdated) prefetch_states();
     const SampleLayout& layout = t_.layout;
     for (int i = 0; i < layout.num_tiles; ++i) {
       for (int j = i; j < layout.num_tiles; ++j) {
@@ -135,9 +174,9 @@ class SampleGradients {
           put_values(of_i);
           if (i != j) put_values(of_j);
           // Weights may move from here on.
-          if (kUpdates) __syncthreads();
+          if (kRows == Rows::kUpdated) __syncthreads();
         }
-        if (!t_.groups.places) continue;
+        if (kRows != Rows::kAdded && !t_.groups.places) continue;
         put_rows(of_i);
         if (i != j) put_rows(of_j);
       }
@@ -235,6 +274,21 @@ class SampleGradients {
     }
     __syncthreads();
     return true;
+  }
+
+  // Asks for the states of the rows that will move at once, so that they come along with the weights.
+  __device__ void prefetch_states() {
+    constexpr int kLine = 128;
+    const UpdatedTable& table = t_.update.table;
+    const int64_t row_bytes = table.state_row_size * static_cast<int64_t>(sizeof(A));
+    for (Turns turns(static_cast<int>(row_bytes / kLine) + 1); turns.row < size_; turns.next()) {
+      const Entry entry = this->entry(turns.row);
+      const int32_t place = t_.groups.places[entry.e];
+      if (place >= 0 || place == kNoPlace) continue;
+      const int64_t at = entry.id * row_bytes + min(turns.unit * int64_t{kLine}, row_bytes - 1);
+      if (table.states[0]) gpu::prefetch(static_cast<const char*>(table.states[0]) + at);
+      if (table.states[1]) gpu::prefetch(static_cast<const char*>(table.states[1]) + at);
+    }
   }
 
   // A sample that cannot be used.
@@ -420,26 +474,32 @@ class SampleGradients {
     const int first = start(s.c0), n = end(s.c0 + s.nc - 1) - first;
     for (Turns turns(s.nr * units_); turns.row < n; turns.next()) {
       const Entry entry = this->entry(first + turns.row);
-      const int32_t place = t_.groups.places[entry.e];
-      if (place == kNoPlace || (kUpdates && place < 0 && t_.update.lanes == 0)) continue;
+      int32_t place = 0;
+      if constexpr (kRows != Rows::kAdded) {
+        place = t_.groups.places[entry.e];
+        if (place == kNoPlace) continue;
+        if (kRows == Rows::kUpdated && place < 0 && t_.update.lanes == 0) continue;
+      }
       const int r = turns.unit / units_, k = (turns.unit - r * units_) * kCount;
       Numbers<A, kCount> d = gradient(s, entry, r, k);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) d.x[j] *= entry.x;
       const int64_t at = (s.r0 + r) * K_ + k;
-      if (place >= 0) {
+      if constexpr (kRows == Rows::kAdded) {
+        add_atomically<A, kCount>(t_.grad_rows + entry.id * t_.p.row_size() + at, d);
+      } else if (place >= 0) {
         store_staged<kCount>(t_.stage + place * t_.stage_stride + at, d);
-      } else if constexpr (kUpdates) {
+      } else if constexpr (kRows == Rows::kUpdated) {
         update_unit<kCount>(t_.update, entry.id, at, own_weights(s, entry, r, k), d);
       } else {
         Numbers<T, kCount> numbers;
 #pragma unroll
         for (int j = 0; j < kCount; ++j) numbers.x[j] = d.x[j];
         const int64_t row = t_.groups.numbers ? t_.groups.numbers[~place] - 1 : entry.id;
-        store_numbers<kCount>(t_.grad_rows + row * t_.p.row_size() + at, numbers);
+        store_global<kCount>(t_.grad_rows + row * t_.p.row_size() + at, numbers);
       }
     }
-    if constexpr (kUpdates) {
+    if constexpr (kRows == Rows::kUpdated) {
       if (t_.update.lanes == 0) update_vectors(s, first, n);
     }
   }
@@ -474,27 +534,26 @@ class SampleGradients {
 
 // Registers are what limits the blocks of a multiprocessor: two of the largest, at 80 registers a thread for one-hot
 // samples, and at 96 for others.
-template <typename T, int kCount, bool kRagged, bool kUpdates>
+template <typename T, int kCount, bool kRagged, Rows kRows>
 __global__ void __launch_bounds__(kRagged ? kMaxSampleThreads : kMaxSampleThreads * 6 / 5, sizeof(T) > 4 ? 1 : 2)
     backward_samples(const BackwardTask<T> task) {
   GPU_DYNAMIC_SHARED(shared);
-  SampleGradients<T, kCount, kRagged, kUpdates>(task, shared).run();
+  SampleGradients<T, kCount, kRagged, kRows>(task, shared).run();
 }
 
-// The sum of a row is known: `place` is any of its entries', `last` that of the last.
-template <typename T, int kCount, bool kUpdates>
-__device__ __forceinline__ void finish_row(const BackwardTask<T>& t, int64_t place, int64_t last, int64_t i,
-                                           const Numbers<Sum<T>, kCount>& sum) {
-  const int64_t row = t.groups.rows[place];
-  if constexpr (kUpdates) {
+// The sum of a row is known: `place` is any of its entries', `last` that of the last. w: its weights, for an update.
+template <typename T, int kCount, Rows kRows>
+__device__ __forceinline__ void finish_row(const BackwardTask<T>& t, int64_t row, int64_t place, int64_t last,
+                                           int64_t i, const Numbers<T, kCount>& w, const Numbers<Sum<T>, kCount>& sum) {
+  if constexpr (kRows == Rows::kUpdated) {
     if (t.update.lanes == 0) return store_staged<kCount>(t.stage + last * t.stage_stride + i, sum);
-    update_unit<kCount>(t.update, row, i, load_numbers<kCount>(t.update.weight(row, i)), sum);
+    update_unit<kCount>(t.update, row, i, w, sum);
   } else {
     Numbers<T, kCount> numbers;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) numbers.x[k] = sum.x[k];
     const int64_t to = t.groups.numbers ? t.groups.numbers[place] - 1 : row;
-    store_numbers<kCount>(t.grad_rows + to * t.p.row_size() + i, numbers);
+    store_global<kCount>(t.grad_rows + to * t.p.row_size() + i, numbers);
   }
 }
 
@@ -506,7 +565,7 @@ __device__ __forceinline__ void add(Numbers<A, kCount>& sum, const Numbers<A, kC
 
 // Sums the entries of each row among 64 places. What a row has here that began before, or goes on behind, is left as a
 // partial sum: at the first place where it began before, else at the last.
-template <typename T, int kCount, bool kUpdates>
+template <typename T, int kCount, Rows kRows>
 __global__ void __launch_bounds__(kUnitThreads) reduce_places(const BackwardTask<T> t) {
   using A = Sum<T>;
   const OwnUnit own(t.p.row_size() / kCount);
@@ -522,13 +581,17 @@ __global__ void __launch_bounds__(kUnitThreads) reduce_places(const BackwardTask
     const bool begins = bits >> j & 1, ends = next < kPlaces || ends_here;
     // It has its row to itself, or counts for nothing.
     if (begins && ends && next == j + 1) continue;
+    // What is needed at last is on its way while the sum is made.
+    const int64_t row = t.groups.rows[begin + j];
+    Numbers<T, kCount> w = {};
+    if (kRows == Rows::kUpdated && begins && ends) w = load_numbers<kCount>(t.update.weight(row, i));
     Numbers<A, kCount> sum = load_staged<kCount>(stage + (begin + j) * t.stage_stride);
 #pragma unroll 4
     for (int place = j + 1; place < next; ++place) {
       add<A, kCount>(sum, load_staged<kCount>(stage + (begin + place) * t.stage_stride));
     }
     if (begins && ends) {
-      finish_row<T, kCount, kUpdates>(t, begin + j, begin + next - 1, i, sum);
+      finish_row<T, kCount, kRows>(t, row, begin + j, begin + next - 1, i, w, sum);
     } else {
       const int64_t at = begins ? begin + kPlaces - 1 : begin;
       store_staged<kCount>(stage + at * t.stage_stride, sum);
@@ -537,7 +600,7 @@ __global__ void __launch_bounds__(kUnitThreads) reduce_places(const BackwardTask
 }
 
 // The same for 64 neighbouring pieces of `step` places each, whose partial sums are left.
-template <typename T, int kCount, bool kUpdates>
+template <typename T, int kCount, Rows kRows>
 __global__ void __launch_bounds__(kUnitThreads) reduce_partials(const BackwardTask<T> t, int64_t step) {
   using A = Sum<T>;
   const OwnUnit own(t.p.row_size() / kCount);
@@ -566,10 +629,12 @@ __global__ void __launch_bounds__(kUnitThreads) reduce_partials(const BackwardTa
       if (goes_through) continue;
       if (began) {
         int64_t last = place;
-        if (kUpdates && t.update.lanes == 0) {
+        if (kRows == Rows::kUpdated && t.update.lanes == 0) {
           while (!heads.at(last + 1)) ++last;
         }
-        finish_row<T, kCount, kUpdates>(t, place, last, i, sum);
+        Numbers<T, kCount> w = {};
+        if (kRows == Rows::kUpdated) w = load_numbers<kCount>(t.update.weight(rows[place], i));
+        finish_row<T, kCount, kRows>(t, rows[place], place, last, i, w, sum);
       } else {
         store_staged<kCount>(stage + begin * t.stage_stride, sum);
       }
@@ -584,7 +649,7 @@ __global__ void __launch_bounds__(kUnitThreads) reduce_partials(const BackwardTa
 
 // The rows whose sums lie at the places of their last entries: a K-vector by one thread.
 template <typename T, int kCount>
-__global__ void __launch_bounds__(kUnitThreads) update_sums(const BackwardTask<T> t) {
+__global__ void __launch_bounds__(kUnitThreads, 4) update_sums(const BackwardTask<T> t) {
   const OwnUnit own(t.p.num_fields);
   if (own.row >= t.p.num_entries) return;
   const Heads heads{t.groups.heads};
@@ -651,7 +716,28 @@ struct BackwardWorkspace {
   size_t bytes;
 };
 
-template <typename T, int kCount, bool kUpdates>
+template <typename T, int kCount, Rows kRows>
+cudaError_t launch_reduction(const BackwardTask<T>& task, cudaStream_t stream) {
+  const Problem& p = task.p;
+  const int64_t units = p.row_size() / kCount;
+  cudaError_t error =
+      GPU_LAUNCH((reduce_places<T, kCount, kRows>), unit_blocks((p.num_entries + kPlaces - 1) / kPlaces, units),
+                 kUnitThreads, 0, stream, task);
+  for (int64_t step = kPlaces; error == cudaSuccess && step < p.num_entries; step *= kPlaces) {
+    const int64_t pieces = (p.num_entries + step * kPlaces - 1) / (step * kPlaces);
+    error = GPU_LAUNCH((reduce_partials<T, kCount, kRows>), unit_blocks(pieces, units), kUnitThreads, 0, stream, task,
+                       step);
+  }
+  if constexpr (kRows == Rows::kUpdated) {
+    if (error == cudaSuccess && task.update.lanes == 0) {
+      error =
+          GPU_LAUNCH((update_sums<T, kCount>), unit_blocks(p.num_entries, p.num_fields), kUnitThreads, 0, stream, task);
+    }
+  }
+  return error;
+}
+
+template <typename T, int kCount, Rows kRows>
 cudaError_t launch_backward(const BackwardTask<T>& task, cudaStream_t stream) {
   const Problem& p = task.p;
   const auto launch = [&](auto* kernel) {
@@ -661,24 +747,13 @@ cudaError_t launch_backward(const BackwardTask<T>& task, cudaStream_t stream) {
     return GPU_LAUNCH(kernel, static_cast<unsigned>(p.batch_size), task.layout.threads, task.layout.bytes, stream,
                       task);
   };
-  cudaError_t error = p.fields ? launch(backward_samples<T, kCount, true, kUpdates>)
-                               : launch(backward_samples<T, kCount, false, kUpdates>);
-  if (error != cudaSuccess || !task.groups.places) return error;
-  const int64_t units = p.row_size() / kCount;
-  error = GPU_LAUNCH((reduce_places<T, kCount, kUpdates>), unit_blocks((p.num_entries + kPlaces - 1) / kPlaces, units),
-                     kUnitThreads, 0, stream, task);
-  for (int64_t step = kPlaces; error == cudaSuccess && step < p.num_entries; step *= kPlaces) {
-    const int64_t pieces = (p.num_entries + step * kPlaces - 1) / (step * kPlaces);
-    error = GPU_LAUNCH((reduce_partials<T, kCount, kUpdates>), unit_blocks(pieces, units), kUnitThreads, 0, stream,
-                       task, step);
+  cudaError_t error =
+      p.fields ? launch(backward_samples<T, kCount, true, kRows>) : launch(backward_samples<T, kCount, false, kRows>);
+  if constexpr (kRows == Rows::kAdded) {
+    return error;
+  } else {
+    return error != cudaSuccess || !task.groups.places ? error : launch_reduction<T, kCount, kRows>(task, stream);
   }
-  if constexpr (kUpdates) {
-    if (error == cudaSuccess && task.update.lanes == 0) {
-      error =
-          GPU_LAUNCH((update_sums<T, kCount>), unit_blocks(p.num_entries, p.num_fields), kUnitThreads, 0, stream, task);
-    }
-  }
-  return error;
 }
 
 template <typename T>
@@ -687,14 +762,16 @@ const char* launch_backward(const Problem& p, const Gradient& grad, const RowGro
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   Device device;
   cudaError_t error = current_device(&device);
-  if (error == cudaSuccess && grad.grad_rows && !groups->numbers) {
+  const bool is_added = grad.grad_rows && groups == nullptr;
+  if (is_added && sizeof(T) == 2) return "gradients of half precision are not added atomically";
+  if (error == cudaSuccess && grad.grad_rows && (is_added || !groups->numbers)) {
     error = cudaMemsetAsync(grad.grad_rows, 0, p.num_features * p.row_size() * sizeof(T), stream);
   }
   if (error == cudaSuccess && grad.grad_values) {
     error = cudaMemsetAsync(grad.grad_values, 0, p.num_entries * sizeof(T), stream);
   }
   if (error != cudaSuccess || p.batch_size == 0 || p.num_entries == 0) return error_text(error);
-  if (p.batch_size > INT32_MAX) return "a batch of 2^31 or more samples";
+  if (p.batch_size > INT32_MAX || p.num_entries > INT32_MAX) return "a batch of 2^31 or more samples or entries";
 
   // How many numbers are worked on at a time: 16 bytes of their sums, where everything is aligned to that.
   constexpr int kWide = kWideCount<T>;
@@ -724,8 +801,11 @@ const char* launch_backward(const Problem& p, const Gradient& grad, const RowGro
     if (const char* text = find_falling_offsets(p, lists.is_falling, stream)) return text;
   }
   const auto launch = [&](auto numbers) {
-    return grad.update ? launch_backward<T, numbers(), true>(task, stream)
-                       : launch_backward<T, numbers(), false>(task, stream);
+    if (grad.update) return launch_backward<T, numbers(), Rows::kUpdated>(task, stream);
+    if constexpr (sizeof(T) > 2) {
+      if (is_added) return launch_backward<T, numbers(), Rows::kAdded>(task, stream);
+    }
+    return launch_backward<T, numbers(), Rows::kStored>(task, stream);
   };
   return error_text(is_wide ? launch(std::integral_constant<int, kWide>{}) : launch(std::integral_constant<int, 1>{}));
 }

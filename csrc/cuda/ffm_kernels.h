@@ -61,8 +61,9 @@ const char* group_rows(const Problem&, bool number_rows, void* workspace, RowGro
 const char* list_rows(const Problem&, const RowGroups& groups, int64_t* rows, void* stream);
 
 // Gradients. `grad` has that of the output, and says what is asked for: grad_values; grad_rows, [N, F, K] or with numbered
-// rows [R, F, K]; or an update of the table. groups: none where values alone are asked for. A row's gradient is summed in
-// an order that its entries' places decide: the same bits in every run. No row moves before all samples are read.
+// rows [R, F, K]; or an update of the table. A row's gradient is summed in an order that its entries' places decide: the
+// same bits in every run. No row moves before all samples are read. Without groups: values alone, or grad_rows [N, F, K],
+// of float32 or float64, to which entries are added in any order.
 size_t backward_bytes(const Problem&, bool has_groups);
 const char* backward(const Problem&, const Gradient& grad, const RowGroups* groups, void* workspace, void* stream);
 

@@ -22,7 +22,7 @@ struct UpdateTask {
 };
 
 template <typename T, int kCount>
-__global__ void __launch_bounds__(kUnitThreads) update_rows_kernel(const UpdateTask<T> t) {
+__global__ void __launch_bounds__(kUnitThreads, 4) update_rows_kernel(const UpdateTask<T> t) {
   const RowUpdate<T>& u = t.update;
   const bool by_vectors = u.lanes == 0;
   const OwnUnit own(by_vectors ? t.num_fields : u.table.row_size / kCount);

@@ -54,6 +54,11 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   }
 }
 
+// Brings the line of an address into the L2 cache.
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
+}
+
 // Makes a group of this thread's copies since the last one.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

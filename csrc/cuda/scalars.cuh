@@ -60,50 +60,94 @@ __device__ __forceinline__ float2 unpack(uint32_t bits, Float16) { return gpu::f
 __device__ __forceinline__ uint32_t pack(float a, float b, BFloat16) { return gpu::floats_to_bfloat16x2(a, b); }
 __device__ __forceinline__ uint32_t pack(float a, float b, Float16) { return gpu::floats_to_float16x2(a, b); }
 
-template <typename T, int kBytes>
-__device__ __forceinline__ Unit<T, kBytes> unpack_unit(const typename Bits<kBytes>::type& raw) {
-  Unit<T, kBytes> unit;
-  if constexpr (sizeof(T) > 2) {
-    __builtin_memcpy(unit.x, &raw, kBytes);
-  } else if constexpr (kBytes == 2) {
-    T one;
-    __builtin_memcpy(&one, &raw, kBytes);
-    unit.x[0] = load(&one);
+// Bits as numbers and back, one by one: what is copied as a whole, nvcc moves byte by byte.
+template <typename T>
+__device__ __forceinline__ void unpack_word(uint32_t bits, Sum<T>* x) {
+  if constexpr (sizeof(T) == 4) {
+    *x = __uint_as_float(bits);
   } else {
-    uint32_t words[kBytes / 4];
-    __builtin_memcpy(words, &raw, kBytes);
-#pragma unroll
-    for (int i = 0; i < kBytes / 4; ++i) {
-      const float2 two = unpack(words[i], T{});
-      unit.x[2 * i] = two.x;
-      unit.x[2 * i + 1] = two.y;
+    const float2 two = unpack(bits, T{});
+    x[0] = two.x;
+    x[1] = two.y;
+  }
+}
+template <typename T>
+__device__ __forceinline__ uint32_t pack_word(const Sum<T>* x) {
+  if constexpr (sizeof(T) == 4) {
+    return __float_as_uint(*x);
+  } else {
+    return pack(x[0], x[1], T{});
+  }
+}
+
+template <typename T, int kBytes>
+__device__ __forceinline__ Unit<T, kBytes> unpack_unit(typename Bits<kBytes>::type raw) {
+  constexpr int kPerWord = sizeof(T) < 4 ? 2 : 1;
+  const auto unpack_double = [](uint32_t low, uint32_t high) {
+    return __longlong_as_double(static_cast<long long>(static_cast<uint64_t>(high) << 32 | low));
+  };
+  Unit<T, kBytes> unit;
+  if constexpr (kBytes == 2) {
+    const T one = {raw};
+    unit.x[0] = load(&one);
+  } else if constexpr (kBytes == 4) {
+    unpack_word<T>(raw, unit.x);
+  } else if constexpr (sizeof(T) == 8) {
+    unit.x[0] = unpack_double(raw.x, raw.y);
+    if constexpr (kBytes == 16) unit.x[1] = unpack_double(raw.z, raw.w);
+  } else {
+    unpack_word<T>(raw.x, unit.x);
+    unpack_word<T>(raw.y, unit.x + kPerWord);
+    if constexpr (kBytes == 16) {
+      unpack_word<T>(raw.z, unit.x + 2 * kPerWord);
+      unpack_word<T>(raw.w, unit.x + 3 * kPerWord);
     }
   }
   return unit;
 }
 
+// Not by unpack_unit: nvcc would read it in halves.
 template <typename T, int kBytes>
 __device__ __forceinline__ Unit<T, kBytes> load_unit(const void* p) {
-  return unpack_unit<T, kBytes>(*static_cast<const typename Bits<kBytes>::type*>(p));
+  constexpr int kPerWord = sizeof(T) < 4 ? 2 : 1;
+  Unit<T, kBytes> unit;
+  if constexpr (kBytes == sizeof(T)) {
+    unit.x[0] = load(static_cast<const T*>(p));
+  } else if constexpr (sizeof(T) == 8) {
+    const double2 two = *static_cast<const double2*>(p);
+    unit.x[0] = two.x;
+    unit.x[1] = two.y;
+  } else if constexpr (kBytes == 4) {
+    unpack_word<T>(*static_cast<const uint32_t*>(p), unit.x);
+  } else if constexpr (kBytes == 8) {
+    const uint2 words = *static_cast<const uint2*>(p);
+    unpack_word<T>(words.x, unit.x);
+    unpack_word<T>(words.y, unit.x + kPerWord);
+  } else {
+    const uint4 words = *static_cast<const uint4*>(p);
+    unpack_word<T>(words.x, unit.x);
+    unpack_word<T>(words.y, unit.x + kPerWord);
+    unpack_word<T>(words.z, unit.x + 2 * kPerWord);
+    unpack_word<T>(words.w, unit.x + 3 * kPerWord);
+  }
+  return unit;
 }
 
 template <typename T, int kBytes>
 __device__ __forceinline__ void store_unit(void* p, const Unit<T, kBytes>& unit) {
-  using Raw = typename Bits<kBytes>::type;
-  Raw raw;
-  if constexpr (sizeof(T) > 2) {
-    __builtin_memcpy(&raw, unit.x, kBytes);
-  } else if constexpr (kBytes == 2) {
-    T one;
-    store(&one, unit.x[0]);
-    __builtin_memcpy(&raw, &one, kBytes);
+  constexpr int kPerWord = sizeof(T) < 4 ? 2 : 1;
+  if constexpr (kBytes == sizeof(T)) {
+    store(static_cast<T*>(p), unit.x[0]);
+  } else if constexpr (sizeof(T) == 8) {
+    *static_cast<double2*>(p) = make_double2(unit.x[0], unit.x[1]);
+  } else if constexpr (kBytes == 4) {
+    *static_cast<uint32_t*>(p) = pack_word<T>(unit.x);
+  } else if constexpr (kBytes == 8) {
+    *static_cast<uint2*>(p) = make_uint2(pack_word<T>(unit.x), pack_word<T>(unit.x + kPerWord));
   } else {
-    uint32_t words[kBytes / 4];
-#pragma unroll
-    for (int i = 0; i < kBytes / 4; ++i) words[i] = pack(unit.x[2 * i], unit.x[2 * i + 1], T{});
-    __builtin_memcpy(&raw, words, kBytes);
+    *static_cast<uint4*>(p) = make_uint4(pack_word<T>(unit.x), pack_word<T>(unit.x + kPerWord),
+                                         pack_word<T>(unit.x + 2 * kPerWord), pack_word<T>(unit.x + 3 * kPerWord));
   }
-  *static_cast<Raw*>(p) = raw;
 }
 
 // The sum of a * b, added to `sum` in the order of the numbers.

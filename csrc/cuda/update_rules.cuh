@@ -32,6 +32,23 @@ __device__ __forceinline__ void store_numbers(T* p, const Numbers<T, kCount>& nu
   store_unit<T, kCount* static_cast<int>(sizeof(T))>(p, numbers);
 }
 
+// To global memory, in one access for certain: what nvcc takes apart it does not always put together again.
+template <int kCount, typename T>
+__device__ __forceinline__ void store_global(T* p, const Numbers<T, kCount>& numbers) {
+  if constexpr (kCount == 1) {
+    store(p, numbers.x[0]);
+  } else if constexpr (std::is_same_v<T, float>) {
+    static_assert(kCount == 4);
+    __stwb(reinterpret_cast<float4*>(p), make_float4(numbers.x[0], numbers.x[1], numbers.x[2], numbers.x[3]));
+  } else if constexpr (std::is_same_v<T, double>) {
+    static_assert(kCount == 2);
+    __stwb(reinterpret_cast<double2*>(p), make_double2(numbers.x[0], numbers.x[1]));
+  } else {
+    static_assert(kCount == 4);
+    __stwb(reinterpret_cast<uint2*>(p), make_uint2(pack_word<T>(numbers.x), pack_word<T>(numbers.x + 2)));
+  }
+}
+
 // A table in place, its optimizer and its numbers, made on the host.
 template <typename T>
 struct RowUpdate {
@@ -74,19 +91,18 @@ template <int kCount, typename T>
 __device__ __forceinline__ void store_weights(T* p, const Numbers<T, kCount>& w, const Rounding& rounding, int64_t i) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (rounding.is_stochastic()) {
-      uint16_t bits[kCount];
+      // Numbers that bfloat16 holds: storing them rounds no more.
+      Numbers<T, kCount> rounded;
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
         const uint32_t random = rounding.random_bits(static_cast<uint32_t>(i) + static_cast<uint32_t>(k));
-        bits[k] = static_cast<uint16_t>(round_at_random(__float_as_uint(w.x[k]), random));
+        rounded.x[k] = __uint_as_float(round_at_random(__float_as_uint(w.x[k]), random) << 16);
       }
-      typename Bits<2 * kCount>::type raw;
-      __builtin_memcpy(&raw, bits, sizeof(raw));
-      *reinterpret_cast<decltype(raw)*>(p) = raw;
+      store_global<kCount>(p, rounded);
       return;
     }
   }
-  store_numbers<kCount>(p, w);
+  store_global<kCount>(p, w);
 }
 
 template <int kCount, typename T, typename Rule>
@@ -102,8 +118,8 @@ __device__ __forceinline__ void update_numbers(const RowUpdate<T>& u, const Rule
 #pragma unroll
   for (int k = 0; k < kCount; ++k) rule.update(w.x[k], s0.x[k], s1.x[k], g.x[k]);
   store_weights<kCount>(u.weight(row, i), w, Rounding(u.optimizer, row), i);
-  if constexpr (Rule::kStates > 0) store_numbers<kCount>(first, s0);
-  if constexpr (Rule::kStates > 1) store_numbers<kCount>(second, s1);
+  if constexpr (Rule::kStates > 0) store_global<kCount>(first, s0);
+  if constexpr (Rule::kStates > 1) store_global<kCount>(second, s1);
 }
 
 // Weights w = weight[row, i:] move against the gradient g. Where several lanes share a K-vector, all of them come here

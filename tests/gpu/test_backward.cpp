@@ -142,6 +142,116 @@ void test_added(const Coverage& coverage, const Subject<T>& s) {
   }
 }
 
+// In any order: other bits under other schedules.
+template <typename T>
+void test_added_rows(const Subject<T>& s) {
+  const Problem& p = s.on_device.problem;
+  const std::string what = "gradient added atomically" + s.batch.name;
+  DeviceArray<T> grad_rows(static_cast<int64_t>(s.batch.weight.size())), grad_values(p.values ? p.num_entries : 0);
+  Workspace workspace(cuda::backward_bytes(p, false));
+  Gradient grad;
+  grad.grad_output = s.device_grad_output.data();
+  grad.grad_rows = grad_rows.data();
+  if (p.values) grad.grad_values = grad_values.data();
+  const char* const error = cuda::backward(p, grad, nullptr, workspace.get(), nullptr);
+  if (kIsHalf<T>) return check(error != nullptr, what + ": half precision is not refused");
+  launched(what, error);
+  compare(what, grad_rows.read(), s.grad_weight());
+  if (p.values) compare(what + ", values", grad_values.read(), s.truth.grad_values);
+}
+
+// Samples that cannot be used give nothing, the others what they gave before; where offsets fall, none gives anything.
+template <typename T>
+void test_bad_lists(const Coverage& coverage, const Batch<T>& good, uint64_t number) {
+  Batch<T> batch = good;
+  Problem& p = batch.problem;
+  const bool is_falling = p.offsets && p.num_entries > 0 && number / coverage.stride % 4 == 0;
+  std::vector<int64_t> indices = batch.indices.wide, fields = batch.fields.wide, offsets = batch.offsets.wide;
+  std::vector<bool> is_bad(p.batch_size, is_falling);
+  for (int64_t b = 0; b < p.batch_size && !is_falling; ++b) {
+    const int64_t first = p.entries_begin(b), last = p.entries_begin(b + 1);
+    if (random_bits() % 2 || first == last) continue;
+    const int64_t e = first + static_cast<int64_t>(random_bits() % (last - first));
+    const int64_t bad_ids[] = {p.num_features, -1, INT32_MAX, INT32_MIN};
+    (p.fields && random_bits() % 2 ? fields[e] = random_bits() % 2 ? p.num_fields : -1
+                                   : indices[e] = bad_ids[random_bits() % 4]);
+    is_bad[b] = true;
+  }
+  if (is_falling) {
+    // Samples that overlap, and one that seems to end before it begins.
+    offsets[1] = p.num_entries + 5;
+    offsets[2] = -3;
+  }
+  const bool is_int64 = p.indices.is_int64;
+  batch.indices = std::move(indices);
+  p.indices = batch.indices.as(is_int64);
+  if (p.fields) {
+    batch.fields = std::move(fields);
+    batch.offsets = std::move(offsets);
+    p.fields = batch.fields.as(is_int64);
+    p.offsets = batch.offsets.as(is_int64);
+  }
+  std::vector<T> grad_output = random_numbers<T>(good.output_size());
+  const int64_t size = good.output_size() / std::max<int64_t>(1, p.batch_size);
+  for (int64_t i = 0; i < good.output_size(); ++i) {
+    if (is_bad[i / size]) grad_output[i] = T{};
+  }
+  const Truth truth = find_truth(good, grad_output);
+  for (int64_t i = 0; i < good.output_size(); ++i) {
+    if (is_bad[i / size]) grad_output[i] = unwritten<T>(1)[0];
+  }
+  std::vector<Number> expected(good.weight.size());
+  std::vector<bool> is_touched(p.num_features);
+  for (int64_t b = 0; b < p.batch_size; ++b) {
+    for (int64_t e = good.problem.entries_begin(b); e < good.problem.entries_begin(b + 1); ++e) {
+      const int64_t row = good.indices.wide[e];
+      if (!is_bad[b]) is_touched[row] = true;
+      for (int64_t i = 0; i < p.row_size(); ++i) {
+        expected[row * p.row_size() + i].add(truth.grad_rows[e * p.row_size() + i]);
+      }
+    }
+  }
+
+  const DeviceBatch<T> on_device(batch);
+  const DeviceArray<T> device_grad_output(grad_output);
+  DeviceArray<T> grad_rows(static_cast<int64_t>(good.weight.size())), grad_values(p.values ? p.num_entries : 0);
+  Workspace lists(cuda::group_rows_bytes(p, false)), workspace(cuda::backward_bytes(p, true));
+  const std::string what = "gradient of bad lists" + good.name;
+  Gradient grad;
+  grad.grad_output = device_grad_output.data();
+  grad.grad_rows = grad_rows.data();
+  if (p.values) grad.grad_values = grad_values.data();
+  const std::vector<T> found = under_schedules(coverage, number, what, [&] {
+    cuda::RowGroups groups;
+    launched(what, cuda::group_rows(on_device.problem, false, lists.get(), &groups, nullptr));
+    launched(what, cuda::backward(on_device.problem, grad, &groups, workspace.get(), nullptr));
+    return grad_rows.read();
+  });
+  compare(what, found, expected);
+  if (p.values) compare(what + ", values", grad_values.read(), truth.grad_values);
+
+  // Decay moves every row that a good sample touches, and no other.
+  DeviceArray<T> weight(good.weight);
+  Update update;
+  update.optimizer.lr = 0.5;
+  update.optimizer.weight_decay = 0.5;
+  update.table = {weight.data(), {}, p.row_size(), p.embed_dim, p.row_size()};
+  grad.grad_rows = nullptr;
+  grad.update = &update;
+  Problem in_place = on_device.problem;
+  in_place.weight = weight.data();
+  cuda::RowGroups groups;
+  launched(what, cuda::group_rows(in_place, false, lists.get(), &groups, nullptr));
+  launched(what, cuda::backward(in_place, grad, &groups, workspace.get(), nullptr));
+  const std::vector<T> moved = weight.read();
+  for (int64_t row = 0; row < p.num_features; ++row) {
+    const bool has_moved = std::memcmp(moved.data() + row * p.row_size(), good.weight.data() + row * p.row_size(),
+                                       p.row_size() * sizeof(T)) != 0;
+    check(has_moved == is_touched[row],
+          what + ": row " + std::to_string(row) + (has_moved ? " moved" : " did not move"));
+  }
+}
+
 // An optimizer with numbers that leave nothing out, a table and its states.
 template <typename T>
 struct Trained {
@@ -375,6 +485,8 @@ void test_backward(const Coverage& coverage) {
     test_values(coverage, s);
     test_rows(coverage, s, number / coverage.stride % 2);
     test_added(coverage, s);
+    test_added_rows(s);
+    test_bad_lists(coverage, batch, number);
     test_fused(coverage, s, kOptimizers[number / coverage.stride % 5]);
     test_update(coverage, batch, number, kOptimizers[number / coverage.stride % 5]);
   });
