@@ -741,8 +741,7 @@ template <typename T, int kCount, Rows kRows>
 cudaError_t launch_backward(const BackwardTask<T>& task, cudaStream_t stream) {
   const Problem& p = task.p;
   const auto launch = [&](auto* kernel) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(task.layout.bytes));
+    const cudaError_t error = use_shared_memory(kernel, task.layout.bytes);
     if (error != cudaSuccess) return error;
     return GPU_LAUNCH(kernel, static_cast<unsigned>(p.batch_size), task.layout.threads, task.layout.bytes, stream,
                       task);

@@ -42,20 +42,24 @@ inline cudaError_t current_device(Device* device) {
   return cudaSuccess;
 }
 
-// As many blocks as the device runs at the same time, but no more than there is work for.
+// Before a kernel is launched with so much dynamic shared memory.
 template <typename Kernel>
-cudaError_t resident_blocks(const Device& device, Kernel* kernel, int threads, size_t shared_bytes, int64_t work,
-                            unsigned* blocks) {
+cudaError_t use_shared_memory(Kernel* kernel, size_t shared_bytes) {
   if (shared_bytes > 48 << 10) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
   // Kernels that ask for much shared memory have no use for the first-level cache that shares it.
-  if (shared_bytes > 8 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
-    if (error != cudaSuccess) return error;
-  }
+  if (shared_bytes <= 8 << 10) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+}
+
+// As many blocks as the device runs at the same time, but no more than there is work for.
+template <typename Kernel>
+cudaError_t resident_blocks(const Device& device, Kernel* kernel, int threads, size_t shared_bytes, int64_t work,
+                            unsigned* blocks) {
+  if (cudaError_t error = use_shared_memory(kernel, shared_bytes)) return error;
   int a_multiprocessor = 0;
   if (cudaError_t error =
           cudaOccupancyMaxActiveBlocksPerMultiprocessor(&a_multiprocessor, kernel, threads, shared_bytes)) {
