@@ -22,10 +22,10 @@ STABLE_TORCH_LIBRARY(ffm_ext, m) {
       "ffm_forward(Tensor weight, Tensor indices, Tensor? fields, Tensor? values, Tensor? offsets, "
       "str output, bool within_field) -> Tensor");
 
-  // -> grad_weight [N, F, K], grad_values
+  // -> grad_weight [N, F, K], grad_values. deterministic=False: CUDA may add the entries of a row in any order.
   m.def(
       "ffm_backward(Tensor grad_output, Tensor weight, Tensor indices, Tensor? fields, Tensor? values, "
-      "Tensor? offsets, str output, bool within_field, bool values_grad) -> (Tensor, Tensor)");
+      "Tensor? offsets, str output, bool within_field, bool values_grad, bool deterministic=True) -> (Tensor, Tensor)");
 
   // -> rows [R] the touched rows in rising order, grad_rows [R, F, K], grad_values
   m.def(

@@ -11,8 +11,8 @@ from torch import Tensor
 from . import _C
 
 Output = Literal["sum", "dot", "hadamard"]
-GradMode = Literal["dense", "sparse"]
-LayerGradMode = Literal["dense", "sparse", "fused"]
+GradMode = Literal["dense", "sparse", "atomic"]
+LayerGradMode = Literal["dense", "sparse", "fused", "atomic"]
 
 
 def check_modes(where: str, output: str, grad: str) -> None:

@@ -5,6 +5,7 @@
 
     FFMFunction.forward    ->  ffm_forward
     FFMFunction.backward   ->  ffm_backward            grad="dense":  gradient [N, F, K] and that of values
+                                                       grad="atomic": the same, in any order
                                ffm_backward_sparse     grad="sparse": touched rows, their gradient, that of values
                                ffm_backward_fused_     grad="fused":  the table is updated, values get a gradient
                                ffm_backward_values     the table is frozen, values are not
@@ -13,6 +14,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     """The gradients for ``create_graph=True``: those of the reference, which can be differentiated again."""
     weight, indices, fields, values, offsets = ctx.saved_tensors
     needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    if needs_weight and ctx.grad != "dense":
+    if needs_weight and ctx.grad not in ("dense", "atomic"):
         raise RuntimeError(
             f"ffm_interaction: create_graph=True needs grad='dense': with grad={ctx.grad!r} there is "
             "no gradient that could be differentiated again"
@@ -60,6 +62,19 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     grad_weight = next(grads) if needs_weight else None
     grad_values = next(grads) if needs_values else None
     return grad_weight, None, None, grad_values, *(None,) * 6
+
+
+def _alert_not_deterministic(table: Tensor) -> None:
+    """What ``torch.use_deterministic_algorithms`` says of gradients that CUDA adds atomically."""
+    if not table.is_cuda or not torch.are_deterministic_algorithms_enabled():
+        return
+    text = (
+        "ffm_interaction: grad='atomic' adds gradients in any order, which "
+        "torch.use_deterministic_algorithms(True) refuses; grad='dense' is deterministic"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(text)
+    warnings.warn(text, stacklevel=2)
 
 
 class FFMFunction(torch.autograd.Function):
@@ -119,8 +134,13 @@ class FFMFunction(torch.autograd.Function):
             )
             # Whoever saved the old table for a backward of their own must not go on with the new one.
             torch.autograd.graph.increment_version(weight)
-        elif ctx.grad == "dense":
-            grad_weight, grad_values = _ops.ffm_backward(*problem, needs_values)
+        elif ctx.grad in ("dense", "atomic"):
+            is_atomic = ctx.grad == "atomic"
+            if is_atomic:
+                _alert_not_deterministic(table)
+            grad_weight, grad_values = _ops.ffm_backward(
+                *problem, needs_values, deterministic=not is_atomic
+            )
             grad_weight = grad_weight.view(weight.shape)
         else:
             rows, grad_rows, grad_values = _ops.ffm_backward_sparse(*problem, needs_values)

@@ -224,7 +224,7 @@ class _Linear(nn.Module):
 
     def _sum(self, indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
         indices = _inside(indices, self.weight.shape[0])
-        if values is None and self.grad == "dense" and indices.dim() == 2:
+        if values is None and self.grad != "sparse" and indices.dim() == 2:
             return self.weight[indices].sum((1, 2))
         summed = nn.functional.embedding_bag(
             indices,

@@ -219,7 +219,7 @@ def test_output_and_grad_modes(form: str) -> None:
     ):
         with raises(ValueError, f"{where}: output = 'max' is not one of sum, dot, hadamard"):
             interaction(*problem.args, output="max")  # type: ignore[arg-type]
-        with raises(ValueError, f"{where}: grad = 'fast' is not one of dense, sparse"):
+        with raises(ValueError, f"{where}: grad = 'fast' is not one of dense, sparse, atomic"):
             interaction(*problem.args, grad="fast")  # type: ignore[arg-type]
 
 
@@ -391,11 +391,11 @@ def test_sizes_of_modules() -> None:
             FFMInteraction(*sizes)
     with raises(ValueError, "FFMInteraction: output = 'max' is not one of sum, dot, hadamard"):
         FFMInteraction(11, 3, 4, output="max")  # type: ignore[arg-type]
-    with raises(ValueError, "FFMInteraction: grad = 'fast' is not one of dense, sparse"):
+    with raises(ValueError, "FFMInteraction: grad = 'fast' is not one of dense, sparse, atomic"):
         FFMInteraction(11, 3, 4, grad="fast")  # type: ignore[arg-type]
     with raises(ValueError, "FM: num_features = 0 must be positive"):
         FM(0, 4)
-    with raises(ValueError, "FM: grad = 'fast' is not one of dense, sparse"):
+    with raises(ValueError, "FM: grad = 'fast' is not one of dense, sparse, atomic"):
         FM(11, 4, grad="fast")  # type: ignore[arg-type]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from problems import (
     FORMS,
+    Expected,
     Problem,
     Result,
     evaluate,
@@ -108,6 +109,32 @@ def test_same_bits_where_gradients_are_streamed() -> None:
         found[threads, grad] = gradient.to_dense()
         torch.testing.assert_close(found[threads, grad], expected)
         assert_same_bits(found[threads, grad], found[1, "dense"], f"{grad}, {threads} threads")
+
+
+@forms
+def test_gradients_in_any_order(form: str, dtype: torch.dtype, device: torch.device) -> None:
+    """On a CPU the dense gradient; on CUDA one that is as accurate, unless determinism is asked for."""
+    problem = make_problem(form, 3, 4, dtype=dtype)
+    seed = grad_output(problem, "sum", False)
+    modes = {"output": "sum", "within_field": False}
+
+    def found(grad: str = "atomic") -> Result:
+        return evaluate(ffm_interaction, problem, seed, grad=grad, **modes)
+
+    if device.type == "cpu":
+        assert_same_bits(found().grad_weight, found("dense").grad_weight, "atomic and dense")
+        return
+    if dtype.itemsize < 4:
+        with pytest.raises(ValueError, match="deterministic=False needs a float32 or float64"):
+            found()
+        return
+    Expected.of(problem, seed, **modes).check(found(), dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="grad='atomic' adds gradients in any order"):
+            found()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @forms

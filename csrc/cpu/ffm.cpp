@@ -163,7 +163,7 @@ void zero_other_rows(const Problem& p, const RowGroups& groups, void* grad_rows)
 std::tuple<Tensor, Tensor> ffm_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
                                         const OptionalTensor& fields, const OptionalTensor& values,
                                         const OptionalTensor& offsets, const std::string& output, bool within_field,
-                                        bool values_grad) {
+                                        bool values_grad, bool /*deterministic*/) {
   const char* op = "ffm_backward";
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
   const Problem& p = batch.problem;

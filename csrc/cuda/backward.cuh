@@ -124,11 +124,12 @@ __device__ __forceinline__ void add_atomically(A* p, const Numbers<A, kCount>& n
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if constexpr (std::is_same_v<A, float> && kCount == 4) {
     atomicAdd(reinterpret_cast<float4*>(p), make_float4(numbers.x[0], numbers.x[1], numbers.x[2], numbers.x[3]));
-    return;
-  }
+  } else
 #endif
+  {
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) atomicAdd(p + k, numbers.x[k]);
+    for (int k = 0; k < kCount; ++k) atomicAdd(p + k, numbers.x[k]);
+  }
 }
 
 // The field sums of a sample and what becomes of them. kCount numbers are worked on at a time. One-hot samples lie in

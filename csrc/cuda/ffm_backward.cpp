@@ -40,7 +40,7 @@ Tensor new_grad_rows(const Batch& batch, int64_t rows) {
 std::tuple<Tensor, Tensor> ffm_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
                                         const OptionalTensor& fields, const OptionalTensor& values,
                                         const OptionalTensor& offsets, const std::string& output, bool within_field,
-                                        bool values_grad) {
+                                        bool values_grad, bool deterministic) {
   const char* op = "ffm_backward";
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
   const OnDevice on(op, weight);
@@ -51,6 +51,13 @@ std::tuple<Tensor, Tensor> ffm_backward(const Tensor& grad_output, const Tensor&
   grad.grad_output = grad_out.const_data_ptr();
   grad.grad_rows = grad_weight.mutable_data_ptr();
   Tensor grad_values = new_grad_values(op, batch, values_grad, grad);
+  if (!deterministic) {
+    if (is_narrow(batch.problem.dtype)) {
+      fail(op, "deterministic=False needs a float32 or float64 weight, got ", dtype_text(weight.scalar_type()));
+    }
+    run_backward(batch, grad, nullptr, on);
+    return {grad_weight, grad_values};
+  }
   const GroupedRows rows(batch, false, on);
   run_backward(batch, grad, &rows.groups, on);
   return {grad_weight, grad_values};
