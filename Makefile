@@ -10,7 +10,7 @@ pip    := $(python) -m pip install -qq --disable-pip-version-check
 cpp    := $(shell find csrc examples tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-all lint format bench peers clean
+.PHONY: help build demo test test-all lint format bench peers cuda-report clean
 .PHONY: docs dist test-wheel
 
 help: ## list the targets
@@ -75,6 +75,10 @@ bench: build ## measure against the peers that are installed (ARGS=--quick: less
 
 peers: $(VENV)/packages ## install the peers that `make bench` measures against
 	PYTHON=$(abspath $(python)) benchmarks/install_peers.sh
+
+cuda-report: ## build for CUDA; registers, shared memory and occupancy of each kernel
+	@FFM_EXT_CUDA=1 $(MAKE) -s --no-print-directory build
+	@$(python) tools/cuda_report.py
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info ffm_ext/*.so

@@ -7,12 +7,15 @@ file                       compiled                             sees, beside csr
 =========================  ===================================  =======================================
 csrc/cpu/*_kernels.cpp     once per ISA of the table ``ISAS``,  nothing: kernels know no torch
                            with ``-DFFM_ISA=<isa>``
+csrc/cuda/*.cu             once, by nvcc, for ``CUDA_ARCHS``    CUDA: kernels know no torch
 csrc/bindings.cpp          once, for the first ISA              Python, pybind11, the version macros
 every other csrc/**/*.cpp  once, for the first ISA              torch's stable ABI, at its floor version
 =========================  ===================================  =======================================
 
-No ``-march=native`` and no ``-ffast-math``: the CPU is asked at run time which ISA it has. A device with a compiler of
-its own gets its own folder, its own rule in ``write_ninja`` and its own lines in ``compile_steps``.
+No ``-march=native`` and no ``-ffast-math``: the CPU is asked at run time which ISA it has. CUDA is built where a
+toolkit is found, GPU or not: the binary asks a loaded libtorch_cuda.so for what it needs, and so loads in a torch for
+the CPU too. A kernel that spills registers fails the build. A device with a compiler of its own gets its own folder,
+its own rule in ``write_ninja`` and its own lines in ``compile_steps``.
 
 ``libffm_ext_ops.so`` has everything but the bindings and needs no Python: programs in C++ load it for the operators.
 ``_C`` is the bindings, linked to it; what they call there says ``FFM_API`` (csrc/export.h).
@@ -20,7 +23,8 @@ its own gets its own folder, its own rule in ``write_ninja`` and its own lines i
 The build is one ninja file in ``build/<platform>-<python>/``, shared by ``pip install .``, ``pip install -e .`` and
 ``python setup.py build_ext --inplace``; it also leaves ``build/compile_commands.json`` for clangd.
 
-Environment: ``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS``, and ``FFM_EXT_SANITIZE=address,undefined``.
+Environment: ``CXX``, ``CXXFLAGS``, ``LDFLAGS``, ``MAX_JOBS``, ``FFM_EXT_SANITIZE=address,undefined``,
+``FFM_EXT_CUDA=auto|1|0`` (1: an error where there is no toolkit; 0: none is looked for) and ``CUDA_HOME``.
 """
 
 from __future__ import annotations
@@ -71,12 +75,31 @@ OTHER_ISAS: dict[str, list[str]] = {"baseline": []}
 # intrinsics whose unused operand is uninitialized on purpose.
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 
+# Machine code for these, and PTX of the last for GPUs to come.
+CUDA_ARCHS = ["80", "90"]
+NVCCFLAGS = [
+    *("-std=c++20", "-O3", "-lineinfo", "-DNDEBUG", "--expt-relaxed-constexpr"),
+    *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS),
+    f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}",
+    *("-Xptxas", "-v", "-Werror", "all-warnings"),
+    *("-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"),
+]
+# A spill is an error, but in CUB's kernels, which are not ours to mend.
+NO_SPILLS = ["-Xptxas", "-warn-spills,-warn-lmem-usage,-Werror"]
+# The oldest nvcc that knows C++20.
+NVCC_FLOOR = 12
+
 
 class Compiler(NamedTuple):
     command: list[str]
     version: str
     arch: str
     isas: dict[str, list[str]]
+
+
+class Cuda(NamedTuple):
+    home: Path
+    version: str
 
 
 class Torch(NamedTuple):
@@ -130,6 +153,45 @@ def find_compiler() -> Compiler:
     return Compiler(command, version, arch, ISAS.get(arch, OTHER_ISAS))
 
 
+def cuda_homes() -> Iterator[Path]:
+    """Where a toolkit may be. An nvcc on the PATH may be a script that calls one elsewhere."""
+    yield from (
+        Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
+    )
+    if nvcc := shutil.which("nvcc"):
+        yield Path(nvcc).resolve().parents[1]
+    yield Path("/usr/local/cuda")
+    yield from sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
+
+
+def find_cuda(sanitize: str) -> Cuda | str:
+    """The toolkit, or why CUDA is not built."""
+    wanted = os.environ.get("FFM_EXT_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise fail(f"FFM_EXT_CUDA = {wanted!r} is not one of auto, 0, 1.")
+    if wanted == "0":
+        return "FFM_EXT_CUDA=0"
+    if sanitize and wanted == "auto":
+        return "sanitizers are for the CPU"
+    homes = list(dict.fromkeys(cuda_homes()))
+    for home in homes:
+        nvcc = home / "bin" / "nvcc"
+        if not ((home / "include" / "cuda_runtime.h").exists() and nvcc.exists()):
+            continue
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        version = text.partition("release ")[2].partition(",")[0]
+        if version and int(version.partition(".")[0]) >= NVCC_FLOOR:
+            return Cuda(home, version)
+    reason = "no toolkit with include/cuda_runtime.h and an nvcc {} or newer in {}".format(
+        NVCC_FLOOR, ", ".join(map(str, homes))
+    )
+    if wanted == "1":
+        raise fail(
+            f"FFM_EXT_CUDA=1, and there is {reason}. Name its folder: `CUDA_HOME=/path/to/cuda`."
+        )
+    return reason
+
+
 def find_torch() -> Torch:
     need = ".".join(map(str, TORCH_FLOOR))
     remedy = (
@@ -165,8 +227,15 @@ def kernel_steps(compiler: Compiler) -> Iterator[Step]:
             yield Step(source, isa, [*flags, *KERNEL_FLAGS, f"-DFFM_ISA={isa}"])
 
 
-def compile_steps(compiler: Compiler, torch: Torch, package_version: str) -> Iterator[Step]:
+def compile_steps(
+    compiler: Compiler, torch: Torch, cuda: Cuda | str, package_version: str
+) -> Iterator[Step]:
     import pybind11
+
+    has_cuda = isinstance(cuda, Cuda)
+    archs = (
+        [*(f"sm_{arch}" for arch in CUDA_ARCHS), f"compute_{CUDA_ARCHS[-1]}"] if has_cuda else []
+    )
 
     every_cpu = next(iter(compiler.isas.values()))
     floor = "0x{:02x}{:02x}000000000000".format(*TORCH_FLOOR)
@@ -175,10 +244,17 @@ def compile_steps(compiler: Compiler, torch: Torch, package_version: str) -> Ite
         *(f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())),
         f'-DFFM_EXT_VERSION="{package_version}"',
         f'-DFFM_EXT_TORCH_VERSION="{torch.version}"',
+        f'-DFFM_EXT_CUDA_ARCHS="{" ".join(archs)}"',
     ]
     yield from kernel_steps(compiler)
+    if has_cuda:  # the slow ones first
+        sources = sorted(Path("csrc/cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
+        for source in sources:
+            yield Step(source, "cuda", [] if source.stem == "device_sort" else NO_SPILLS)
     for source in sorted(Path("csrc").rglob("*.cpp")):
         if source.match("csrc/cpu/*_kernels.cpp"):
+            continue
+        if source.match("csrc/cuda/*.cpp") and not has_cuda:
             continue
         for_source = for_python if source.match("csrc/bindings.cpp") else for_torch
         yield Step(source, "", [*every_cpu, *for_source])
@@ -189,6 +265,7 @@ def write_ninja(
     library: Path,
     compiler: Compiler,
     torch: Torch,
+    cuda: Cuda | str,
     steps: Iterator[Step],
     sanitize: str,
 ) -> None:
@@ -199,6 +276,9 @@ def write_ninja(
         cxxflags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}"]
         ldflags += [f"-fsanitize={sanitize}"]
     ldflags += [*(f"-L{path}" for path in torch.lib), "-ltorch_cpu"]
+    if isinstance(cuda, Cuda):
+        libraries = cuda.home / ("lib64" if (cuda.home / "lib64").exists() else "lib")
+        ldflags += [f"-L{libraries}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     cxxflags += shlex.split(os.environ.get("CXXFLAGS", ""))
     ldflags += shlex.split(os.environ.get("LDFLAGS", ""))
 
@@ -212,6 +292,18 @@ def write_ninja(
             depfile="$out.d",
             deps="gcc",
         )
+        if isinstance(cuda, Cuda):
+            # What ptxas says of each kernel is kept for `make cuda-report`, and shown where it is an error.
+            host = next(word for word in compiler.command if Path(word).name != "ccache")
+            nvcc = [str(cuda.home / "bin" / "nvcc"), "-ccbin", host]
+            n.rule(
+                "nvcc",
+                f"{shlex.join(nvcc)} -MD -MF $out.d {shlex.join(NVCCFLAGS)} $flags -Icsrc -c $in -o $out "
+                "> $out.ptxas 2>&1 || (cat $out.ptxas; exit 1)",
+                description="compile $in",
+                depfile="$out.d",
+                deps="gcc",
+            )
         n.rule(
             "link",
             f"{shlex.join(compiler.command)} $in -o $out {shlex.join(ldflags)} $how",
@@ -223,7 +315,8 @@ def write_ninja(
             target = str(step.target(build))
             (bindings if step.source.match("csrc/bindings.cpp") else objects).append(target)
             variables = {"flags": shlex.join(step.flags), "isa": step.isa}
-            n.build([target], "cxx", [str(step.source)], variables=variables)
+            rule = "nvcc" if step.source.suffix == ".cu" else "cxx"
+            n.build([target], rule, [str(step.source)], variables=variables)
         operators = str(library.with_name(OPS_LIBRARY))
         n.build(
             [operators],
@@ -242,6 +335,7 @@ class NinjaBuild(build_ext):
         compiler, torch = find_compiler(), find_torch()
         check_build_tools()
         sanitize = os.environ.get("FFM_EXT_SANITIZE", "")
+        cuda = find_cuda(sanitize)
         build = build_folder(sanitize)
         library = build / Path(self.get_ext_filename(ext.name)).name
 
@@ -252,14 +346,20 @@ class NinjaBuild(build_ext):
                 torch.version, *TORCH_FLOOR
             )
         )
+        if isinstance(cuda, Cuda):
+            print(
+                f"ffm_ext: CUDA        {cuda.version} in {cuda.home}, for {', '.join(CUDA_ARCHS)}"
+            )
+        else:
+            print(f"ffm_ext: CUDA        none: {cuda}")
         print(f"ffm_ext: sanitizers  {sanitize or 'none'}")
         print(f"ffm_ext: build in    {build}", flush=True)
 
         build.mkdir(parents=True, exist_ok=True)
         with open(build / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would spoil ninja's log
-            steps = compile_steps(compiler, torch, self.distribution.get_version())
-            write_ninja(build, library, compiler, torch, steps, sanitize)
+            steps = compile_steps(compiler, torch, cuda, self.distribution.get_version())
+            write_ninja(build, library, compiler, torch, cuda, steps, sanitize)
             ninja = [sys.executable, "-m", "ninja", "-f", str(build / "build.ninja")]
             jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
             if subprocess.run([*ninja, *jobs]).returncode:
@@ -293,6 +393,8 @@ if __name__ == "__main__":
     extension = Extension(
         "ffm_ext._C",
         sources=sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
-        depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+        depends=sorted(
+            str(path) for suffix in ("h", "cu", "cuh") for path in Path("csrc").rglob(f"*.{suffix}")
+        ),
     )
     setup(ext_modules=[extension], cmdclass={"build_ext": NinjaBuild})

@@ -15,6 +15,7 @@
 #include <utility>
 #include <variant>
 
+#include "check_contents.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/kept_memory.h"
@@ -82,13 +83,15 @@ PYBIND11_MODULE(_C, m) {
     info["torch_built_against"] = FFM_EXT_TORCH_VERSION;
     info["compiler"] = __VERSION__;
     info["isa"] = ffm::cpu_isa();
-    info["cuda_archs"] = py::list();
+    info["cuda_archs"] = py::str(FFM_EXT_CUDA_ARCHS).attr("split")();
     return info;
   });
   m.def(
       "advise_huge_pages",
       [](uintptr_t address, size_t bytes) { return ffm::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
       py::arg("address"), py::arg("bytes"));
+  m.def("check_contents", [](bool is_on) { return ffm::checks_device_contents().exchange(is_on); }, py::arg("is_on"));
+  m.def("checks_contents", [] { return ffm::checks_device_contents().load(); });
   m.def("kept_bytes", &ffm::kept_bytes);
   m.def("release_kept_memory", &ffm::release_kept_memory);
   m.def("read_text", &read_text, py::arg("path"), py::kw_only(), py::arg("libsvm") = false, py::arg("begin") = 0,

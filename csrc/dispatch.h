@@ -8,6 +8,13 @@
 
 namespace ffm {
 
+// Called from the host with functions of the host, from kernels with functions of the device: nvcc need not ask which.
+#ifdef __CUDACC__
+#define FFM_ANY_FUNCTION _Pragma("nv_exec_check_disable")
+#else
+#define FFM_ANY_FUNCTION
+#endif
+
 // A storage type as an argument.
 template <typename T>
 struct Scalar {
@@ -15,8 +22,9 @@ struct Scalar {
 };
 
 // Calls fn(Scalar<T>{}).
+FFM_ANY_FUNCTION
 template <typename Fn>
-__attribute__((always_inline)) inline void dispatch_dtype(ScalarKind dtype, Fn&& fn) {
+FFM_HOST_DEVICE void dispatch_dtype(ScalarKind dtype, Fn&& fn) {
   switch (dtype) {
     case ScalarKind::kFloat32: return fn(Scalar<float>{});
     case ScalarKind::kFloat64: return fn(Scalar<double>{});
@@ -26,8 +34,9 @@ __attribute__((always_inline)) inline void dispatch_dtype(ScalarKind dtype, Fn&&
 }
 
 // Calls fn(std::integral_constant<int, K>{}), K = 0 where embed_dim is known only at run time.
+FFM_ANY_FUNCTION
 template <typename Fn>
-__attribute__((always_inline)) inline void dispatch_embed_dim(int64_t embed_dim, Fn&& fn) {
+FFM_HOST_DEVICE void dispatch_embed_dim(int64_t embed_dim, Fn&& fn) {
   switch (embed_dim) {
     case 4: return fn(std::integral_constant<int, 4>{});
     case 8: return fn(std::integral_constant<int, 8>{});
@@ -37,8 +46,9 @@ __attribute__((always_inline)) inline void dispatch_embed_dim(int64_t embed_dim,
 }
 
 // Calls fn(std::integral_constant<Output, O>{}).
+FFM_ANY_FUNCTION
 template <typename Fn>
-__attribute__((always_inline)) inline void dispatch_output(Output output, Fn&& fn) {
+FFM_HOST_DEVICE void dispatch_output(Output output, Fn&& fn) {
   switch (output) {
     case Output::kSum: return fn(std::integral_constant<Output, Output::kSum>{});
     case Output::kDot: return fn(std::integral_constant<Output, Output::kDot>{});

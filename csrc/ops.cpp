@@ -4,9 +4,12 @@
 //   FFMInteraction.forward (modules.py) -> functional.ffm_interaction -> FFMFunction (autograd.py)
 //     forward:   ffm_forward
 //     backward:  ffm_backward | ffm_backward_sparse | ffm_backward_values
-//   each dispatched to  cpu/ffm.cpp : checks.h, tensors -> params.h -> cpu/ffm_*_kernels.cpp, built once an ISA
+//   each dispatched to  cpu/ffm.cpp   : checks.h, tensors -> params.h -> cpu/ffm_*_kernels.cpp, built once an ISA
+//                  or   cuda/ffm*.cpp : the same checks                -> cuda/ffm_kernels.h, launchers of cuda/*.cu
 //
-//   QuantizedFFMInteraction (quantized.py): ffm_quantize once, then ffm_forward_int8, by way of cpu/ffm_int8.cpp
+//   QuantizedFFMInteraction (quantized.py): ffm_quantize once, then ffm_forward_int8, by way of ffm_int8.cpp
+//
+// ffm_train_ is for the CPU alone.
 //
 // Shapes: weight [N, F, K]; indices [B, F] alone, or indices [nnz] with fields [nnz] and offsets [B + 1]; values of the
 // shape of indices. output is "sum" | "dot" | "hadamard". Gradients of values are empty where they are not asked for.
@@ -19,10 +22,10 @@ STABLE_TORCH_LIBRARY(ffm_ext, m) {
       "ffm_forward(Tensor weight, Tensor indices, Tensor? fields, Tensor? values, Tensor? offsets, "
       "str output, bool within_field) -> Tensor");
 
-  // -> grad_weight [N, F, K], grad_values
+  // -> grad_weight [N, F, K], grad_values. deterministic=False: CUDA may add the entries of a row in any order.
   m.def(
       "ffm_backward(Tensor grad_output, Tensor weight, Tensor indices, Tensor? fields, Tensor? values, "
-      "Tensor? offsets, str output, bool within_field, bool values_grad) -> (Tensor, Tensor)");
+      "Tensor? offsets, str output, bool within_field, bool values_grad, bool deterministic=True) -> (Tensor, Tensor)");
 
   // -> rows [R] the touched rows in rising order, grad_rows [R, F, K], grad_values
   m.def(

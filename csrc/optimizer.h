@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // What an optimizer is told and what it keeps: plain numbers and pointers, no torch. Its arithmetic is a struct of
-// cpu/update_rules.h.
+// update_rules.h.
 #pragma once
 
 #include <cmath>

@@ -17,7 +17,7 @@ from . import (  # noqa: F401
     reference,
     training,
 )
-from ._build_info import __version__, build_info, library_path
+from ._build_info import __version__, build_info, check_contents, library_path
 from .batch import SparseBatch
 from .modules import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine
 from .quantized import QuantizedFFMInteraction, quantize
@@ -31,6 +31,7 @@ __all__ = [
     "SparseBatch",
     "__version__",
     "build_info",
+    "check_contents",
     "data",
     "datasets",
     "functional",

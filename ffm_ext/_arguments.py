@@ -8,9 +8,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from . import _C
+
 Output = Literal["sum", "dot", "hadamard"]
-GradMode = Literal["dense", "sparse"]
-LayerGradMode = Literal["dense", "sparse", "fused"]
+GradMode = Literal["dense", "sparse", "atomic"]
+LayerGradMode = Literal["dense", "sparse", "fused", "atomic"]
 
 
 def check_modes(where: str, output: str, grad: str) -> None:
@@ -60,18 +62,25 @@ def outside(ids: Tensor, size: int) -> Tensor:
     return (ids < 0) | (ids > min(size - 1, torch.iinfo(ids.dtype).max))
 
 
+def checks_contents(tensor: Tensor) -> bool:
+    """Whether what a tensor holds is looked at: on the CPU always, on CUDA where it was asked for."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or (tensor.is_cuda and _C.checks_contents())
+
+
 def check_contents(
     where: str, indices: Tensor, values: Tensor | None, offsets: Tensor | None, num_features: int
 ) -> None:
     """What the operators check by themselves, for modules made of PyTorch's own, which trust their lists.
 
-    Only on the CPU: elsewhere it would wait for the device.
+    Where :func:`checks_contents` says so: elsewhere it would wait for the device.
 
     Raises:
         IndexError: an id is outside ``[0, num_features)``.
         ValueError: offsets do not rise from 0 to nnz, or a value is not finite.
     """
-    if indices.device.type != "cpu" or torch.compiler.is_compiling():
+    if not checks_contents(indices):
         return
 
     def place(name: str, at: Tensor) -> str:

@@ -71,6 +71,7 @@ def _(
     output: str,
     within_field: bool,
     values_grad: bool,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
     _check_device(
         "ffm_backward",

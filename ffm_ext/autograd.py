@@ -5,6 +5,7 @@
 
     FFMFunction.forward    ->  ffm_forward
     FFMFunction.backward   ->  ffm_backward            grad="dense":  gradient [N, F, K] and that of values
+                                                       grad="atomic": the same, in any order
                                ffm_backward_sparse     grad="sparse": touched rows, their gradient, that of values
                                fused_step_             grad="fused":  ffm_backward_fused_ updates the table
                                ffm_backward_values     the table is frozen, values are not
@@ -16,6 +17,7 @@ nor the state of an optimizer, and AOTAutograd traces both.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -155,7 +157,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     """
     weight, indices, fields, values, offsets = ctx.saved_tensors
     needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-    if needs_weight and ctx.grad != "dense":
+    if needs_weight and ctx.grad not in ("dense", "atomic"):
         raise RuntimeError(
             "ffm_interaction: create_graph=True needs grad='dense', and so does torch.func: with "
             f"grad={ctx.grad!r} there is no gradient that could be differentiated again"
@@ -188,6 +190,19 @@ def _vjp(
     function: Callable[..., Tensor], *inputs: Tensor
 ) -> Callable[[Tensor], tuple[Tensor, ...]]:
     return torch.func.vjp(function, *inputs)[1]
+
+
+def _alert_not_deterministic(table: Tensor) -> None:
+    """What ``torch.use_deterministic_algorithms`` says of gradients that CUDA adds atomically."""
+    if not table.is_cuda or not torch.are_deterministic_algorithms_enabled():
+        return
+    text = (
+        "ffm_interaction: grad='atomic' adds gradients in any order, which "
+        "torch.use_deterministic_algorithms(True) refuses; grad='dense' is deterministic"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(text)
+    warnings.warn(text, stacklevel=2)
 
 
 class FFMFunction(torch.autograd.Function):
@@ -235,8 +250,13 @@ class FFMFunction(torch.autograd.Function):
             grad_values = _ops.fused_step_(
                 grad_output, table, ctx.step, ctx.states, *lists, needs_values, ctx.fused
             )
-        elif ctx.grad == "dense":
-            grad_weight, grad_values = _ops.ffm_backward(grad_output, table, *lists, needs_values)
+        elif ctx.grad in ("dense", "atomic"):
+            is_atomic = ctx.grad == "atomic"
+            if is_atomic:
+                _alert_not_deterministic(table)
+            grad_weight, grad_values = _ops.ffm_backward(
+                grad_output, table, *lists, needs_values, deterministic=not is_atomic
+            )
             grad_weight = grad_weight.view(weight.shape)
         else:
             rows, grad_rows, grad_values = _ops.ffm_backward_sparse(

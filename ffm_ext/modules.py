@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._arguments import GradMode, Output, check_contents, check_modes
+from ._arguments import GradMode, Output, check_contents, check_modes, checks_contents
 from .autograd import interaction
 from .batch import SparseBatch
 from .functional import ffm_interaction
@@ -182,6 +182,14 @@ class FFMInteraction(nn.Module):
         if self._fused is not None:  # assign=True has put another parameter in place
             self._fused.param_groups[0]["params"] = [self.weight]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FFMInteraction:
+        """The count of updates stays on the CPU, where each backward reads it without waiting for a device."""
+        step = self._buffers.get("optimizer_step")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if step is not None:
+            self._buffers["optimizer_step"] = step
+        return self
+
     def extra_repr(self) -> str:
         """Sizes and modes, for ``repr``."""
         return (
@@ -314,7 +322,8 @@ class _Linear(nn.Module):
         return score if self.bias is None else score + self.bias
 
     def _sum(self, indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
-        if values is None and self.grad == "dense" and indices.dim() == 2:
+        indices = _inside(indices, self.weight.shape[0])
+        if values is None and self.grad != "sparse" and indices.dim() == 2:
             return self.weight[indices].sum((1, 2))
         sparse = self.grad == "sparse" and not torch.compiler.is_exporting()
         if sparse and values is not None and torch.compiler.is_dynamo_compiling():
@@ -534,7 +543,13 @@ class FM(nn.Module):
         check_replicas(self)
         indices, _, values, offsets = _entries("FM", x, values, self.weight.dtype)
         check_contents("FM", indices, values, offsets, self.weight.shape[0])
-        rows = nn.functional.embedding(indices, self.weight, sparse=self.grad == "sparse")
+        table_size = self.weight.shape[0]
+        rows = nn.functional.embedding(
+            _inside(indices, table_size), self.weight, sparse=self.grad == "sparse"
+        )
+        if indices.is_cuda:
+            outside = (indices < 0) | (indices >= table_size)
+            rows = rows.masked_fill(outside.unsqueeze(-1), math.nan)
         if values is not None:
             rows = rows * values.unsqueeze(-1)
         if offsets is None:
@@ -596,7 +611,7 @@ def _keep_coalesced(weight: Tensor) -> None:
     An optimizer would sort and copy it otherwise. Rows that rise are all that the flag means.
     """
     grad = weight.grad
-    if grad is None or not grad.is_sparse or grad.is_coalesced() or grad.device.type != "cpu":
+    if grad is None or not grad.is_sparse or grad.is_coalesced() or grad.is_meta:
         return
     rows = grad._indices()[0]
     if bool((rows[1:] > rows[:-1]).all()):
@@ -635,6 +650,11 @@ def _entries(
     return x, None, values if values is None else values.to(dtype), None
 
 
+def _inside(indices: Tensor, num_features: int) -> Tensor:
+    """On CUDA: ids that PyTorch's lookups may take. One outside the table would end the process's use of the GPU."""
+    return indices.clamp(0, num_features - 1) if indices.is_cuda else indices
+
+
 def _samples(indices: Tensor, offsets: Tensor) -> Tensor:
     """The sample of each entry, ``[nnz]``."""
     return torch.arange(offsets.numel() - 1, device=indices.device).repeat_interleave(
@@ -663,14 +683,15 @@ def _reciprocal_root(x: Tensor) -> Tensor:
 def _global_ids(where: str, x: Tensor, starts: Tensor) -> Tensor:
     """Ids of the whole table from ids ``[B, F]`` that count from 0 in every field.
 
-    On the CPU each id is checked against its own field, since one past its end would be a valid id of the next.
+    Each id is checked against its own field, since one past its end would be a valid id of the next: on the CPU, and
+    where :func:`ffm_ext.check_contents` asked for it.
     """
     num_fields = starts.numel() - 1
     if x.dim() != 2 or x.shape[1] != num_fields:
         raise ValueError(
             f"{where}: ids must be [B, {num_fields}], one column a field, got {list(x.shape)}"
         )
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if checks_contents(x):
         outside = (x < 0) | (x >= starts.diff())
         if outside.any():
             b, f = outside.nonzero()[0].tolist()

@@ -34,7 +34,7 @@ class QuantizedFFMInteraction(nn.Module):
 
     Args:
         num_features, num_fields, embed_dim, output, within_field: as :class:`~ffm_ext.FFMInteraction` has them.
-        device: of the table; there are kernels for the CPU.
+        device: of the table; there are kernels for the CPU and for CUDA.
 
     Attributes:
         packed: buffer ``[N, R]`` uint8. A row is its F scales, its F vectors of numbers, and what fills it up to R

@@ -8,7 +8,9 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 from hypothesis import settings
-from problems import num_threads, python, refusal
+from problems import num_threads, on_device, python, refusal
+
+import ffm_ext
 
 # The same examples in every run, and none stored: a test fails for a change in the code, not by luck.
 settings.register_profile("ffm_ext", derandomize=True, deadline=None, database=None)
@@ -25,8 +27,13 @@ def devices() -> list[str]:
 
 
 @pytest.fixture(params=devices())
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the problems of a test lie; on CUDA, what lists hold is checked as on the CPU."""
+    found = torch.device(request.param)
+    before = ffm_ext.check_contents(True)
+    with on_device(found):
+        yield found
+    ffm_ext.check_contents(before)
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -38,6 +38,23 @@ OUTPUTS = ("sum", "dot", "hadamard")
 
 Interaction = Callable[..., Tensor]
 
+_devices = [torch.device("cpu")]
+
+
+def here() -> torch.device:
+    """Where the tensors of a test belong: the CPU, unless it has the ``device`` fixture."""
+    return _devices[-1]
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Where :func:`make_problem` and :func:`grad_output` make their tensors: the ``device`` fixture sets it."""
+    _devices.append(device)
+    try:
+        yield
+    finally:
+        _devices.pop()
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -109,7 +126,8 @@ def make_problem(
     in another order; some fields missing, others with several entries, unsorted; one field alone with a feature twice;
     every field, all mixed, and some of them again.
     """
-    return _make_problem(form, num_fields, embed_dim, batch_size, num_features).to(dtype)
+    problem = _make_problem(form, num_fields, embed_dim, batch_size, num_features)
+    return problem.to(dtype, device=here())
 
 
 @cache
@@ -158,7 +176,8 @@ def grad_output(problem: Problem, output: str, within_field: bool) -> Tensor:
     """What flows back into the output: random, so that no two elements can be mistaken for each other."""
     shape = output_shape(problem, output, within_field)
     generator = torch.Generator().manual_seed(len(shape) + 2 * within_field)
-    return torch.randn(shape, generator=generator, dtype=problem.weight.dtype)
+    seed = torch.randn(shape, generator=generator, dtype=problem.weight.dtype)
+    return seed.to(problem.weight.device)
 
 
 class Result(NamedTuple):
@@ -242,6 +261,11 @@ def by_definition(
     two entries of one field do so only with ``within_field``. Nothing is regrouped by field, so this shares no step
     with the kernels or with :mod:`ffm_ext.reference`.
     """
+    device, lists = weight.device, (indices, fields, values, offsets)
+    if device.type != "cpu":
+        on_cpu = [None if tensor is None else tensor.cpu() for tensor in lists]
+        modes = {"output": output, "within_field": within_field}
+        return by_definition(weight.cpu(), *on_cpu, **modes).to(device)  # type: ignore[arg-type]
     N, F, K = weight.shape
     left, right, term = entry_pairs(fields, offsets, indices.shape, F, within_field)
     ids = indices.flatten().long()
@@ -269,6 +293,7 @@ class Expected:
     @classmethod
     def of(cls, problem: Problem, grad_out: Tensor, *, output: str, within_field: bool) -> Expected:
         modes = {"output": output, "within_field": within_field}
+        problem, grad_out = problem.to(device="cpu"), grad_out.cpu()
         plain = evaluate(ffm_ext.reference.ffm_interaction, problem, grad_out, **modes)
         problem, grad_out = problem.to(torch.float64), grad_out.double()
         truth = evaluate(by_definition, problem, grad_out, **modes)
@@ -277,6 +302,7 @@ class Expected:
         )
 
     def check(self, fused: Result, dtype: torch.dtype, note: str = "") -> None:
+        fused = fused.cpu()
         for name in Result._fields:
             found = getattr(fused, name)
             truth, plain, terms = (

@@ -21,6 +21,7 @@ from problems import (
     by_definition,
     evaluate,
     grad_output,
+    here,
     make_problem,
     output_shape,
     with_entry,
@@ -42,6 +43,9 @@ NNZ = CSR.indices.numel()
 
 def call(name: str, problem: Problem, output: str = "sum", seed: torch.Tensor | None = None) -> Any:
     """An operator on a problem that may be anything."""
+    if not problem.weight.is_meta and problem.weight.device != here():
+        problem = problem.to(device=here())
+        seed = None if seed is None or seed.is_meta else seed.to(here())
     if name == "ffm_forward":
         return ops.ffm_forward(*problem.args, output, False)
     if seed is None:
@@ -178,7 +182,9 @@ case = pytest.mark.parametrize(
 
 @case
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operator(name: str, problem: Problem, error: type[Exception], text: str) -> None:
+def test_operator(
+    name: str, problem: Problem, error: type[Exception], text: str, device: torch.device
+) -> None:
     if name == "ffm_backward_values" and problem.values is None:
         problem = replace(problem, values=torch.ones_like(problem.indices, dtype=torch.float32))
     with raises(error, f"{name}: {text}"):
@@ -213,13 +219,13 @@ def test_output_and_grad_modes(form: str) -> None:
     ):
         with raises(ValueError, f"{where}: output = 'max' is not one of sum, dot, hadamard"):
             interaction(*problem.args, output="max")  # type: ignore[arg-type]
-        with raises(ValueError, f"{where}: grad = 'fast' is not one of dense, sparse"):
+        with raises(ValueError, f"{where}: grad = 'fast' is not one of dense, sparse, atomic"):
             interaction(*problem.args, grad="fast")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("problem", [ONE_HOT, CSR], ids=["one-hot", "csr"])
 @pytest.mark.parametrize("name", OPERATORS[1:])
-def test_grad_output(name: str, problem: Problem) -> None:
+def test_grad_output(name: str, problem: Problem, device: torch.device) -> None:
     for seed, text in (
         (torch.ones(6), "grad_output has shape [6], which is not that of the output"),
         (torch.ones(7, 1), "grad_output has shape [7, 1], which is not that of the output"),
@@ -385,11 +391,11 @@ def test_sizes_of_modules() -> None:
             FFMInteraction(*sizes)
     with raises(ValueError, "FFMInteraction: output = 'max' is not one of sum, dot, hadamard"):
         FFMInteraction(11, 3, 4, output="max")  # type: ignore[arg-type]
-    with raises(ValueError, "FFMInteraction: grad = 'fast' is not one of dense, sparse"):
+    with raises(ValueError, "FFMInteraction: grad = 'fast' is not one of dense, sparse, atomic"):
         FFMInteraction(11, 3, 4, grad="fast")  # type: ignore[arg-type]
     with raises(ValueError, "FM: num_features = 0 must be positive"):
         FM(0, 4)
-    with raises(ValueError, "FM: grad = 'fast' is not one of dense, sparse"):
+    with raises(ValueError, "FM: grad = 'fast' is not one of dense, sparse, atomic"):
         FM(11, 4, grad="fast")  # type: ignore[arg-type]
 
 
@@ -415,15 +421,20 @@ def empty_problems() -> dict[str, Problem]:
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("name", empty_problems())
 def test_nothing_gives_zero(
-    name: str, output: str, within_field: bool, dtype: torch.dtype, threads: int
+    name: str,
+    output: str,
+    within_field: bool,
+    dtype: torch.dtype,
+    threads: int,
+    device: torch.device,
 ) -> None:
-    problem = empty_problems()[name].to(dtype)
+    problem = empty_problems()[name].to(dtype, device=device)
     shape = output_shape(problem, output, within_field)
     modes = {"output": output, "within_field": within_field}
     for interaction, grad in itertools.product(
         (ffm_interaction, ffm_ext.reference.ffm_interaction), ("dense", "sparse")
     ):
-        seed = torch.ones(shape, dtype=dtype)
+        seed = torch.ones(shape, dtype=dtype, device=device)
         found = evaluate(interaction, problem, seed, grad=grad, **modes)
         assert found.output.shape == shape
         assert not found.output.any()
@@ -435,7 +446,7 @@ def test_nothing_gives_zero(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_field_one_factor(form: str) -> None:
+def test_one_field_one_factor(form: str, device: torch.device) -> None:
     """F = 1: no pairs of fields; P = 0."""
     for embed_dim in (1, 4):
         problem = make_problem(form, 1, embed_dim)
@@ -476,7 +487,7 @@ def strided(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_strided_lists_are_accepted(form: str, output: str) -> None:
+def test_strided_lists_are_accepted(form: str, output: str, device: torch.device) -> None:
     problem = make_problem(form, 3, 4)
     lists = [strided(tensor) for tensor in problem.args[1:]]
     for name in OPERATORS:

@@ -17,7 +17,7 @@ def test_says_what_was_built_and_what_runs() -> None:
     assert info["torch"] == torch.__version__
     assert info["threads"] == torch.get_num_threads()
     assert info["isa"] in ("baseline", "avx2", "avx512", "neon")
-    assert info["cuda_archs"] == []
+    assert info["cuda_archs"] in ([], ["sm_80", "sm_90", "compute_90"])
     assert {"torch_built_against", "compiler", "cpu_count", "python", "platform"} <= info.keys()
     json.dumps(info)
 

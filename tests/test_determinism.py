@@ -9,6 +9,7 @@ import pytest
 import torch
 from problems import (
     FORMS,
+    Expected,
     Problem,
     Result,
     evaluate,
@@ -72,11 +73,13 @@ def test_same_bits(
     output: str,
     within_field: bool,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     problem = large_problem(form, num_fields, embed_dim, dtype)
     seed = grad_output(problem, output, within_field)
     modes = {"output": output, "within_field": within_field}
     first: dict[str, Result] = {}
+    # A device has its own threads: there, runs are what is repeated.
     for threads, grad in itertools.product(THREADS, ("dense", "sparse")):
         with num_threads(threads):
             found = evaluate(ffm_interaction, problem, seed, grad=grad, **modes)
@@ -109,7 +112,33 @@ def test_same_bits_where_gradients_are_streamed() -> None:
 
 
 @forms
-def test_sparse_gradient_is_coalesced(form: str, threads: int) -> None:
+def test_gradients_in_any_order(form: str, dtype: torch.dtype, device: torch.device) -> None:
+    """On a CPU the dense gradient; on CUDA one that is as accurate, unless determinism is asked for."""
+    problem = make_problem(form, 3, 4, dtype=dtype)
+    seed = grad_output(problem, "sum", False)
+    modes = {"output": "sum", "within_field": False}
+
+    def found(grad: str = "atomic") -> Result:
+        return evaluate(ffm_interaction, problem, seed, grad=grad, **modes)
+
+    if device.type == "cpu":
+        assert_same_bits(found().grad_weight, found("dense").grad_weight, "atomic and dense")
+        return
+    if dtype.itemsize < 4:
+        with pytest.raises(ValueError, match="deterministic=False needs a float32 or float64"):
+            found()
+        return
+    Expected.of(problem, seed, **modes).check(found(), dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="grad='atomic' adds gradients in any order"):
+            found()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@forms
+def test_sparse_gradient_is_coalesced(form: str, threads: int, device: torch.device) -> None:
     """Rows rise, none comes twice, each is one that the batch has, and all that it has are there."""
     problem = large_problem(form, 3, 10, torch.float32)
     weight = problem.weight.clone().requires_grad_()
@@ -123,14 +152,15 @@ def test_sparse_gradient_is_coalesced(form: str, threads: int) -> None:
     assert grad.values().is_contiguous()
 
 
-def test_sparse_gradient_of_a_large_table(threads: int) -> None:
+def test_sparse_gradient_of_a_large_table(threads: int, device: torch.device) -> None:
     """Ids of more than one digit of the radix sort, spread over the whole table."""
     N, B, F, K = 3_000_000, 500, 3, 2
     generator = torch.Generator().manual_seed(0)
     indices = torch.randint(N, (B, F), generator=generator)
     indices[B // 2 :] = indices[: B // 2].flip(0)  # every row twice
     indices[0, 0], indices[1, 0] = 0, N - 1
-    weight = torch.randn(N, F, K, generator=generator).requires_grad_()
+    indices = indices.to(device)
+    weight = torch.randn(N, F, K, generator=generator).to(device).requires_grad_()
     out = ffm_interaction(weight, indices, grad="sparse")
     (grad,) = torch.autograd.grad(out.sum(), weight)
     (rows,) = grad.indices()

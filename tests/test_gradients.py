@@ -14,6 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from ffm_ext.functional import ffm_interaction
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Sparse(torch.autograd.Function):
     """The identity, whose gradient arrives sparse and leaves dense: gradcheck takes no sparse gradients."""

@@ -66,11 +66,10 @@ def test_fused_matches_reference(
         problem = make_problem(form, num_fields, embed_dim, dtype=dtype)
         seed = grad_output(problem, output, within_field)
         expected = Expected.of(problem, seed, **modes)
-        there, seed = problem.to(device=device), seed.to(device)
         for grad in ("dense", "sparse"):
-            found = evaluate(ffm_interaction, there, seed, grad=grad, **modes)
-            expected.check(found.cpu(), dtype, f"F={num_fields} K={embed_dim} {grad}")
-            int32 = evaluate(ffm_interaction, there.to(ids=torch.int32), seed, grad=grad, **modes)
+            found = evaluate(ffm_interaction, problem, seed, grad=grad, **modes)
+            expected.check(found, dtype, f"F={num_fields} K={embed_dim} {grad}")
+            int32 = evaluate(ffm_interaction, problem.to(ids=torch.int32), seed, grad=grad, **modes)
             for a, b in zip(found, int32, strict=True):
                 assert (a is None and b is None) or torch.equal(a, b)
 
@@ -100,7 +99,7 @@ def test_fused_matches_reference_threaded(
 @forms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_is_rounded_once(
-    form: str, output: str, within_field: bool, dtype: torch.dtype
+    form: str, output: str, within_field: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Sums are kept in float32, those of shared rows too: the floor of the tolerance rule is met without the rest."""
     modes = {"output": output, "within_field": within_field}
@@ -117,7 +116,7 @@ def test_half_precision_is_rounded_once(
 @outputs
 @forms
 def test_only_what_is_asked_for(
-    form: str, output: str, within_field: bool, dtype: torch.dtype
+    form: str, output: str, within_field: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     """A frozen table, values without a gradient, nothing to differentiate: the same numbers, and no more of them."""
     problem = make_problem(form, 7, 5, dtype=dtype)
@@ -142,7 +141,9 @@ def test_only_what_is_asked_for(
 @pytest.mark.parametrize("interaction", [ffm_interaction, ffm_ext.reference.ffm_interaction])
 @pytest.mark.parametrize("grad", ["dense", "sparse"])
 @forms
-def test_table_as_a_matrix(interaction: Interaction, form: str, grad: str) -> None:
+def test_table_as_a_matrix(
+    interaction: Interaction, form: str, grad: str, device: torch.device
+) -> None:
     problem = make_problem(form, 3, 4)
     N, F, K = problem.weight.shape
     weight = problem.weight.clone().requires_grad_()
@@ -158,7 +159,7 @@ def test_table_as_a_matrix(interaction: Interaction, form: str, grad: str) -> No
     assert torch.equal(matrix.grad.to_dense().view(N, F, K), weight.grad.to_dense())
 
 
-def test_ids_of_different_dtypes() -> None:
+def test_ids_of_different_dtypes(device: torch.device) -> None:
     problem = make_problem("csr values", 7, 4)
     wanted = ffm_interaction(*problem.args)
     int32 = problem.to(ids=torch.int32)
@@ -187,7 +188,7 @@ def test_one_hot_is_a_case_of_csr() -> None:
             assert torch.equal(found, ffm_interaction(*one_hot.args, output=output))
 
 
-def test_outputs_sum_to_each_other() -> None:
+def test_outputs_sum_to_each_other(device: torch.device) -> None:
     for form, within_field in itertools.product(FORMS, (False, True)):
         problem = make_problem(form, 7, 8, dtype=torch.float64)
         y, d, h = (

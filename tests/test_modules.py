@@ -49,12 +49,15 @@ def field_ids(field_dims: list[int], batch_size: int) -> Tensor:
 @pytest.mark.parametrize("within_field", [False, True])
 @pytest.mark.parametrize("form", ["one-hot values", "csr", "csr values"])
 @pytest.mark.parametrize("output", ["sum", "dot", "hadamard"])
-def test_interaction_layer(form: str, output: str, within_field: bool) -> None:
+def test_interaction_layer(
+    form: str, output: str, within_field: bool, device: torch.device
+) -> None:
     problem = make_problem(form, 3, 4)
-    layer = FFMInteraction(11, 3, 4, output=output, within_field=within_field)  # type: ignore[arg-type]
+    modes = {"output": output, "within_field": within_field}
+    layer = FFMInteraction(11, 3, 4, device=device, **modes)  # type: ignore[arg-type]
     values = problem.values if form == "one-hot values" else None
     weight = layer.weight.detach().view(11, 3, 4)
-    expected = by_definition(weight, *problem.args[1:], output=output, within_field=within_field)
+    expected = by_definition(weight, *problem.args[1:], **modes)  # type: ignore[arg-type]
     torch.testing.assert_close(layer(batch_of(problem), values), expected)
 
 
@@ -73,12 +76,12 @@ def test_initial_interaction_has_a_deviation_of_a_tenth(F: int, K: int) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("form", ["one-hot", "csr values"])
-def test_trains_on_sparse_gradients(optimizer: str, form: str) -> None:
+def test_trains_on_sparse_gradients(optimizer: str, form: str, device: torch.device) -> None:
     torch.manual_seed(0)
     problem = make_problem(form, 3, 4)
-    layer = FFMInteraction(11, 3, 4)
+    layer = FFMInteraction(11, 3, 4).to(device)
     step = OPTIMIZERS[optimizer](layer.parameters())
-    target = torch.randn(7)
+    target = torch.randn(7).to(device)
     losses = []
     for _ in range(20):
         step.zero_grad()
@@ -91,10 +94,10 @@ def test_trains_on_sparse_gradients(optimizer: str, form: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_a_sparse_step_is_a_dense_step() -> None:
+def test_a_sparse_step_is_a_dense_step(device: torch.device) -> None:
     problem = make_problem("csr values", 3, 4)
-    dense = FFMInteraction(11, 3, 4, grad="dense")
-    sparse = FFMInteraction(11, 3, 4, grad="sparse")
+    dense = FFMInteraction(11, 3, 4, grad="dense", device=device)
+    sparse = FFMInteraction(11, 3, 4, grad="sparse", device=device)
     sparse.load_state_dict(dense.state_dict())
     for layer in (dense, sparse):
         layer(batch_of(problem)).square().sum().backward()
@@ -102,14 +105,14 @@ def test_a_sparse_step_is_a_dense_step() -> None:
     torch.testing.assert_close(sparse.weight, dense.weight, rtol=0, atol=1e-7)
 
 
-def test_gradients_stay_coalesced() -> None:
+def test_gradients_stay_coalesced(device: torch.device) -> None:
     """Also where two backward passes add up: what the flag promises is what optimizers rely on."""
     torch.manual_seed(0)
-    sparse = FFMInteraction(40, 3, 4)
-    dense = FFMInteraction(40, 3, 4, grad="dense")
+    sparse = FFMInteraction(40, 3, 4, device=device)
+    dense = FFMInteraction(40, 3, 4, grad="dense", device=device)
     dense.load_state_dict(sparse.state_dict())
     for _ in range(3):
-        ids = torch.randint(40, (9, 3))
+        ids = torch.randint(40, (9, 3)).to(device)
         for layer in (sparse, dense):
             layer(ids).square().sum().backward()
         grad = sparse.weight.grad
@@ -225,20 +228,21 @@ def inverse_squares(problem: Problem) -> Tensor:
     else:
         parts = [values[a:b] for a, b in itertools.pairwise(problem.offsets.tolist())]
     squares = [float(part.double().square().sum()) for part in parts]
-    return torch.tensor([1 / s if s else 0.0 for s in squares], dtype=torch.float64)
+    inverse = [1 / s if s else 0.0 for s in squares]
+    return torch.tensor(inverse, dtype=torch.float64, device=problem.weight.device)
 
 
 def libffm_model(problem: Problem, **options: bool) -> FFM:
     options = {"bias": False, "linear": False, "within_field": True, "normalize": True} | options
     N, F, K = problem.weight.shape
-    model = FFM(K, num_features=N, num_fields=F, **options).to(problem.weight.dtype)
+    model = FFM(K, num_features=N, num_fields=F, **options).to(problem.weight)
     with torch.no_grad():
         model.interaction.weight.copy_(problem.weight.flatten(1))
     return model
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_normalized_score_is_libffms(form: str, dtype: torch.dtype) -> None:
+def test_normalized_score_is_libffms(form: str, dtype: torch.dtype, device: torch.device) -> None:
     problem = make_problem(form, 3, 4, dtype=dtype)
     values = problem.values if problem.offsets is None else None
     found = libffm_model(problem)(batch_of(problem), values)
@@ -267,7 +271,7 @@ def test_normalize_scales_pairs_by_r_and_the_linear_term_by_its_root(form: str) 
 
 
 @pytest.mark.parametrize("form", ["one-hot values", "csr values"])
-def test_gradients_pass_through_the_normalisation(form: str) -> None:
+def test_gradients_pass_through_the_normalisation(form: str, device: torch.device) -> None:
     problem = make_problem(form, 3, 4, dtype=torch.float64)
     assert problem.values is not None
     model = libffm_model(problem, linear=True, within_field=False)
@@ -282,7 +286,7 @@ def test_gradients_pass_through_the_normalisation(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["one-hot values", "csr values"])
-def test_a_sample_of_zeros_scores_zero(form: str) -> None:
+def test_a_sample_of_zeros_scores_zero(form: str, device: torch.device) -> None:
     problem = make_problem(form, 3, 4)
     assert problem.values is not None
     zeroed = problem.values.clone()
@@ -316,7 +320,7 @@ def test_normalisation_neither_overflows_nor_vanishes() -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_normalize_names_a_bad_value_where_it_is() -> None:
+def test_normalize_names_a_bad_value_where_it_is(device: torch.device) -> None:
     problem = make_problem("csr values", 3, 4)
     model = libffm_model(problem)
     with pytest.raises(ValueError, match=r"FFM: values\[4\] = nan is not finite"):

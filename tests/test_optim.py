@@ -6,9 +6,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from problems import here
 
 import ffm_ext
 from ffm_ext import optim
+
+pytestmark = pytest.mark.usefixtures("device")
 
 N, F, K = 23, 5, 4
 SHAPES = [(23, 5, 4), (40, 7, 3), (31, 4, 8), (19, 3, 16), (17, 3, 20), (9, 2, 1)]
@@ -16,7 +19,7 @@ SHAPES = [(23, 5, 4), (40, 7, 3), (31, 4, 8), (19, 3, 16), (17, 3, 20), (9, 2, 1
 
 def batch(N, F, B=33, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, N, (B, F), generator=generator, dtype=torch.int32)
+    return torch.randint(0, N, (B, F), generator=generator, dtype=torch.int32).to(here())
 
 
 def layer(N, F, K, dtype=torch.float64, grad="dense", **options):
@@ -24,7 +27,7 @@ def layer(N, F, K, dtype=torch.float64, grad="dense", **options):
     made = ffm_ext.FFMInteraction(N, F, K, dtype=dtype, grad=grad, **options)
     with torch.no_grad():
         made.weight.normal_(std=0.5)
-    return made
+    return made.to(here())
 
 
 def loss_of(made, ids, values=None):
@@ -99,7 +102,7 @@ def test_weight_decay_is_that_of_touched_rows():
 def test_vector_adagrad(N, F, K):
     fused, plain = layer(N, F, K), layer(N, F, K)
     fused.fuse_optimizer(optim.VectorAdaGrad(lr=0.1, initial_accumulator=0.7))
-    total = torch.full((N, F, 1), 0.7, dtype=torch.float64)
+    total = torch.full((N, F, 1), 0.7, dtype=torch.float64, device=here())
     for step in range(3):
         ids = batch(N, F, seed=step)
         loss_of(fused, ids).backward()
@@ -181,7 +184,7 @@ def ragged(N, F, B, seed=0):
         torch.from_numpy(rng.randint(0, F, nnz)),
         torch.from_numpy(rng.randn(nnz)),
         torch.from_numpy(np.concatenate([[0], counts.cumsum()])),
-    )
+    ).to(here())
 
 
 @pytest.mark.parametrize("output", ["sum", "dot", "hadamard"])
@@ -190,7 +193,7 @@ def test_ragged_samples_and_every_output(output, within_field):
     options = {"output": output, "within_field": within_field}
     fused, plain = layer(N, F, K, **options), layer(N, F, K, **options)
     data = ragged(N, F, 60)
-    a, b = (copy.deepcopy(data.values).requires_grad_() for _ in range(2))
+    a, b = (data.values.clone().requires_grad_() for _ in range(2))
     handle = fused.fuse_optimizer(optim.SGD(lr=0.1))
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     for made, values in ((fused, a), (plain, b)):
@@ -250,7 +253,7 @@ def test_stochastic_rounding_keeps_the_mean_and_can_be_replayed():
         with torch.no_grad():
             made.weight.fill_(1.0)
         made.fuse_optimizer(optim.SGD(lr=2**-12, rounding_seed=seed))
-        ids = torch.arange(2000, dtype=torch.int32).view(-1, 2)
+        ids = torch.arange(2000, dtype=torch.int32, device=here()).view(-1, 2)
         made(ids).sum().backward()
         tables.append(made.weight.detach().float())
     # A step of 2^-12 is a sixteenth of the distance of 2^-8 to the next bfloat16 below 1: nearest would lose all of it.
@@ -275,13 +278,20 @@ def test_bad_input():
     made.fuse_optimizer(optim.SGD(lr=0.1, rounding_seed=3))
     with pytest.raises(ValueError, match="rounding_seed is given, but weight is not bfloat16"):
         loss_of(made, batch(N, F)).backward()
-    weight, rows = torch.zeros(4, 2, 3), torch.zeros(2, 2, 3)
+    weight, rows = (torch.zeros(n, 2, 3, device=here()) for n in (4, 2))
 
     def update(
         states=(), listed=(0, 1), grad=rows, name="sgd", settings=(0.1, 0, 0, 0, 0, 0), step=1
     ):
         torch.ops.ffm_ext.ffm_update_(
-            weight, list(states), torch.tensor(listed), grad, name, list(settings), step, None
+            weight,
+            [state.to(here()) for state in states],
+            torch.tensor(listed, device=here()),
+            grad,
+            name,
+            list(settings),
+            step,
+            None,
         )
 
     update()

@@ -62,12 +62,13 @@ def row_bytes(F: int, K: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_rounding(dtype: torch.dtype) -> None:
+def test_rounding(dtype: torch.dtype, device: torch.device) -> None:
     """Within half a scale of each element; the scale is the largest / 127, rounded up to bfloat16."""
     for F, K in SHAPES:
         weight = make_problem("one-hot", F, K, num_features=30, dtype=dtype).weight.float()
         # Vectors of very different sizes, one of zeros, one with a single element that is not.
-        weight *= torch.logspace(-30, 30, 30)[:, None, None] if dtype != torch.float16 else 1
+        if dtype != torch.float16:
+            weight *= torch.logspace(-30, 30, 30).to(device)[:, None, None]
         weight[3] = 0
         weight[4, :, 1:] = 0
         weight = weight.to(dtype).float()
@@ -128,7 +129,9 @@ def test_same_bytes_for_any_number_of_threads() -> None:
 @outputs
 @forms
 @pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=["int32", "int64"])
-def test_matches_float(form: str, ids: torch.dtype, output: str, within_field: bool) -> None:
+def test_matches_float(
+    form: str, ids: torch.dtype, output: str, within_field: bool, device: torch.device
+) -> None:
     """As accurate as plain float32 on the table that the packed one stands for."""
     modes = {"output": output, "within_field": within_field}
     for F, K in SHAPES:
@@ -140,7 +143,7 @@ def test_matches_float(form: str, ids: torch.dtype, output: str, within_field: b
 
 def check_output(expected: Expected, found: torch.Tensor, note: str) -> None:
     wanted: list[Result] = [expected.truth, expected.plain, expected.terms]
-    assert_accurate(found, *(result.output for result in wanted), note=note)
+    assert_accurate(found.cpu(), *(result.output for result in wanted), note=note)
 
 
 @within
@@ -160,7 +163,7 @@ def test_threads(form: str, output: str, within_field: bool) -> None:
         torch.testing.assert_close(wanted, plain, rtol=1e-4, atol=1e-3)
 
 
-def test_many_entries_of_one_field() -> None:
+def test_many_entries_of_one_field(device: torch.device) -> None:
     problem, packed = make_quantized("csr values", 5, 4)
     repeats = 500
     long = replace(
@@ -168,7 +171,7 @@ def test_many_entries_of_one_field() -> None:
         indices=problem.indices.repeat(repeats),
         fields=problem.fields.repeat(repeats),
         values=problem.values.repeat(repeats),
-        offsets=torch.tensor([0, problem.indices.numel() * repeats]),
+        offsets=torch.tensor([0, problem.indices.numel() * repeats], device=device),
     )
     for output, within_field in itertools.product(OUTPUTS, (False, True)):
         modes = {"output": output, "within_field": within_field}
@@ -209,23 +212,23 @@ def test_every_isa(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_table_is_not_finite(bad: float, dtype: torch.dtype) -> None:
-    weight = torch.zeros(100, 7, 5, dtype=dtype)
+def test_table_is_not_finite(bad: float, dtype: torch.dtype, device: torch.device) -> None:
+    weight = torch.zeros(100, 7, 5, dtype=dtype, device=device)
     weight[40, 2, 3] = weight[70, 0, 0] = bad
     text = re.escape(f"ffm_quantize: weight[40, 2, 3] = {bad}".replace("nan", "")) + "(-?nan)?"
     with pytest.raises(ValueError, match=text):
         ops.ffm_quantize(weight)
 
 
-def test_table_is_too_large_for_float32() -> None:
-    weight = torch.zeros(3, 2, 4, dtype=torch.float64)
+def test_table_is_too_large_for_float32(device: torch.device) -> None:
+    weight = torch.zeros(3, 2, 4, dtype=torch.float64, device=device)
     weight[1, 1, 2] = 1e39
     text = re.escape("ffm_quantize: weight[1, 1, 2] = 1e+39 is not finite in float32")
     with pytest.raises(ValueError, match=text):
         ops.ffm_quantize(weight)
 
 
-def test_bad_tables() -> None:
+def test_bad_tables(device: torch.device) -> None:
     problem, packed = make_quantized("one-hot values", 7, 4)
     good = {"packed": packed, "indices": problem.indices, "values": problem.values}
     for text, change in {
@@ -267,9 +270,10 @@ def test_bad_tables() -> None:
 @forms
 @outputs
 @within
-def test_module(form: str, output: str, within_field: bool) -> None:
+def test_module(form: str, output: str, within_field: bool, device: torch.device) -> None:
     problem = make_problem(form, 7, 4)
-    layer = ffm_ext.FFMInteraction(11, 7, 4, output=output, within_field=within_field)
+    sizes = 11, 7, 4
+    layer = ffm_ext.FFMInteraction(*sizes, output=output, within_field=within_field, device=device)
     quantized = ffm_ext.QuantizedFFMInteraction.from_float(layer.eval())
     assert not quantized.training
     assert not list(quantized.parameters())

@@ -9,25 +9,13 @@
 #include <cmath>
 #include <limits>
 
-#include "../checks.h"
+#include "../batch.h"
 #include "parallel.h"
 
 namespace ffm {
 
-using OptionalTensor = std::optional<Tensor>;
-
 // A thread is worth its start for this many table elements.
 constexpr int64_t kGrainElements = 1 << 15;
-
-// "indices[3, 17]" or "indices[42]".
-inline std::string place(const char* name, const Problem& p, int64_t e) {
-  std::ostringstream text;
-  text << name << '[';
-  if (!p.offsets) text << e / p.num_fields << ", " << e % p.num_fields;
-  if (p.offsets) text << e;
-  text << ']';
-  return text.str();
-}
 
 inline bool all_in_range(const Ids& ids, int64_t n, int64_t limit) {
   auto scan = [&](const auto* data) {
@@ -39,14 +27,12 @@ inline bool all_in_range(const Ids& ids, int64_t n, int64_t limit) {
   return ids.is_int64 ? scan(static_cast<const int64_t*>(ids.data)) : scan(static_cast<const int32_t*>(ids.data));
 }
 
-inline void check_ids(const char* op, const char* name, const Problem& p, const Ids& ids, int64_t limit,
-                      const char* owner) {
-  if (all_in_range(ids, p.num_entries, limit)) return;
-  for (int64_t e = 0; e < p.num_entries; ++e) {
-    if (ids[e] < 0 || ids[e] >= limit) {
-      fail<std::out_of_range>(op, place(name, p, e), " = ", ids[e], " is out of range for ", owner);
-    }
-  }
+// The first of n ids that is outside [0, limit), n where there is none.
+inline int64_t first_outside(const Ids& ids, int64_t n, int64_t limit) {
+  if (all_in_range(ids, n, limit)) return n;
+  int64_t i = 0;
+  while (ids[i] >= 0 && ids[i] < limit) ++i;
+  return i;
 }
 
 template <typename T, typename Bits>
@@ -59,7 +45,7 @@ inline void check_finite(const char* op, const Problem& p) {
   if (!bad) return;
   for (int64_t e = 0; e < p.num_entries; ++e) {
     const double value = static_cast<double>(values[e]);
-    if (!std::isfinite(value)) fail(op, place("values", p, e), " = ", value, " is not finite");
+    if (!std::isfinite(value)) fail_value(op, p, e, value);
   }
 }
 
@@ -76,20 +62,17 @@ inline void check_values(const char* op, const Problem& p) {
 inline void check_contents(const char* op, const Problem& p) {
   if (p.offsets) {
     const int64_t B = p.batch_size;
-    if (p.offsets[0] != 0) fail(op, "offsets[0] = ", p.offsets[0], " must be 0");
-    for (int64_t b = 0; b < B; ++b) {
-      if (p.offsets[b + 1] < p.offsets[b]) {
-        fail(op, "offsets[", b + 1, "] = ", p.offsets[b + 1], " is less than offsets[", b, "] = ", p.offsets[b]);
-      }
+    if (p.offsets[0] != 0) fail_offset(op, p, 0, p.offsets[0], 0);
+    for (int64_t b = 1; b <= B; ++b) {
+      if (p.offsets[b] < p.offsets[b - 1]) fail_offset(op, p, b, p.offsets[b], p.offsets[b - 1]);
     }
-    if (p.offsets[B] != p.num_entries) {
-      fail(op, "offsets[", B, "] = ", p.offsets[B], " must be the number of entries, ", p.num_entries);
-    }
+    if (p.offsets[B] != p.num_entries) fail_offset(op, p, B + 1, p.offsets[B], 0);
   }
-  check_ids(op, "indices", p, p.indices, p.num_features,
-            ("a table of " + std::to_string(p.num_features) + " features").c_str());
+  const int64_t index = first_outside(p.indices, p.num_entries, p.num_features);
+  if (index < p.num_entries) fail_index(op, p, index, p.indices[index]);
   if (p.fields) {
-    check_ids(op, "fields", p, p.fields, p.num_fields, (std::to_string(p.num_fields) + " fields").c_str());
+    const int64_t field = first_outside(p.fields, p.num_entries, p.num_fields);
+    if (field < p.num_entries) fail_field(op, p, field, p.fields[field]);
   }
   if (p.values) check_values(op, p);
 }

@@ -8,12 +8,12 @@
 #include <tuple>
 #include <vector>
 
+#include "../updated_table.h"
 #include "batch.h"
 #include "group_rows.h"
 #include "isa.h"
 #include "new_result.h"
 #include "parallel.h"
-#include "updated_table.h"
 
 namespace ffm {
 namespace {
@@ -25,10 +25,6 @@ constexpr int64_t kBlockBytes = 8 << 20;
 // Gradients from this size on are written past the caches: a line that is not read before it is written is worth more
 // than finding it in cache afterwards.
 constexpr int64_t kStreamedBytes = 2 << 20;
-
-bool is_narrow(ScalarKind dtype) { return dtype == ScalarKind::kBFloat16 || dtype == ScalarKind::kFloat16; }
-int64_t sum_bytes(ScalarKind dtype) { return dtype == ScalarKind::kFloat64 ? 8 : 4; }
-int64_t element_bytes(ScalarKind dtype) { return is_narrow(dtype) ? 2 : sum_bytes(dtype); }
 
 // Samples that several threads work on, and the entries among them that are staged, by the thread that will add them.
 struct Block {
@@ -164,19 +160,10 @@ void zero_other_rows(const Problem& p, const RowGroups& groups, void* grad_rows)
   });
 }
 
-// The gradient of values where it is asked for, else an empty tensor.
-Tensor new_grad_values(const char* op, const Batch& batch, bool values_grad, Gradient& grad) {
-  if (!values_grad) return torch::stable::new_empty(batch.weight, std::vector<int64_t>{0});
-  if (!batch.values) fail(op, "values_grad is set, but values is None");
-  Tensor grad_values = torch::stable::empty_like(*batch.values);
-  grad.grad_values = grad_values.mutable_data_ptr();
-  return grad_values;
-}
-
 std::tuple<Tensor, Tensor> ffm_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& indices,
                                         const OptionalTensor& fields, const OptionalTensor& values,
                                         const OptionalTensor& offsets, const std::string& output, bool within_field,
-                                        bool values_grad) {
+                                        bool values_grad, bool /*deterministic*/) {
   const char* op = "ffm_backward";
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
   const Problem& p = batch.problem;

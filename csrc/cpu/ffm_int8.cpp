@@ -19,32 +19,6 @@ namespace {
 // Field sums of a block of samples: few enough to stay in the caches of a core.
 constexpr int64_t kBlockBytes = 64 << 10;
 
-Table packed_table(const char* op, const Tensor& packed, int64_t num_fields, int64_t embed_dim) {
-  if (packed.dim() != 2) fail(op, "packed must be [N, R], got shape ", shape_text(packed));
-  if (packed.scalar_type() != ScalarType::Byte) {
-    fail(op, "packed must be uint8, got ", dtype_text(packed.scalar_type()));
-  }
-  if (num_fields <= 0) fail(op, "num_fields = ", num_fields, " must be positive");
-  if (embed_dim <= 0) fail(op, "embed_dim = ", embed_dim, " must be positive");
-  const int64_t row_bytes = packed.size(1);
-  // The first two, so that the third cannot overflow.
-  if (num_fields > row_bytes || embed_dim > row_bytes || packed_row_bytes(num_fields, embed_dim) != row_bytes) {
-    fail(op, "packed has shape ", shape_text(packed), ", which are not the rows of num_fields = ", num_fields,
-         " and embed_dim = ", embed_dim);
-  }
-  if (!packed.is_contiguous()) {
-    fail(op, "packed is not contiguous (strides ", packed.stride(0), ", ", packed.stride(1),
-         "); call .contiguous() once where it is made");
-  }
-  Table table{packed, "packed", ScalarType::Float, {}};
-  table.problem.weight = packed.const_data_ptr();
-  table.problem.num_features = packed.size(0);
-  table.problem.num_fields = num_fields;
-  table.problem.embed_dim = embed_dim;
-  table.problem.dtype = ScalarKind::kFloat32;
-  return table;
-}
-
 // ---- Float -> int8.
 
 // As torch has it, with its conversions to float.
@@ -60,14 +34,6 @@ template <>
 struct TorchScalar<Float16> {
   using type = torch::headeronly::Half;
 };
-
-// A scale for numbers up to 127: the largest magnitude / 127, rounded up, so that no number becomes larger. Never so
-// small that its inverse is not finite.
-uint16_t scale_bits(float largest) {
-  if (largest == 0) return 0;
-  const float scale = std::max(largest / 127, std::numeric_limits<float>::min());
-  return static_cast<uint16_t>((std::bit_cast<uint32_t>(scale) + 0xffff) >> 16);
-}
 
 // Rows [begin, end). Returns where the first of their elements is that float32 cannot hold, -1 where there is none.
 template <typename T>
@@ -94,7 +60,7 @@ int64_t quantize_rows(const Problem& p, char* packed, int64_t begin, int64_t end
           if (!(std::abs(static_cast<float>(vector[k])) <= kMax)) return (a * F + g) * K + k;
         }
       }
-      const uint16_t scale = scale_bits(largest);
+      const uint16_t scale = packed_scale_bits(largest);
       const float inverse = scale ? 1 / std::bit_cast<float>(static_cast<uint32_t>(scale) << 16) : 0.0f;
       std::memcpy(row + 2 * g, &scale, sizeof(scale));
       char* const numbers = row + 2 * F + g * packed_K;
@@ -133,8 +99,7 @@ Tensor ffm_quantize(const Tensor& weight) {
       using T = typename TorchScalar<typename decltype(scalar)::type>::type;
       value = static_cast<double>(static_cast<const T*>(p.weight)[i]);
     });
-    fail(op, "weight[", i / p.row_size(), ", ", i / p.embed_dim % p.num_fields, ", ", i % p.embed_dim, "] = ", value,
-         " is not finite in float32");
+    fail_element(op, p, i, value);
   }
   return packed;
 }

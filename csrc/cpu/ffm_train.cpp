@@ -7,25 +7,15 @@
 #include <cstring>
 #include <vector>
 
+#include "../updated_table.h"
 #include "batch.h"
 #include "isa.h"
-#include "updated_table.h"
 
 namespace ffm {
 namespace {
 
 // Samples in the order in which they are trained, so many at a time: kernels read them one behind the other.
 constexpr int64_t kSamplesAtATime = 256;
-
-int64_t value_bytes(ScalarKind dtype) {
-  switch (dtype) {
-    case ScalarKind::kFloat32: return 4;
-    case ScalarKind::kFloat64: return 8;
-    case ScalarKind::kBFloat16:
-    case ScalarKind::kFloat16: return 2;
-  }
-  return 0;
-}
 
 // A copy of some samples of a Problem.
 class Samples {
@@ -44,7 +34,7 @@ class Samples {
     if (p_.offsets) copy_.offsets = {offsets_.data(), true};
     copy_.indices.data = gather(p_.indices.data, p_.indices.is_int64 ? 8 : 4, numbers, n, indices_);
     copy_.fields.data = gather(p_.fields.data, p_.fields.is_int64 ? 8 : 4, numbers, n, fields_);
-    copy_.values = gather(p_.values, value_bytes(p_.dtype), numbers, n, values_);
+    copy_.values = gather(p_.values, element_bytes(p_.dtype), numbers, n, values_);
     return copy_;
   }
 
@@ -65,17 +55,6 @@ class Samples {
   std::vector<int64_t> offsets_;
   std::vector<char> indices_, fields_, values_;
 };
-
-// A list of one number a sample.
-Tensor checked_list(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Tensor& weight,
-                    int64_t size) {
-  check_same_device(op, name, t, weight);
-  if (t.scalar_type() != dtype) fail(op, name, " must be ", dtype_text(dtype), ", got ", dtype_text(t.scalar_type()));
-  if (t.dim() != 1 || (size >= 0 && t.size(0) != size)) {
-    fail(op, name, " has shape ", shape_text(t), ", the batch has ", size, " samples");
-  }
-  return torch::stable::contiguous(t);
-}
 
 Loss checked_loss(const char* op, const std::string& loss) {
   if (loss == "logistic") return Loss::kLogistic;
@@ -180,31 +159,17 @@ void ffm_update_(const Tensor& weight, const std::vector<Tensor>& states, const 
                  const Tensor& grad_rows, const std::string& optimizer, const std::vector<double>& settings,
                  int64_t step, std::optional<int64_t> rounding_seed) {
   const char* op = "ffm_update_";
-  const Problem p = float_table(op, weight).problem;
-  Update update;
-  update.optimizer = checked_optimizer(op, optimizer, settings, step, rounding_seed, p.dtype);
-  update.table =
-      checked_table(op, "", weight, p.num_features, p.num_fields, p.embed_dim, states, update.optimizer.kind);
-  check_same_device(op, "grad_rows", grad_rows, weight);
-  const int64_t n = rows ? rows->numel() : p.num_features;
-  if (grad_rows.scalar_type() != weight.scalar_type() || grad_rows.numel() != n * p.row_size()) {
-    fail(op, "grad_rows is ", dtype_text(grad_rows.scalar_type()), " ", shape_text(grad_rows), ", it must be ",
-         dtype_text(weight.scalar_type()), " with ", n, " rows of ", p.row_size());
-  }
-  const Tensor gradient = torch::stable::contiguous(grad_rows);
+  const RowsUpdate given(op, weight, states, rows, grad_rows, optimizer, settings, step, rounding_seed);
+  const Problem& p = given.table;
+  const int64_t n = given.num_rows;
   std::vector<int64_t> every_row;
   Ids ids_of_rows;
-  std::optional<Tensor> listed;
-  if (rows) {
-    listed = checked_list(op, "rows", *rows, ScalarType::Long, weight, n);
-    ids_of_rows = ids(op, "rows", *listed);
+  if (given.rows) {
+    ids_of_rows = ids(op, "rows", *given.rows);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = ids_of_rows[i];
-      if (row < 0 || row >= p.num_features) {
-        fail<std::out_of_range>(op, "rows[", i, "] = ", row, " is out of range for a table of ", p.num_features,
-                                " features");
-      }
-      if (i > 0 && row <= ids_of_rows[i - 1]) fail(op, "rows[", i, "] = ", row, " does not rise");
+      if (row < 0 || row >= p.num_features) fail_row_range(op, p, i, row);
+      if (i > 0 && row <= ids_of_rows[i - 1]) fail_row_order(op, i, row);
     }
   } else {
     every_row.resize(n);
@@ -214,7 +179,7 @@ void ffm_update_(const Tensor& weight, const std::vector<Tensor>& states, const 
   const TrainKernels& kernels = train_kernels();
   const int64_t parts = num_parts(n * p.row_size(), kGrainElements);
   parallel_parts(parts, [&](int64_t part) {
-    kernels.update_rows(update, p.dtype, ids_of_rows, gradient.const_data_ptr(), n * part / parts,
+    kernels.update_rows(given.update, p.dtype, ids_of_rows, given.gradient.const_data_ptr(), n * part / parts,
                         n * (part + 1) / parts);
   });
 }

@@ -25,9 +25,6 @@ class Arena {
   size_t used_ = 0;
 };
 
-// Where the pair (f, g), f < g, stands among all pairs.
-inline int64_t pair_index(int64_t f, int64_t g, int64_t F) { return f * (2 * F - f - 1) / 2 + g - f - 1; }
-
 // The entries of a batch and the table's rows that they name.
 template <typename T>
 class Entries {

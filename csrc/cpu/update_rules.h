@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: MIT
-// How rows of a table are updated. Included after vec.h, inside the namespace of an ISA. An optimizer is a struct whose
-// update(w, s0, s1, g) takes registers of weights, of its two states and of the gradient.
+// How rows of a table are updated. Included after vec.h, inside the namespace of an ISA.
 
 // 1 / sqrt(v) for v >= 0, to the last bit or two; a large finite number where v is 0.
-template <typename A, int N>
-inline Vec<A, N> inverse_sqrt(Vec<A, N> v) {
+template <typename V>
+inline V inverse_sqrt(V v) {
+  using A = std::remove_cvref_t<decltype(v[0])>;
+  constexpr int N = sizeof(V) / sizeof(A);
   // Not the smallest normal number: its half is slow, and there are zeros in lanes behind the end of a row.
   constexpr A kSmallest = std::is_same_v<A, float> ? A(0x1p-120) : A(0x1p-1000);
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<A, float> && N == 16) {
-    v = bit_copy<Vec<A, N>>(_mm512_max_ps(bit_copy<__m512>(v), _mm512_set1_ps(kSmallest)));
+    v = bit_copy<V>(_mm512_max_ps(bit_copy<__m512>(v), _mm512_set1_ps(kSmallest)));
   } else
 #endif
-    v = v < kSmallest ? Vec<A, N>{} + kSmallest : v;
+    v = v < kSmallest ? V{} + kSmallest : v;
   // An estimate of 12 bits or more, and a step of Newton's.
-  [[maybe_unused]] const auto refine = [v](Vec<A, N> y) { return y * (A(1.5) - (A(0.5) * v * y) * y); };
+  [[maybe_unused]] const auto refine = [v](V y) { return y * (A(1.5) - (A(0.5) * v * y) * y); };
   if constexpr (std::is_same_v<A, float>) {
-    using V = Vec<A, N>;
 #if defined(__AVX512F__)
     if constexpr (N == 16) return refine(bit_copy<V>(_mm512_rsqrt14_ps(bit_copy<__m512>(v))));
 #endif
@@ -30,123 +30,37 @@ inline Vec<A, N> inverse_sqrt(Vec<A, N> v) {
     if constexpr (N == 4) return refine(refine(bit_copy<V>(vrsqrteq_f32(bit_copy<float32x4_t>(v)))));
 #endif
   }
-  Vec<A, N> y;
+  V y;
   for (int i = 0; i < N; ++i) y[i] = A(1) / std::sqrt(v[i]);
   return y;
 }
-template <typename A, int N>
-inline Vec<A, N> square_root(Vec<A, N> v) {
-  return v * inverse_sqrt<A, N>(v);
+template <typename V>
+inline V square_root(V v) {
+  return v * inverse_sqrt(v);
 }
 
-template <typename A>
-struct Sgd {
-  static constexpr int kStates = 0;
-  explicit Sgd(const Optimizer& o) : lr(o.lr), weight_decay(o.weight_decay) {}
-  template <int N>
-  void update(Vec<A, N>& w, Vec<A, N>&, Vec<A, N>&, Vec<A, N> g) const {
-    w -= lr * (g + weight_decay * w);
-  }
-  A lr, weight_decay;
-};
+#include "../update_rules.h"
 
-// Duchi, Hazan, Singer, "Adaptive Subgradient Methods", JMLR 12 (2011), without an epsilon: libffm's form.
-template <typename A>
-struct AdaGrad {
-  static constexpr int kStates = 1;
-  explicit AdaGrad(const Optimizer& o) : lr(o.lr), weight_decay(o.weight_decay) {}
-  template <int N>
-  void update(Vec<A, N>& w, Vec<A, N>& sum, Vec<A, N>&, Vec<A, N> g) const {
-    g += weight_decay * w;
-    sum += g * g;
-    w -= lr * g * inverse_sqrt<A, N>(sum);
-  }
-  A lr, weight_decay;
-};
+// The random bits of the places i, i + 1, ... of a row.
+template <int N>
+inline Vec<uint32_t, N> random_bits(const Rounding& rounding, int64_t i) {
+  constexpr auto kLane = []<int... I>(std::integer_sequence<int, I...>) {
+    return Vec<uint32_t, N>{(I * Rounding::kSpread)...};
+  }(std::make_integer_sequence<int, N>{});
+  return rounding.random_bits(Vec<uint32_t, N>(kLane + static_cast<uint32_t>(i) * Rounding::kSpread));
+}
 
-// Kingma, Ba, "Adam", ICLR 2015; rows that a batch does not touch stay as they are, and eps is that of
-// the paper's last remark in section 2, as in torch.optim.SparseAdam.
-template <typename A>
-struct Adam {
-  static constexpr int kStates = 2;
-  explicit Adam(const Optimizer& o)
-      : beta1(o.beta1),
-        beta2(o.beta2),
-        eps(o.eps),
-        weight_decay(o.weight_decay),
-        rate(o.lr * std::sqrt(o.correction2) / o.correction1) {}
-  template <int N>
-  void update(Vec<A, N>& w, Vec<A, N>& mean, Vec<A, N>& square, Vec<A, N> g) const {
-    g += weight_decay * w;
-    mean += (1 - beta1) * (g - mean);
-    square += (1 - beta2) * (g * g - square);
-    w -= rate * mean / (square_root<A, N>(square) + eps);
-  }
-  A beta1, beta2, eps, weight_decay, rate;
-};
-
-// McMahan et al., "Ad Click Prediction: a View from the Trenches", KDD 2013, Algorithm 1. weight_decay is its lambda_2.
-template <typename A>
-struct Ftrl {
-  static constexpr int kStates = 2;
-  explicit Ftrl(const Optimizer& o) : inverse_lr(1 / o.lr), beta(o.beta1), l1(o.l1), l2(o.weight_decay) {}
-  template <int N>
-  void update(Vec<A, N>& w, Vec<A, N>& z, Vec<A, N>& n, Vec<A, N> g) const {
-    const Vec<A, N> sum = n + g * g, root = square_root<A, N>(sum);
-    z += g - (root - square_root<A, N>(n)) * inverse_lr * w;
-    n = sum;
-    const Vec<A, N> size = z < 0 ? -z : z, shrunk = l1 - size;
-    const Vec<A, N> toward = (z < 0 ? -shrunk : shrunk) / ((beta + root) * inverse_lr + l2);
-    w = size <= l1 ? Vec<A, N>{} : toward;
-  }
-  A inverse_lr, beta, l1, l2;
-};
-
-// How the weights of a row are rounded: to nearest, or by a hash of (seed, step, row) and of the place in the row.
-class Rounding {
- public:
-  Rounding(const Optimizer& o, int64_t row) : is_stochastic_(o.is_stochastic) {
-    if (!is_stochastic_) return;
-    uint64_t h = o.seed ^ static_cast<uint64_t>(o.step) * 0x9e3779b97f4a7c15u;
-    for (int i = 0; i < 2; ++i) {
-      h = (h ^ h >> 32) * 0xd6e8feb86659fd93u;
-      if (i == 0) h ^= static_cast<uint64_t>(row);
-    }
-    key_ = static_cast<uint32_t>(h >> 32);
-  }
-  // 32 random bits for each of the places i, i + 1, ...
-  template <int N>
-  Vec<uint32_t, N> bits(int64_t i) const {
-    constexpr auto kLane = []<int... I>(std::integer_sequence<int, I...>) {
-      return Vec<uint32_t, N>{(I * 0x9e3779b9u)...};
-    }(std::make_integer_sequence<int, N>{});
-    Vec<uint32_t, N> h = kLane + (static_cast<uint32_t>(i) * 0x9e3779b9u + key_);
-    // The key is well mixed: one round of a hash (the first of lowbias32, C. Wellons) sets neighbours apart.
-    h = (h ^ h >> 16) * 0x7feb352du;
-    return h ^ h >> 15;
-  }
-
-  bool is_stochastic() const { return is_stochastic_; }
-
- private:
-  bool is_stochastic_;
-  uint32_t key_ = 0;
-};
-
-// Where a finite weight lies between two bfloat16, the nearer one is taken the more often: the mean stays. The result
-// is in the upper half of each lane. random: 16 bits.
 template <int N>
 inline Vec<uint32_t, N> round_at_random(Vec<float, N> v, Vec<uint32_t, N> random) {
-  const Vec<uint32_t, N> bits = bit_copy<Vec<uint32_t, N>>(v);
 #if defined(__AVX512DQ__)
   if constexpr (N == 16) {
     constexpr int kInfinityOrNan = 0x99;
     const __mmask16 is_finite = ~_mm512_fpclass_ps_mask(bit_copy<__m512>(v), kInfinityOrNan);
-    const __m512i from = bit_copy<__m512i>(bits);
-    return bit_copy<Vec<uint32_t, N>>(_mm512_mask_add_epi32(from, is_finite, from, bit_copy<__m512i>(random)));
+    const __m512i bits = bit_copy<__m512i>(v);
+    return bit_copy<Vec<uint32_t, N>>(_mm512_mask_add_epi32(bits, is_finite, bits, bit_copy<__m512i>(random)));
   }
 #endif
-  return (bits & 0x7f800000u) == 0x7f800000u ? bits : bits + random;
+  return round_at_random(bit_copy<Vec<uint32_t, N>>(v), random);
 }
 
 // weight[row] moves against the gradient x * d at its elements [begin, begin + n); d[0] is that of the first.
@@ -163,7 +77,7 @@ __attribute__((always_inline)) inline void store_weights(T* p, const Vec<Sum<T>,
     if (rounding.is_stochastic()) {
       constexpr int kTogether = R > 1 ? 2 : 1, kCount = N * kTogether;
       for (int r = 0; r < R; r += kTogether) {
-        const Vec<uint32_t, N> random = rounding.bits<N>(i + r * N);
+        const Vec<uint32_t, N> random = random_bits<N>(rounding, i + r * N);
         const auto low = bit_copy<Vec<uint16_t, 2 * N>>(round_at_random<N>(w[r], random >> 16));
         const auto high = bit_copy<Vec<uint16_t, 2 * N>>(round_at_random<N>(w[r + kTogether - 1], random & 0xffffu));
         const auto bits = [&]<int... I>(std::integer_sequence<int, I...>) {
@@ -192,7 +106,7 @@ void update_row(const UpdatedTable& table, const Optimizer& o, int64_t row, Sum<
     Vec<A, N> w = load<N>(weight + i), s0 = {}, s1 = {};
     if constexpr (Rule<A>::kStates > 0) s0 = load<N>(first + i);
     if constexpr (Rule<A>::kStates > 1) s1 = load<N>(second + i);
-    rule.template update<N>(w, s0, s1, x * load<N>(d + i));
+    rule.update(w, s0, s1, x * load<N>(d + i));
     store_weights<N>(weight + i, {w}, rounding, begin + i, N);
     if constexpr (Rule<A>::kStates > 0) store<N>(first + i, s0);
     if constexpr (Rule<A>::kStates > 1) store<N>(second + i, s1);
@@ -255,7 +169,7 @@ __attribute__((always_inline)) inline void update_vectors(T* weight, Sum<T>* sum
     sum += __builtin_shufflevector(before, before, (I / kCopies)...);
     store_first<N>(sums, __builtin_shufflevector(sum, sum, (I * kCopies % N)...), n / K);
   }(kAll);
-  const Vec<A, N> rate = rates.lr * inverse_sqrt<A, N>(sum);
+  const Vec<A, N> rate = rates.lr * inverse_sqrt(sum);
   [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
     const auto move = [&]<int r, int... I>(std::integer_sequence<int, r>, std::integer_sequence<int, I...>)
                           __attribute__((always_inline)) {
@@ -302,7 +216,7 @@ void update_row_vector_wise(const UpdatedTable& table, const Optimizer& o, int64
     for (int64_t k = 0; k < K; ++k) squares += gradient(k) * gradient(k);
     A& sum = sums[i / K];
     sum += squares / static_cast<A>(K);
-    const A rate = rates.lr * inverse_sqrt<A, 2>(Vec<A, 2>{sum})[0];
+    const A rate = rates.lr * inverse_sqrt(Vec<A, 2>{sum})[0];
     for (int64_t k = 0; k < K; ++k) {
       store_weights<1>(weight + i + k, {Vec<A, 1>{load(weight + i + k) - rate * gradient(k)}}, rounding, begin + i + k,
                        1);

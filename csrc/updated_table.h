@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "../checks.h"
-#include "../optimizer.h"
+#include "checks.h"
+#include "optimizer.h"
 
 namespace ffm {
 
@@ -74,6 +74,51 @@ inline UpdatedTable checked_table(const char* op, const std::string& name, const
     table.states[i] = states[i].mutable_data_ptr();
   }
   return table;
+}
+
+// A list of `size` numbers, one for each sample or row; size -1: any.
+inline Tensor checked_list(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Tensor& weight,
+                           int64_t size) {
+  check_same_device(op, name, t, weight);
+  if (t.scalar_type() != dtype) fail(op, name, " must be ", dtype_text(dtype), ", got ", dtype_text(t.scalar_type()));
+  if (t.dim() != 1 || (size >= 0 && t.size(0) != size)) {
+    fail(op, name, " has shape ", shape_text(t), ", the batch has ", size, " samples");
+  }
+  return torch::stable::contiguous(t);
+}
+
+// Rows of a table that are updated with gradients that are given, checked but for what `rows` holds.
+struct RowsUpdate {
+  RowsUpdate(const char* op, const Tensor& weight, const std::vector<Tensor>& states,
+             const std::optional<Tensor>& rows_, const Tensor& grad_rows, const std::string& optimizer,
+             const std::vector<double>& settings, int64_t step, std::optional<int64_t> rounding_seed)
+      : table(float_table(op, weight).problem) {
+    const Problem& p = table;
+    update.optimizer = checked_optimizer(op, optimizer, settings, step, rounding_seed, p.dtype);
+    update.table =
+        checked_table(op, "", weight, p.num_features, p.num_fields, p.embed_dim, states, update.optimizer.kind);
+    check_same_device(op, "grad_rows", grad_rows, weight);
+    num_rows = rows_ ? rows_->numel() : p.num_features;
+    if (grad_rows.scalar_type() != weight.scalar_type() || grad_rows.numel() != num_rows * p.row_size()) {
+      fail(op, "grad_rows is ", dtype_text(grad_rows.scalar_type()), " ", shape_text(grad_rows), ", it must be ",
+           dtype_text(weight.scalar_type()), " with ", num_rows, " rows of ", p.row_size());
+    }
+    gradient = torch::stable::contiguous(grad_rows);
+    if (rows_) rows = checked_list(op, "rows", *rows_, ScalarType::Long, weight, num_rows);
+  }
+
+  Problem table;
+  Update update;
+  Tensor gradient;
+  std::optional<Tensor> rows;  // none: all of the table
+  int64_t num_rows = 0;
+};
+
+[[noreturn]] inline void fail_row_range(const char* op, const Problem& p, int64_t i, int64_t row) {
+  fail<std::out_of_range>(op, "rows[", i, "] = ", row, " is out of range for a table of ", p.num_features, " features");
+}
+[[noreturn]] inline void fail_row_order(const char* op, int64_t i, int64_t row) {
+  fail(op, "rows[", i, "] = ", row, " does not rise");
 }
 
 }  // namespace ffm

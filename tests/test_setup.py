@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""How setup.py decides about CUDA: by what is there and what is asked for, never by a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SETUP = Path(__file__).parents[1] / "setup.py"
+
+pytestmark = pytest.mark.skipif(not SETUP.exists(), reason="not a checkout: there is no setup.py")
+
+
+def load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ffm_ext_setup", SETUP)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def setup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The module, on a machine whose only toolkit may be in ``tmp_path``."""
+    module = load_setup()
+    monkeypatch.delenv("FFM_EXT_CUDA", raising=False)
+    monkeypatch.setattr(module, "cuda_homes", lambda: iter([tmp_path / "none", tmp_path / "cuda"]))
+    return module
+
+
+def make_toolkit(folder: Path, version: str) -> None:
+    for part, text in (
+        ("include/cuda_runtime.h", ""),
+        (
+            "bin/nvcc",
+            f'#!/bin/sh\necho "Cuda compilation tools, release {version}, V{version}.48"\n',
+        ),
+    ):
+        path = folder / "cuda" / part
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+
+def test_a_toolkit_is_used_where_it_is(setup: ModuleType, tmp_path: Path) -> None:
+    make_toolkit(tmp_path, "13.0")
+    assert setup.find_cuda("") == setup.Cuda(tmp_path / "cuda", "13.0")
+    assert setup.find_cuda("address") == "sanitizers are for the CPU"
+
+
+@pytest.mark.parametrize("found", ["nothing", "no headers", "an old one"])
+def test_without_one_it_is_left_out_or_an_error(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    if found != "nothing":
+        make_toolkit(tmp_path, "11.8" if found == "an old one" else "13.0")
+    if found == "no headers":  # as where nvcc is a script that calls one elsewhere
+        (tmp_path / "cuda/include/cuda_runtime.h").unlink()
+    assert setup.find_cuda("").startswith("no toolkit with include/cuda_runtime.h")
+    monkeypatch.setenv("FFM_EXT_CUDA", "1")
+    with pytest.raises(SystemExit, match="FFM_EXT_CUDA=1, and there is no toolkit"):
+        setup.find_cuda("")
+
+
+def test_it_can_be_left_out(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_toolkit(tmp_path, "13.0")
+    monkeypatch.setenv("FFM_EXT_CUDA", "0")
+    assert setup.find_cuda("") == "FFM_EXT_CUDA=0"
+    monkeypatch.setenv("FFM_EXT_CUDA", "yes")
+    with pytest.raises(SystemExit, match="FFM_EXT_CUDA = 'yes' is not one of auto, 0, 1"):
+        setup.find_cuda("")
+
+
+def test_cuda_home_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert next(load_setup().cuda_homes()) == tmp_path
