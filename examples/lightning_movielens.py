@@ -8,8 +8,8 @@ Lightning runs the loop: batches, validation, early stopping, the best checkpoin
 itself, so `configure_optimizers` names what is left, bias and linear weights. The state of the fused optimizer is part
 of the `state_dict`, and so of Lightning's checkpoints.
 
-Hyper-parameters were chosen on the validation rows. The test rows are scored once, at the end; the exit status is 1
-where a ridge regression on the same rows does better.
+The settings are plain ones, not the outcome of a search; the validation rows say when to stop. The test rows are scored
+once, at the end; the exit status is 1 where a ridge regression on the same rows does better.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--embed-dim", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--weight-decay", type=float, default=0.3)
+    parser.add_argument("--weight-decay", type=float, default=0.3, help="of the table")
     parser.add_argument("--epochs", type=int, default=40, help="at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -8,8 +8,8 @@ Each field is a key of the input and a table; the tables are spread by rows over
 fused into their backward pass. Each process takes its share of every batch. `python examples/torchrec_movielens.py` is
 a run of one process.
 
-Hyper-parameters were chosen on the validation rows. The test rows are scored once, at the end; the exit status is 1
-where they are not ranked clearly better than by chance.
+The settings are plain ones, not the outcome of a search. The test rows are scored once, at the end; the exit status is
+1 where they are not ranked clearly better than by chance.
 """
 
 from __future__ import annotations

@@ -272,6 +272,29 @@ def torchrec_table_wise_adagrad(rank: int, size: int, folder: Path) -> list[floa
     return torchrec(rank, size, folder, "table_wise", torch.optim.Adagrad)
 
 
+def torchrec_from_meta(rank: int, size: int, folder: Path) -> list[float]:
+    """The largest weight of tables that were nowhere before they were sharded, and the losses of training them."""
+    from ffm_ext.distributed import EmbeddingFFM, shard
+
+    torch.manual_seed(rank)
+    made = shard(
+        EmbeddingFFM(SIZES, 8, device="meta"),
+        "row_wise",
+        optimizer=torch.optim.SGD,
+        optimizer_args={"lr": 0.1},
+    )
+    tables = [
+        part.tensor
+        for name, table in made.state_dict().items()
+        if name != "bias"
+        for part in table.local_shards()
+    ]
+    largest = torch.cat([table.flatten() for table in tables]).abs().max()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    bias = [parameter for name, parameter in made.named_parameters() if name == "bias"]
+    return [largest.item(), *mean(train_jagged(made, torch.optim.SGD(bias, lr=0.1), rank, size))]
+
+
 def main() -> None:
     folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)

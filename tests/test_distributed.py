@@ -28,6 +28,7 @@ from ffm_ext import data, interop, optim
 from ffm_ext.data._libffm import read_ranges
 from ffm_ext.distributed import DistributedTrainer, Share, read_share, share
 from ffm_ext.distributed._share import ranges_of
+from ffm_ext.modules import initial_std
 from ffm_ext.training import Trainer
 
 GROUP = "Distributed"
@@ -426,7 +427,8 @@ TORCHREC = {
 
 @pytest.fixture(scope="module")
 def two_with_torchrec(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return Results(tmp_path_factory.mktemp("torchrec"), tuple(TORCHREC))
+    names = (*TORCHREC, "torchrec_from_meta")
+    return Results(tmp_path_factory.mktemp("torchrec"), names)
 
 
 def sharded(how: str) -> Any:
@@ -464,6 +466,15 @@ def test_sharded_tables_end_as_one(name: str, two_with_torchrec: Results) -> Non
     allowed = 1e-4 if TORCHREC[name] is torch.optim.SGD else 5e-3
     for key, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded[key], tensor, atol=allowed, rtol=0)
+
+
+@needs_torchrec
+@pytest.mark.slow
+def test_tables_are_made_where_they_belong(two_with_torchrec: Results) -> None:
+    largest, *losses = two_with_torchrec("torchrec_from_meta")
+    bound = 3**0.5 * initial_std(len(checks.SIZES), 8)
+    assert 0.9 * bound < largest <= bound
+    assert np.isfinite(losses).all()
 
 
 @needs_torchrec
