@@ -334,7 +334,12 @@ def test_vmap_of_a_gradient(form: str, output: str, batched: str) -> None:
     torch.testing.assert_close(found, tuple(torch.stack(parts) for parts in zip(*wanted)))
 
 
-@in_modes("vmap of a gradient (one gradient a sample)", ("dense",), sparse=NEEDS_DENSE)
+@in_modes(
+    "vmap of a gradient (one gradient a sample)",
+    ("dense",),
+    sparse=NEEDS_DENSE,
+    fused=NEEDS_DENSE,
+)
 def test_gradient_of_each_sample(mode: str) -> None:
     layer, x = make_layer(mode), ids()
 
@@ -349,12 +354,12 @@ def test_gradient_of_each_sample(mode: str) -> None:
 
 @in_modes(
     "forward-mode derivatives (jvp, jacfwd, hessian)",
-    dense="no forward-mode derivatives",
-    sparse="no forward-mode derivatives",
+    **dict.fromkeys(LEARNING, "no forward-mode derivatives"),
 )
 def test_forward_mode(mode: str) -> None:
-    weight, x = torch.randn(N, F * K), ids()
-    torch.func.jvp(lambda w: ffm_interaction(w, x, grad=mode), (weight,), (weight,))  # type: ignore[arg-type]
+    layer, x = make_layer(mode), ids()
+    weight = layer.weight.detach()
+    torch.func.jvp(lambda w: functional_call(layer, {"weight": w}, (x,)), (weight,), (weight,))
 
 
 def test_forward_mode_elsewhere_is_no_matter() -> None:
