@@ -162,6 +162,13 @@ auto under_schedules(const Coverage& coverage, uint64_t number, const std::strin
   return first;
 }
 
+// Samples: so many that blocks take several, one after the other. With TSan a thread is dear.
+#ifdef __SANITIZE_THREAD__
+constexpr int64_t kBatchSizes[] = {5, 4, 3, 4};
+#else
+constexpr int64_t kBatchSizes[] = {18, 7, 6, 7};
+#endif
+
 // Calls fn(batch, number) for every `coverage.stride`-th problem.
 template <typename Fn>
 void for_problems(const Coverage& coverage, Fn&& fn) {
@@ -178,8 +185,7 @@ void for_problems(const Coverage& coverage, Fn&& fn) {
             const bool is_ragged = variant % 2, has_values = variant / 2 % 2;
             random_bits.seed(number);
             Batch<T> batch;
-            // As many samples as blocks have to take several, one after the other.
-            set_problem(batch, dtype, F, K, is_ragged, has_values, number % 3 == 0, number % 4 ? 7 : 18);
+            set_problem(batch, dtype, F, K, is_ragged, has_values, number % 3 == 0, kBatchSizes[number % 4]);
             batch.problem.within_field = variant / 4 % 2;
             batch.problem.output = static_cast<Output>(variant / 8);
             choose_device(random_bits());
