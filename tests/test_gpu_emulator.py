@@ -49,12 +49,12 @@ CSRC = ROOT / "csrc"
 
 # What a program ends with where the emulator, or a sanitizer, sees something: the first line tells.
 SEEN = {
-    "emulator": r"^gpu emulator: .+:\d+: ",
+    "race": r"WARNING: ThreadSanitizer: data race",
+    "overflow": r"AddressSanitizer: |runtime error: ",
     "deadlock": r"^gpu emulator: deadlock",
+    "emulator": r"^gpu emulator: .+:\d+: ",
     "crash": r"^crash in ",
     "mismatch": r"^FAILED ",
-    "overflow": r"AddressSanitizer: |runtime error: ",
-    "race": r"WARNING: ThreadSanitizer: data race",
 }
 
 
