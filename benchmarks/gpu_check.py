@@ -73,7 +73,7 @@ def build() -> Record:
 
 
 def tests() -> Record:
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-m", "not slow", "-x"]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-m", "not slow"]
     command = [*command, "--maxfail=20", "-p", "no:cacheprovider", "-n", "6", *DEVICE_TESTS]
     found = run(command, LIMITS["tests"])
     last = found["output"].strip().rpartition("\n")[2]

@@ -46,8 +46,8 @@ const char* find_faults(const Problem&, Faults* faults, void* stream);
 const char* read_back(void* host, const void* device, size_t bytes, void* stream);
 
 // Which entries of a batch share a row of the table. Lists on the device, in the workspace that group_rows was given.
-// Entries are sorted by row, those of a row in their order; entries that count for nothing come last. Where offsets fall
-// anywhere, no entry counts.
+// Entries are sorted by row, those of a row in their order; entries that count for nothing come last. Where offsets
+// fall anywhere, no entry counts.
 struct RowGroups {
   const uint32_t* rows = nullptr;    // [nnz] place -> row
   const int32_t* places = nullptr;   // [nnz] entry -> place, ~place where it has its row to itself (group_rows.cuh)
@@ -60,15 +60,15 @@ const char* group_rows(const Problem&, bool number_rows, void* workspace, RowGro
 // The numbered rows, rising -> rows [R].
 const char* list_rows(const Problem&, const RowGroups& groups, int64_t* rows, void* stream);
 
-// Gradients. `grad` has that of the output, and says what is asked for: grad_values; grad_rows, [N, F, K] or with numbered
-// rows [R, F, K]; or an update of the table. A row's gradient is summed in an order that its entries' places decide: the
-// same bits in every run. No row moves before all samples are read. Without groups: values alone, or grad_rows [N, F, K],
-// of float32 or float64, to which entries are added in any order.
+// Gradients. `grad` has that of the output, and says what is asked for: grad_values; grad_rows, [N, F, K] or with
+// numbered rows [R, F, K]; or an update of the table. A row's gradient is summed in an order that its entries' places
+// decide: the same bits in every run. No row moves before all samples are read. Without groups: values alone, or
+// grad_rows [N, F, K], of float32 or float64, to which entries are added in any order.
 size_t backward_bytes(const Problem&, bool has_groups);
 const char* backward(const Problem&, const Gradient& grad, const RowGroups* groups, void* workspace, void* stream);
 
-// Updates rows[i], for i in [0, n), with gradient i of grad_rows [n, F, K] in the type of the table. rows rise; none: all
-// rows in their order. A row outside the table is left out.
+// Updates rows[i], for i in [0, n), with gradient i of grad_rows [n, F, K] in the type of the table. rows rise; none:
+// all rows in their order. A row outside the table is left out.
 const char* update_rows(const Update&, ScalarKind, int64_t num_features, const int64_t* rows, int64_t n,
                         const void* grad_rows, void* stream);
 

@@ -11,7 +11,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
-#include <random>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -189,7 +188,7 @@ Copy* bulk_copies = nullptr;
 uint32_t num_bulk_copies = 0;  // the first is none
 
 Schedule schedule = kSchedules[0];
-std::mt19937_64 random_bits;
+uint64_t random_state = 0;
 std::map<const void*, int> max_shared_bytes;
 std::map<const unsigned char*, size_t> global_memory;
 std::vector<FiberMemory*> free_memory, used_memory;
@@ -200,6 +199,16 @@ char launch_sync[8], fence_sync[8];
 // fibers, it would take one for what it was before.
 std::vector<std::pair<void*, size_t>> kept_pages;
 [[maybe_unused]] std::vector<void*> kept_fibers;
+// As many threads as TSan can have. Beyond, races between blocks that run far from each other are missed.
+[[maybe_unused]] constexpr size_t kMaxKeptFibers = 2048;
+
+// SplitMix64. Not one of the standard library: the linker may take its code from a file that is instrumented.
+uint64_t next_random() {
+  uint64_t z = random_state += 0x9e3779b97f4a7c15;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+  z = (z ^ z >> 27) * 0x94d049bb133111eb;
+  return z ^ z >> 31;
+}
 
 // ---- Switching.
 
@@ -258,7 +267,7 @@ Fiber* next_ready() {
     at = (block.ready_begin + block.num_ready - 1) & last;
   } else {
     if (schedule.order == Order::kRandom) {
-      const size_t other = (block.ready_begin + random_bits() % block.num_ready) & last;
+      const size_t other = (block.ready_begin + next_random() % block.num_ready) & last;
       std::swap(block.ready[at], block.ready[other]);
     }
     block.ready_begin = (block.ready_begin + 1) & last;
@@ -353,7 +362,8 @@ void fiber_main() {
 FiberMemory* take_fiber_memory() {
   if (free_memory.empty()) {
     auto* memory = static_cast<FiberMemory*>(new_pages(sizeof(FiberMemory)));
-    mprotect(memory->guard, sizeof(memory->guard), PROT_NONE);
+    // Two maps more for each thread, of which there are many at a time with TSan.
+    if (!kIsTsan) mprotect(memory->guard, sizeof(memory->guard), PROT_NONE);
     free_memory.push_back(memory);
   }
   FiberMemory* memory = free_memory.back();
@@ -465,7 +475,7 @@ void check_copy(const char* name, const void* to, const void* from, size_t bytes
 // TSan is told of a copy both where it begins and at the wait, so that it needs no other landing.
 bool lands_at_once() {
   if (kIsTsan) return false;
-  return schedule.landing == Landing::kAtOnce || (schedule.landing == Landing::kRandom && random_bits() % 2);
+  return schedule.landing == Landing::kAtOnce || (schedule.landing == Landing::kRandom && next_random() % 2);
 }
 
 // ---- Running blocks.
@@ -483,6 +493,18 @@ void explain_deadlock() {
   }
   if (num_told > 8) std::fprintf(stderr, "  and %d more\n", num_told - 8);
   _exit(kErrorExit);
+}
+
+// What is kept for TSan; memory that is unmapped is as good as new.
+[[maybe_unused]] void forget_fibers() {
+  for (auto [pages, bytes] : kept_pages) munmap(pages, bytes);
+  kept_pages.clear();
+  for (FiberMemory* memory : used_memory) munmap(memory, sizeof(FiberMemory));
+  used_memory.clear();
+#ifdef GPU_EMULATOR_TSAN
+  for (void* fiber : kept_fibers) __tsan_destroy_fiber(fiber);
+  kept_fibers.clear();
+#endif
 }
 
 void run_block(size_t dynamic_bytes) {
@@ -524,6 +546,7 @@ void run_block(size_t dynamic_bytes) {
   }
 #ifdef GPU_EMULATOR_TSAN
   for (Fiber& fiber : block.fibers) kept_fibers.push_back(fiber.tsan_fiber);
+  if (kept_fibers.size() >= kMaxKeptFibers) forget_fibers();
 #else
   free_memory.insert(free_memory.end(), used_memory.begin(), used_memory.end());
   used_memory.clear();
@@ -551,7 +574,7 @@ void fail(const Location& at, const char* format, ...) {
 
 void set_schedule(const Schedule& next) {
   schedule = next;
-  random_bits.seed(next.seed);
+  random_state = next.seed;
 }
 
 void add_global_memory(const void* begin, size_t bytes) {
@@ -596,16 +619,7 @@ cudaError_t launch(const Launch& launch, const Location& at) {
   }
   launched = nullptr;
   acquire(launch_sync);
-  if constexpr (kIsTsan) {
-    free_memory.insert(free_memory.end(), used_memory.begin(), used_memory.end());
-    used_memory.clear();
-    for (auto [pages, bytes] : kept_pages) munmap(pages, bytes);
-    kept_pages.clear();
-#ifdef GPU_EMULATOR_TSAN
-    for (void* fiber : kept_fibers) __tsan_destroy_fiber(fiber);
-    kept_fibers.clear();
-#endif
-  }
+  if constexpr (kIsTsan) forget_fibers();
   return cudaSuccess;
 }
 
@@ -744,7 +758,7 @@ void* shared_variable(const void* key, size_t bytes, size_t align, const Locatio
 }
 
 void preempt() {
-  if (schedule.order != Order::kRandom || random_bits() % 2) return;
+  if (schedule.order != Order::kRandom || next_random() % 2) return;
   make_ready(*running);
   reschedule();
 }

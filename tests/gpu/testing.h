@@ -129,8 +129,16 @@ inline void launched(const std::string& what, const char* error) {
 // The problem of this number on the devices of this number: one that can do bulk copies, one that cannot, one with so
 // little shared memory that large samples go in pieces.
 inline void choose_device(uint64_t number) {
-  const gpu::emulator::Device devices[] = {
-      {2, 1, 227 << 10, 90}, {2, 1, 227 << 10, 80}, {1, 1, 16 << 10, 90}, {1, 2, 24 << 10, 80}, {3, 2, 99 << 10, 90}};
+#ifdef __SANITIZE_THREAD__
+  constexpr int kMany = 1;
+#else
+  constexpr int kMany = 2;
+#endif
+  const gpu::emulator::Device devices[] = {{kMany, 1, 227 << 10, 90},
+                                           {kMany, 1, 227 << 10, 80},
+                                           {1, 1, 16 << 10, 90},
+                                           {1, kMany, 24 << 10, 80},
+                                           {2, kMany, 99 << 10, 90}};
   gpu::emulator::device = devices[number % std::size(devices)];
 }
 
@@ -162,6 +170,14 @@ auto under_schedules(const Coverage& coverage, uint64_t number, const std::strin
   return first;
 }
 
+// Samples: so many that blocks take several, one after the other, and use the memory of the first ones again. With TSan
+// a thread is dear: fewer blocks, and fewer samples.
+#ifdef __SANITIZE_THREAD__
+constexpr int64_t kBatchSizes[] = {9, 6, 5, 6};
+#else
+constexpr int64_t kBatchSizes[] = {18, 7, 6, 7};
+#endif
+
 // Calls fn(batch, number) for every `coverage.stride`-th problem.
 template <typename Fn>
 void for_problems(const Coverage& coverage, Fn&& fn) {
@@ -178,8 +194,7 @@ void for_problems(const Coverage& coverage, Fn&& fn) {
             const bool is_ragged = variant % 2, has_values = variant / 2 % 2;
             random_bits.seed(number);
             Batch<T> batch;
-            // As many samples as blocks have to take several, one after the other.
-            set_problem(batch, dtype, F, K, is_ragged, has_values, number % 3 == 0, number % 4 ? 7 : 18);
+            set_problem(batch, dtype, F, K, is_ragged, has_values, number % 3 == 0, kBatchSizes[number % 4]);
             batch.problem.within_field = variant / 4 % 2;
             batch.problem.output = static_cast<Output>(variant / 8);
             choose_device(random_bits());
