@@ -36,25 +36,40 @@ inline int64_t first_outside(const Ids& ids, int64_t n, int64_t limit) {
 }
 
 template <typename T, typename Bits>
-inline void check_finite(const char* op, const Problem& p) {
-  const T* const values = static_cast<const T*>(p.values);
+inline bool all_finite(const void* values, int64_t n) {
+  const T* const data = static_cast<const T*>(values);
   // Infinities and NaNs are the numbers whose exponent is all ones.
   const Bits exponent = std::bit_cast<Bits>(std::numeric_limits<T>::infinity());
   bool bad = false;
-  for (int64_t e = 0; e < p.num_entries; ++e) bad |= (std::bit_cast<Bits>(values[e]) & exponent) == exponent;
-  if (!bad) return;
-  for (int64_t e = 0; e < p.num_entries; ++e) {
-    const double value = static_cast<double>(values[e]);
-    if (!std::isfinite(value)) fail_value(op, p, e, value);
+  for (int64_t i = 0; i < n; ++i) bad |= (std::bit_cast<Bits>(data[i]) & exponent) == exponent;
+  return !bad;
+}
+
+inline bool all_finite(ScalarKind dtype, const void* values, int64_t n) {
+  switch (dtype) {
+    case ScalarKind::kFloat32: return all_finite<float, uint32_t>(values, n);
+    case ScalarKind::kFloat64: return all_finite<double, uint64_t>(values, n);
+    case ScalarKind::kBFloat16: return all_finite<torch::headeronly::BFloat16, uint16_t>(values, n);
+    case ScalarKind::kFloat16: return all_finite<torch::headeronly::Half, uint16_t>(values, n);
   }
+  return false;
+}
+
+inline double value_at(const Problem& p, int64_t e) {
+  switch (p.dtype) {
+    case ScalarKind::kFloat32: return static_cast<const float*>(p.values)[e];
+    case ScalarKind::kFloat64: return static_cast<const double*>(p.values)[e];
+    case ScalarKind::kBFloat16: return static_cast<const torch::headeronly::BFloat16*>(p.values)[e];
+    case ScalarKind::kFloat16: return static_cast<const torch::headeronly::Half*>(p.values)[e];
+  }
+  return 0;
 }
 
 inline void check_values(const char* op, const Problem& p) {
-  switch (p.dtype) {
-    case ScalarKind::kFloat32: return check_finite<float, uint32_t>(op, p);
-    case ScalarKind::kFloat64: return check_finite<double, uint64_t>(op, p);
-    case ScalarKind::kBFloat16: return check_finite<torch::headeronly::BFloat16, uint16_t>(op, p);
-    case ScalarKind::kFloat16: return check_finite<torch::headeronly::Half, uint16_t>(op, p);
+  if (all_finite(p.dtype, p.values, p.num_entries)) return;
+  for (int64_t e = 0; e < p.num_entries; ++e) {
+    const double value = value_at(p, e);
+    if (!std::isfinite(value)) fail_value(op, p, e, value);
   }
 }
 
