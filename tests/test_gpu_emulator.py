@@ -165,7 +165,7 @@ def test_kernels(programs: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("build", "stride", "schedules"), [("plain", 23, 6), ("asan", 97, 2), ("tsan", 173, 1)]
+    ("build", "stride", "schedules"), [("plain", 23, 6), ("asan", 47, 2), ("tsan", 173, 1)]
 )
 def test_kernels_more(programs: dict[str, Path], build: str, stride: int, schedules: int) -> None:
     # TSan takes half a millisecond for a thread: no test of thousands of entries.

@@ -155,7 +155,8 @@ class SampleGradients {
   }
 
   __device__ void run() {
-    if (!(kRagged ? list_entries() : list_fields())) return skip();
+    // The gradients of the values of a sample that cannot be used are zeros already.
+    if (!(kRagged ? list_entries() : list_fields())) return;
     if constexpr (kRows == Rows::kUpdated) prefetch_states();
     const SampleLayout& layout = t_.layout;
     for (int i = 0; i < layout.num_tiles; ++i) {
@@ -223,10 +224,12 @@ class SampleGradients {
   // The entries of any other sample, by field, those of a field in their order.
   __device__ bool list_entries() {
     const Problem& p = t_.p;
+    // Samples may overlap.
+    if (*t_.is_falling != 0) return false;
     begin_ = min(max(p.offsets[b_], int64_t{0}), p.num_entries);
     const int64_t end = max(begin_, min(p.offsets[b_ + 1], p.num_entries));
     size_ = static_cast<int>(end - begin_);
-    bool is_bad = *t_.is_falling != 0;
+    bool is_bad = false;
     for (int f = threadIdx.x; f < F_; f += blockDim.x) ends_[f] = 0;
     start_value_sums();
     for (int64_t e = begin_ + threadIdx.x; e < end; e += blockDim.x) {
@@ -290,12 +293,6 @@ class SampleGradients {
       if (table.states[0]) gpu::prefetch(static_cast<const char*>(table.states[0]) + at);
       if (table.states[1]) gpu::prefetch(static_cast<const char*>(table.states[1]) + at);
     }
-  }
-
-  // A sample that cannot be used.
-  __device__ void skip() {
-    if (!t_.grad_values) return;
-    for (int64_t e = begin_ + threadIdx.x; e < begin_ + size_; e += blockDim.x) store(t_.grad_values + e, A(0));
   }
 
   __device__ void start_value_sums() {

@@ -118,7 +118,8 @@ struct DeviceBatch {
 
 template <typename T>
 bool same_bits(const std::vector<T>& one, const std::vector<T>& two) {
-  return one.size() == two.size() && std::memcmp(one.data(), two.data(), one.size() * sizeof(T)) == 0;
+  if (one.size() != two.size()) return false;
+  return one.empty() || std::memcmp(one.data(), two.data(), one.size() * sizeof(T)) == 0;
 }
 
 // Fails where a launcher says that something went wrong.
