@@ -83,9 +83,10 @@ template <typename T, int N>
 inline Vec<Sum<T>, N> widen(Vec<Bits<T>, N> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
 #if defined(__AVX512F__)
-    // GCC 12 takes the conversion of 16 apart.
+    // GCC 12 takes the conversion of 16 apart, and warns of the undefined operand in its unmasked intrinsic.
     if constexpr (N == 16) {
-      return bit_copy<Vec<float, N>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_copy<__m256i>(v)), 16));
+      const __m512i wide = _mm512_maskz_cvtepu16_epi32(static_cast<__mmask16>(-1), bit_copy<__m256i>(v));
+      return bit_copy<Vec<float, N>>(bit_copy<Vec<uint32_t, N>>(wide) << 16);
     }
 #endif
     return bit_copy<Vec<float, N>>(__builtin_convertvector(v, Vec<uint32_t, N>) << 16);
