@@ -407,15 +407,6 @@ FAULTS = [
         "backward",
         {"tsan": {"race"}},
     ),
-    Fault(
-        "a state is written while lanes of its vector still read it",
-        "update_rules.cuh",
-        "  __syncwarp(mask);\n",
-        "",
-        BACKWARD,
-        "backward",
-        {"tsan": {"race"}},
-    ),
 ]
 
 
