@@ -583,7 +583,9 @@ def check_replicas(layer: nn.Module, replicas: nn.Module | None = None) -> None:
             "would update a table of its own. Use grad='sparse' or 'dense' with an optimizer of torch, or "
             "ffm_ext.distributed.DistributedTrainer"
         )
-    if fused is not None and fused.param_groups[0]["params"][0] is not layer.weight:
+    # One that is computed from another is refused by the layer itself, which says why.
+    is_own = fused is None or fused.param_groups[0]["params"][0] is layer.weight
+    if not is_own and layer.weight.is_leaf:
         raise RuntimeError(
             f"{name}: the table is not the one that its fused optimizer updates: FSDP and functional_call put another "
             "in its place. Use grad='dense' with an optimizer of torch"

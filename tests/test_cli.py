@@ -50,14 +50,15 @@ def test_info_prints_every_entry(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     info = ffm_ext.build_info()
-    assert list(lines) == list(info)
+    assert list(lines) == [*info, "library"]
     assert lines["isa"] == info["isa"]
     assert lines["threads"] == str(info["threads"])
 
 
 def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == ffm_ext.build_info()
+    expected = {**ffm_ext.build_info(), "library": str(ffm_ext.library_path())}
+    assert json.loads(capsys.readouterr().out) == expected
 
 
 def test_python_dash_m() -> None:

@@ -20,7 +20,7 @@ Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTe
   return out;
 }
 
-Tensor gather_sum(const Tensor& weight, const Tensor& indices) {
+Tensor ffm_gather_sum(const Tensor& weight, const Tensor& indices) {
   const char* op = "gather_sum";
   const Batch batch(op, weight, indices, std::nullopt, std::nullopt, std::nullopt, "sum", false);
   const OnDevice on(op, weight);
@@ -35,5 +35,5 @@ Tensor gather_sum(const Tensor& weight, const Tensor& indices) {
 
 STABLE_TORCH_LIBRARY_IMPL(ffm_ext, CUDA, m) {
   m.impl("ffm_forward", TORCH_BOX(&ffm::cuda::ffm_forward));
-  m.impl("gather_sum", TORCH_BOX(&ffm::cuda::gather_sum));
+  m.impl("gather_sum", TORCH_BOX(&ffm::cuda::ffm_gather_sum));
 }
