@@ -25,6 +25,7 @@ LOADED = re.compile(
 
 def public_modules() -> list[ModuleType]:
     names = [info.name for info in pkgutil.iter_modules(ffm_ext.__path__)]
+    names.remove("libffm_ext_ops")  # the operators: a library, but no module
     modules = [importlib.import_module(f"ffm_ext.{name}") for name in names if name[0] != "_"]
     return [ffm_ext, *modules]
 

@@ -441,7 +441,7 @@ def test_faults(
     _ = programs[build]
     others = [path for path in (folder / build).glob("*.o") if path.stem not in fault.sources]
     program = link([*objects, *others], build, tmp_path / "faulty")
-    stride, schedules = (109, 1) if build == "tsan" else (17, 2)
+    stride, schedules = (29, 1) if build == "tsan" else (17, 2)
     done = run(program, fault.test, stride, schedules, LAST_FLOAT32)
     assert seen(done) in fault.builds[build], (done.stdout + done.stderr)[-2000:]
 
