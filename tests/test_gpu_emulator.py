@@ -165,7 +165,12 @@ def test_kernels(programs: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("build", "stride", "schedules"), [("plain", 23, 6), ("asan", 47, 2), ("tsan", 173, 1)]
+    ("build", "stride", "schedules"),
+    [
+        ("plain", 23, 6),
+        ("asan", 47, 2),
+        pytest.param("tsan", 173, 1, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_kernels_more(programs: dict[str, Path], build: str, stride: int, schedules: int) -> None:
     # TSan takes half a millisecond for a thread: no test of thousands of entries.
@@ -426,6 +431,7 @@ def test_faults_fit(fault: Fault, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("build", SANITIZED)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_faults(
