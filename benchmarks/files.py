@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 
 from ffm_ext import FFM, SparseBatch, cli, interop
 from ffm_ext.data import SparseDataset, read_libffm, write_libffm
 
 from .peer import Peer
+from .subjects import modern_ffm
+from .training import libffm_model
 from .workloads import Workload, make_batches
 
 
@@ -43,22 +44,9 @@ class Files:
         return path
 
     @cached_property
-    def fields(self) -> np.ndarray:
-        return np.repeat(np.arange(self.table.num_fields), self.table.field_dims)
-
-    @cached_property
     def model(self) -> FFM:
-        table = self.table
         torch.manual_seed(0)
-        return FFM(
-            table.embed_dim,
-            num_features=table.num_features,
-            num_fields=table.num_fields,
-            within_field=True,
-            bias=False,
-            linear=False,
-            normalize=True,
-        )
+        return libffm_model(self.table)
 
     @cached_property
     def ours(self) -> Path:
@@ -69,6 +57,16 @@ class Files:
     def libffm(self) -> Path:
         interop.save_libffm(self.model, self.folder / "model.libffm")
         return self.folder / "model.libffm"
+
+    @cached_property
+    def batch(self) -> SparseBatch:
+        """The samples of the text."""
+        return read_libffm(self.text).shards[0].batch
+
+    @cached_property
+    def expected(self) -> np.ndarray:
+        """Their probabilities."""
+        return Ours(self).predict(self.batch)
 
 
 class FileEngine(Peer):
@@ -109,7 +107,7 @@ class Ours(FileEngine):
         return None
 
     def prepare(self) -> SparseBatch:
-        return read_libffm(self.files.text).shards[0].batch
+        return self.files.batch
 
     def predict(self, data: SparseBatch) -> np.ndarray:
         with torch.inference_mode():
@@ -154,7 +152,7 @@ class Libffm(FileEngine):
         library = self.library(self.files.folder)
         library.load_model.restype = ctypes.c_void_p
         self.model = ctypes.c_void_p(library.load_model(bytes(self.files.libffm)))
-        batch = read_libffm(self.files.text).shards[0].batch
+        batch = self.files.batch
         nodes = np.empty(batch.nnz, [("field", "i4"), ("feature", "i4"), ("value", "f4")])
         nodes["field"], nodes["feature"], nodes["value"] = batch.fields, batch.indices, 1
         return nodes, batch.offsets.int().numpy()
@@ -177,20 +175,9 @@ class ModernFM(FileEngine):
 
     def prepare(self) -> Any:
         table, weight = self.files.table, self.files.model.interaction.weight.detach()
-        shape = table.num_features, table.num_fields, table.embed_dim
         # It normalises no sample: all have as many entries.
-        scale = table.num_fields**-0.5
-        model = importlib.import_module(self.module).FFMRegressor(
-            n_factors=table.embed_dim, dtype="float64"
-        )
-        model.n_features_in_, model.n_iter_, model.n_fields_ = shape[0], 1, shape[1]
-        model.field_ids_ = self.files.fields
-        model.w0_, model.w_ = 0.0, np.zeros(shape[0])
-        model.V_ = weight.view(shape).double().numpy() * scale
-        self.model = model
-        batch = read_libffm(self.files.text).shards[0].batch
-        entries = np.ones(batch.nnz), batch.indices.numpy(), batch.offsets.numpy()
-        return sp.csr_matrix(entries, (len(batch), shape[0]))
+        self.model = modern_ffm(table, weight * table.num_fields**-0.5)
+        return table.matrix(self.files.batch.indices.view(-1, table.num_fields))
 
     def read(self) -> object:
         return importlib.import_module(self.module).load_libffm(self.files.text)

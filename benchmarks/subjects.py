@@ -204,6 +204,18 @@ class Compiled(Subject):
         return self.functions[direction](self.weight, batch)
 
 
+def modern_ffm(workload: Workload, weight: Tensor) -> Any:
+    """modern-fm's regressor with a table, in float64."""
+    N, F, K = workload.table_shape
+    model = importlib.import_module("modern_fm").FFMRegressor(n_factors=K, dtype="float64")
+    # What fit would have left behind.
+    model.n_features_in_, model.n_iter_, model.n_fields_ = N, 1, F
+    model.field_ids_ = workload.feature_fields
+    model.w0_, model.w_ = 0.0, np.zeros(N)
+    model.V_ = weight.view(N, F, K).double().numpy()
+    return model
+
+
 class ModernFM(Subject):
     """modern-fm's regressor, whose predict is the raw score; float64, one thread."""
 
@@ -214,20 +226,10 @@ class ModernFM(Subject):
 
     def __init__(self, workload: Workload, weight: Tensor) -> None:
         super().__init__(workload, weight)
-        N, _, K = workload.table_shape
-        self.model = importlib.import_module(self.module).FFMRegressor(n_factors=K, dtype="float64")
-        # What fit would have left behind.
-        self.model.n_features_in_, self.model.n_iter_ = N, 1
-        self.model.n_fields_ = workload.num_fields
-        self.model.field_ids_ = np.repeat(np.arange(workload.num_fields), workload.field_dims)
-        self.model.w0_, self.model.w_ = 0.0, np.zeros(N)
-        self.model.V_ = weight.view(workload.table_shape).double().numpy()
+        self.model = modern_ffm(workload, weight)
 
     def prepare(self, indices: Tensor) -> sp.csr_matrix:
-        B, num_fields = indices.shape
-        starts = np.arange(B + 1) * num_fields
-        entries = np.ones(B * num_fields), indices.numpy().ravel(), starts
-        return sp.csr_matrix(entries, shape=(B, self.workload.num_features))
+        return self.workload.matrix(indices)
 
     def forward(self, batch: sp.csr_matrix, direction: Direction) -> Tensor:
         return torch.from_numpy(self.model.predict(batch))

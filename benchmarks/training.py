@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -53,6 +52,19 @@ class TrainingWorkload:
         return ids, labels
 
 
+def libffm_model(table: Workload) -> FFM:
+    """What libffm has."""
+    return FFM(
+        table.embed_dim,
+        num_features=table.num_features,
+        num_fields=table.num_fields,
+        within_field=True,
+        bias=False,
+        linear=False,
+        normalize=True,
+    )
+
+
 class Engine(Peer):
     """Trains with AdaGrad as libffm does by default: lr 0.2, lambda 2e-5, normalised samples."""
 
@@ -70,17 +82,8 @@ class Ours(Engine):
     optimizer: ClassVar[Optimizer] = AdaGrad(lr=0.2, weight_decay=2e-5)
 
     def epochs(self, workload: TrainingWorkload, threads: int) -> Iterator[tuple[float, float]]:
-        table = workload.table
-        model = FFM(
-            table.embed_dim,
-            num_features=table.num_features,
-            num_fields=table.num_fields,
-            within_field=True,
-            bias=False,
-            linear=False,
-            normalize=True,
-        ).to(self.dtype)
-        torch.nn.init.uniform_(model.interaction.weight, 0, table.embed_dim**-0.5)
+        model = libffm_model(workload.table).to(self.dtype)
+        torch.nn.init.uniform_(model.interaction.weight, 0, workload.table.embed_dim**-0.5)
         mode: Mode = self.mode if threads == 1 else "hogwild"
         trainer = Trainer(model, optimizer=self.optimizer, mode=mode, num_threads=threads)
         ids, labels = workload.data
@@ -125,7 +128,7 @@ class Libffm(Engine):
     def epochs(self, workload: TrainingWorkload, threads: int) -> Iterator[tuple[float, float]]:
         ids, labels = workload.data
         table = workload.table
-        fields = np.repeat(np.arange(table.num_fields), table.field_dims)
+        fields = table.feature_fields
         with tempfile.TemporaryDirectory() as folder:
             given = Path(folder, "given.npz")
             np.savez(given, ids=ids.numpy(), labels=labels.numpy(), fields=fields)
@@ -155,10 +158,7 @@ class ModernFM(Engine):
     def epochs(self, workload: TrainingWorkload, threads: int) -> Iterator[tuple[float, float]]:
         ids, labels = workload.data
         table, n = workload.table, workload.samples // self.part
-        offsets = np.arange(n + 1) * table.num_fields
-        entries = np.ones(n * table.num_fields), ids[:n].numpy().ravel(), offsets
-        x = sp.csr_matrix(entries, (n, table.num_features))
-        fields = np.repeat(np.arange(table.num_fields), table.field_dims)
+        x = table.matrix(ids[:n])
         model = importlib.import_module(self.module).FFMClassifier(
             n_factors=table.embed_dim,
             learning_rate=0.2,
@@ -167,7 +167,9 @@ class ModernFM(Engine):
             n_jobs=threads,
         )
         # The first call makes the tables, too: it does not count.
-        model.partial_fit(x[:10], labels[:10].numpy(), field_ids=fields, classes=[0, 1])
+        model.partial_fit(
+            x[:10], labels[:10].numpy(), field_ids=table.feature_fields, classes=[0, 1]
+        )
         start = time.perf_counter()
         model.partial_fit(x, labels[:n].numpy())
         yield time.perf_counter() - start, math.nan

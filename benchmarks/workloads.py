@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -63,6 +64,17 @@ class Workload:
     @cached_property
     def field_starts(self) -> tuple[int, ...]:
         return tuple(int(start) for start in np.cumsum((0, *self.field_dims[:-1])))
+
+    @property
+    def feature_fields(self) -> np.ndarray:
+        """The field of each feature, [N]."""
+        return np.repeat(np.arange(self.num_fields), self.field_dims)
+
+    def matrix(self, ids: Tensor) -> sp.csr_matrix:
+        """Samples [n, F] as a matrix [n, N] of ones."""
+        starts = np.arange(len(ids) + 1) * ids.shape[1]
+        entries = np.ones(ids.numel()), ids.numpy().ravel(), starts
+        return sp.csr_matrix(entries, shape=(len(ids), self.num_features))
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,17 @@ inline UpdatedTable checked_table(const char* op, const std::string& name, const
   return table;
 }
 
+// The update of a table [N, F, K], described by p.
+inline Update checked_update(const char* op, const Tensor& weight, const Problem& p, const std::vector<Tensor>& states,
+                             const std::string& optimizer, const std::vector<double>& settings, int64_t step,
+                             std::optional<int64_t> rounding_seed) {
+  Update update;
+  update.optimizer = checked_optimizer(op, optimizer, settings, step, rounding_seed, p.dtype);
+  update.table =
+      checked_table(op, "", weight, p.num_features, p.num_fields, p.embed_dim, states, update.optimizer.kind);
+  return update;
+}
+
 // A list of `size` numbers, one for each sample or row; size -1: any.
 inline Tensor checked_list(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Tensor& weight,
                            int64_t size) {
@@ -92,11 +103,9 @@ struct RowsUpdate {
   RowsUpdate(const char* op, const Tensor& weight, const std::vector<Tensor>& states,
              const std::optional<Tensor>& rows_, const Tensor& grad_rows, const std::string& optimizer,
              const std::vector<double>& settings, int64_t step, std::optional<int64_t> rounding_seed)
-      : table(float_table(op, weight).problem) {
+      : table(float_table(op, weight).problem),
+        update(checked_update(op, weight, table, states, optimizer, settings, step, rounding_seed)) {
     const Problem& p = table;
-    update.optimizer = checked_optimizer(op, optimizer, settings, step, rounding_seed, p.dtype);
-    update.table =
-        checked_table(op, "", weight, p.num_features, p.num_fields, p.embed_dim, states, update.optimizer.kind);
     check_same_device(op, "grad_rows", grad_rows, weight);
     num_rows = rows_ ? rows_->numel() : p.num_features;
     if (grad_rows.scalar_type() != weight.scalar_type() || grad_rows.numel() != num_rows * p.row_size()) {

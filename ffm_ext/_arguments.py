@@ -62,6 +62,11 @@ def outside(ids: Tensor, size: int) -> Tensor:
     return (ids < 0) | (ids > min(size - 1, torch.iinfo(ids.dtype).max))
 
 
+def sum_dtype(tensor: Tensor) -> torch.dtype:
+    """What sums of its numbers are kept in: float32, or float64 for float64."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def checks_contents(tensor: Tensor) -> bool:
     """Whether what a tensor holds is looked at: on the CPU always, on CUDA where it was asked for."""
     if torch.compiler.is_compiling():

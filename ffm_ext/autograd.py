@@ -64,23 +64,14 @@ def interaction(
     return _interaction(*problem, grad, fused, step, states)
 
 
-def _interaction(
-    weight: Tensor,
-    indices: Tensor,
-    fields: Tensor | None,
-    values: Tensor | None,
-    offsets: Tensor | None,
-    num_fields: int,
-    output: str,
-    within_field: bool,
-    *gradient: Any,
-) -> Tensor:
-    arguments = (weight, indices, fields, values, offsets, num_fields, output, within_field)
+def _interaction(*arguments: Any) -> Tensor:
+    """Arguments as :func:`interaction`, all positional."""
+    weight, values = arguments[0], arguments[3]
     has_grad = weight.requires_grad or (values is not None and values.requires_grad)
     # Forward-mode tangents do not show in requires_grad, and an operator would lose them in silence.
     if (has_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-        return FFMFunction.apply(*arguments, *gradient)  # type: ignore[no-untyped-call]
-    return _forward(*arguments)
+        return FFMFunction.apply(*arguments)  # type: ignore[no-untyped-call]
+    return _forward(*arguments[:8])
 
 
 def _forward(

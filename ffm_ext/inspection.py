@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._arguments import outside
 from .batch import SparseBatch
 from .functional import ffm_interaction
 from .modules import FFM, FFMInteraction, _global_ids, _unit_norm
@@ -211,7 +212,7 @@ def _pairs_of(
         indices, fields = batch.indices.long(), batch.fields.long()
         sizes = (("indices", indices, layer.num_features), ("fields", fields, layer.num_fields))
         for name, ids, size in sizes:
-            wrong = ids[(ids < 0) | (ids >= size)]
+            wrong = ids[outside(ids, size)]
             if wrong.numel():
                 raise IndexError(
                     f"top_interactions: {name} has {int(wrong[0])}, out of range for {size}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._arguments import GradMode, Output, check_contents, check_modes, checks_contents
+from ._arguments import GradMode, Output, check_contents, check_modes, checks_contents, outside
 from .autograd import interaction
 from .batch import SparseBatch
 from .functional import ffm_interaction
@@ -548,8 +548,7 @@ class FM(nn.Module):
             _inside(indices, table_size), self.weight, sparse=self.grad == "sparse"
         )
         if indices.is_cuda:
-            outside = (indices < 0) | (indices >= table_size)
-            rows = rows.masked_fill(outside.unsqueeze(-1), math.nan)
+            rows = rows.masked_fill(outside(indices, table_size).unsqueeze(-1), math.nan)
         if values is not None:
             rows = rows * values.unsqueeze(-1)
         if offsets is None:
@@ -694,9 +693,9 @@ def _global_ids(where: str, x: Tensor, starts: Tensor) -> Tensor:
             f"{where}: ids must be [B, {num_fields}], one column a field, got {list(x.shape)}"
         )
     if checks_contents(x):
-        outside = (x < 0) | (x >= starts.diff())
-        if outside.any():
-            b, f = outside.nonzero()[0].tolist()
+        wrong = (x < 0) | (x >= starts.diff())
+        if wrong.any():
+            b, f = wrong.nonzero()[0].tolist()
             raise IndexError(
                 f"{where}: indices[{b}, {f}] = {int(x[b, f])} is out of range for field {f} "
                 f"of {int(starts[f + 1] - starts[f])} features"

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ._arguments import sum_dtype
+
 __all__ = ["SGD", "AdaGrad", "VectorAdaGrad", "Adam", "FTRL", "FusedOptimizer", "Optimizer"]
 
 
@@ -61,9 +63,10 @@ class Optimizer:
 def _zeros(weight: Tensor, fill: float = 0.0, width: int | None = None) -> Tensor:
     from .memory import empty_table
 
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     width = weight.shape[1] if width is None else width
-    return empty_table(weight.shape[0], width, dtype=dtype, device=weight.device).fill_(fill)
+    return empty_table(weight.shape[0], width, dtype=sum_dtype(weight), device=weight.device).fill_(
+        fill
+    )
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._arguments import sum_dtype
 from ._files import atomic_write
 from .batch import SparseBatch
 from .data import SparseDataset, open_dataset
@@ -476,9 +477,7 @@ class Trainer:
 
     def _small_parameters(self) -> dict[str, Tensor]:
         """``linear`` ``[N, 1]`` and ``bias``, where the model has them."""
-        wide = (
-            torch.float64 if self.model.interaction.weight.dtype == torch.float64 else torch.float32
-        )
+        wide = sum_dtype(self.model.interaction.weight)
         found: dict[str, Tensor] = {}
         for name, parameter in (
             ("linear", self.model.linear.weight),

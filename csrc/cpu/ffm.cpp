@@ -214,10 +214,7 @@ Tensor ffm_backward_fused_(const Tensor& grad_output, const Tensor& weight, cons
   const Problem& p = batch.problem;
   check_contents(op, p);
   const Tensor grad_out = batch.checked_grad_output(op, grad_output);
-  Update update;
-  update.optimizer = checked_optimizer(op, optimizer, settings, step, rounding_seed, p.dtype);
-  update.table =
-      checked_table(op, "", weight, p.num_features, p.num_fields, p.embed_dim, states, update.optimizer.kind);
+  const Update update = checked_update(op, weight, p, states, optimizer, settings, step, rounding_seed);
   const RowGroups groups = group_rows(p.indices, p.num_entries, p.num_features);
   Gradient grad;
   grad.grad_output = grad_out.const_data_ptr();

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ffm_ext._arguments import sum_dtype
 from ffm_ext._files import flush_to_disk
 from ffm_ext.data import SparseDataset
 from ffm_ext.modules import FFM
@@ -142,7 +143,7 @@ class DistributedTrainer(Trainer):
             return rows, gradient
         rows, gradient = self._members.cat(rows, gradient)
         rows, inverse = rows.unique(return_inverse=True)
-        sums = torch.zeros(len(rows), *gradient.shape[1:], dtype=_wide(gradient))
+        sums = torch.zeros(len(rows), *gradient.shape[1:], dtype=sum_dtype(gradient))
         sums.index_add_(0, inverse, gradient.to(sums.dtype))
         return rows, sums.to(gradient.dtype)
 
@@ -252,8 +253,3 @@ class DistributedTrainer(Trainer):
 def newest_checkpoint(path: str | os.PathLike[str]) -> Path | None:
     """The last whole checkpoint in a folder of :meth:`DistributedTrainer.save`."""
     return max(Path(path).glob(f"{_STEP}*"), default=None)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """What sums of it are kept in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -179,38 +179,16 @@ constexpr int64_t kBatchSizes[] = {9, 6, 5, 6};
 constexpr int64_t kBatchSizes[] = {18, 7, 6, 7};
 #endif
 
-// Calls fn(batch, number) for every `coverage.stride`-th problem.
+// Calls fn(batch, number) for every `coverage.stride`-th problem, on a device of some kind.
 template <typename Fn>
 void for_problems(const Coverage& coverage, Fn&& fn) {
-  uint64_t number = 0;
-  const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
-  const char* const outputs[] = {"sum", "dot", "hadamard"};
-  for (ScalarKind dtype : {ScalarKind::kFloat32, ScalarKind::kFloat64, ScalarKind::kBFloat16, ScalarKind::kFloat16}) {
-    dispatch_dtype(dtype, [&](auto scalar) {
-      using T = typename decltype(scalar)::type;
-      for (int64_t F : {1, 2, 3, 7, 39}) {
-        for (int64_t K : {1, 3, 4, 5, 8, 10, 12, 16, 24}) {
-          for (int variant = 0; variant < 24; ++variant) {
-            if (++number % coverage.stride || number > coverage.last) continue;
-            const bool is_ragged = variant % 2, has_values = variant / 2 % 2;
-            random_bits.seed(number);
-            Batch<T> batch;
-            set_problem(batch, dtype, F, K, is_ragged, has_values, number % 3 == 0, kBatchSizes[number % 4]);
-            batch.problem.within_field = variant / 4 % 2;
-            batch.problem.output = static_cast<Output>(variant / 8);
-            choose_device(random_bits());
-            batch.name = std::string(" (") + std::to_string(number) + ": " + names[static_cast<int>(dtype)] +
-                         ", F = " + std::to_string(F) + ", K = " + std::to_string(K) +
-                         (is_ragged ? ", ragged" : ", one-hot") + (has_values ? ", values" : "") +
-                         (batch.problem.within_field ? ", within" : "") + ", " + outputs[variant / 8] + ", device " +
-                         std::to_string(gpu::emulator::device.compute_capability) + " with " +
-                         std::to_string(gpu::emulator::device.shared_bytes >> 10) + " KiB)";
-            fn(batch, number);
-          }
-        }
-      }
-    });
-  }
+  const auto batch_size = [](uint64_t number) { return kBatchSizes[number % 4]; };
+  for_kernel_problems(coverage.stride, coverage.last, batch_size, [&](auto& batch, uint64_t number) {
+    choose_device(random_bits());
+    batch.name += " on a device of " + std::to_string(gpu::emulator::device.compute_capability) + " with " +
+                  std::to_string(gpu::emulator::device.shared_bytes >> 10) + " KiB";
+    fn(batch, number);
+  });
 }
 
 }  // namespace ffm

@@ -114,6 +114,8 @@ struct IdArray {
 // Where Problem and Gradient point into.
 template <typename T>
 struct Batch {
+  using Number = T;
+
   std::string name;
   Problem problem;
   IdArray indices, fields, offsets;
@@ -280,6 +282,37 @@ inline std::vector<char> pack_table(Batch<float>& batch) {
     }
   }
   return packed;
+}
+
+// Calls fn(batch, number) for every stride-th of the problems, up to number `last`, with batch_size(number) samples.
+template <typename BatchSize, typename Fn>
+void for_kernel_problems(uint64_t stride, uint64_t last, const BatchSize& batch_size, Fn&& fn) {
+  uint64_t number = 0;
+  const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
+  const char* const outputs[] = {"sum", "dot", "hadamard"};
+  for (ScalarKind dtype : {ScalarKind::kFloat32, ScalarKind::kFloat64, ScalarKind::kBFloat16, ScalarKind::kFloat16}) {
+    dispatch_dtype(dtype, [&](auto scalar) {
+      using T = typename decltype(scalar)::type;
+      for (int64_t F : {1, 2, 3, 7, 39}) {
+        for (int64_t K : {1, 3, 4, 5, 8, 10, 12, 16, 24}) {
+          for (int variant = 0; variant < 24; ++variant) {
+            if (++number % stride || number > last) continue;
+            const bool is_ragged = variant % 2, has_values = variant / 2 % 2;
+            random_bits.seed(number);
+            Batch<T> batch;
+            set_problem(batch, dtype, F, K, is_ragged, has_values, number % 3 == 0, batch_size(number));
+            batch.problem.within_field = variant / 4 % 2;
+            batch.problem.output = static_cast<Output>(variant / 8);
+            batch.name = std::string(" (") + std::to_string(number) + ": " + names[static_cast<int>(dtype)] +
+                         ", F = " + std::to_string(F) + ", K = " + std::to_string(K) +
+                         (is_ragged ? ", ragged" : ", one-hot") + (has_values ? ", values" : "") +
+                         (batch.problem.within_field ? ", within" : "") + ", " + outputs[variant / 8] + ")";
+            fn(batch, number);
+          }
+        }
+      }
+    });
+  }
 }
 
 }  // namespace ffm

@@ -398,39 +398,18 @@ void test_conversions(ScalarKind dtype, int64_t K, double factor) {
 
 // Every stride-th problem.
 void test_all(uint64_t stride) {
-  uint64_t seed = 0;
-  const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
-  const char* const outputs[] = {"sum", "dot", "hadamard"};
-  for (ScalarKind dtype : {ScalarKind::kFloat32, ScalarKind::kFloat64, ScalarKind::kBFloat16, ScalarKind::kFloat16}) {
-    dispatch_dtype(dtype, [&](auto scalar) {
-      using T = typename decltype(scalar)::type;
-      for (int64_t F : {1, 2, 3, 7, 39}) {
-        for (int64_t K : {1, 3, 4, 5, 8, 10, 12, 16, 24}) {
-          for (int variant = 0; variant < 24; ++variant) {
-            if (++seed % stride) continue;
-            const bool is_ragged = variant % 2, has_values = variant / 2 % 2;
-            random_bits.seed(seed);
-            Batch<T> batch;
-            set_problem(batch, dtype, F, K, is_ragged, has_values, seed % 3 == 0);
-            batch.problem.within_field = variant / 4 % 2;
-            batch.problem.output = static_cast<Output>(variant / 8);
-            batch.name = std::string(" (") + names[static_cast<int>(dtype)] + ", F = " + std::to_string(F) +
-                         ", K = " + std::to_string(K) + (is_ragged ? ", ragged" : ", one-hot") +
-                         (has_values ? ", values" : "") + (batch.problem.within_field ? ", within" : "") + ", " +
-                         outputs[variant / 8] + ")";
-            test_problem(batch);
-            if (batch.problem.output == Output::kSum) test_training(batch);
-            if constexpr (std::is_same_v<T, float>) test_int8(batch);
-          }
-        }
-      }
-      if constexpr (kIsHalf<T>) {
-        for (int64_t K : {1, 8}) {
-          test_conversions<T>(dtype, K, 0.7);
-          test_conversions<T>(dtype, K, 1.7);
-        }
-      }
-    });
+  const auto batch_size = [](uint64_t) { return kBatchSize; };
+  for_kernel_problems(stride, UINT64_MAX, batch_size, [](auto& batch, uint64_t) {
+    using T = typename std::remove_reference_t<decltype(batch)>::Number;
+    test_problem(batch);
+    if (batch.problem.output == Output::kSum) test_training(batch);
+    if constexpr (std::is_same_v<T, float>) test_int8(batch);
+  });
+  for (int64_t K : {1, 8}) {
+    for (double x : {0.7, 1.7}) {
+      test_conversions<BFloat16>(ScalarKind::kBFloat16, K, x);
+      test_conversions<Float16>(ScalarKind::kFloat16, K, x);
+    }
   }
 }
 
