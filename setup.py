@@ -95,6 +95,7 @@ class Compiler(NamedTuple):
     version: str
     arch: str
     isas: dict[str, list[str]]
+    runtime: list[str]  # the shared library of C++, where it is found
 
 
 class Cuda(NamedTuple):
@@ -150,7 +151,12 @@ def find_compiler() -> Compiler:
             "it inside WSL 2; elsewhere, in a Linux container."
         )
     arch = machine.partition("-")[0]
-    return Compiler(command, version, arch, ISAS.get(arch, OTHER_ISAS))
+    # By its path: a compiler that has a static one alone would give the extension a C++ library of its own beside
+    # torch's, and the two share half of their symbols.
+    runtime = ask("-print-file-name=libstdc++.so.6")
+    return Compiler(
+        command, version, arch, ISAS.get(arch, OTHER_ISAS), [runtime] if "/" in runtime else []
+    )
 
 
 def cuda_homes() -> Iterator[Path]:
@@ -275,7 +281,7 @@ def write_ninja(
     if sanitize:
         cxxflags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitize}"]
         ldflags += [f"-fsanitize={sanitize}"]
-    ldflags += [*(f"-L{path}" for path in torch.lib), "-ltorch_cpu"]
+    ldflags += [*compiler.runtime, *(f"-L{path}" for path in torch.lib), "-ltorch_cpu"]
     if isinstance(cuda, Cuda):
         libraries = cuda.home / ("lib64" if (cuda.home / "lib64").exists() else "lib")
         ldflags += [f"-L{libraries}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
@@ -328,6 +334,13 @@ def write_ninja(
         n.build([str(library)], "link", [*bindings, operators], variables=how)
 
 
+def replace(source: Path, target: Path) -> None:
+    """Copies, but not into the file that is there: a running Python may have it mapped."""
+    beside = target.with_name(f"{target.name}.new")
+    shutil.copy(source, beside)
+    os.replace(beside, target)
+
+
 class NinjaBuild(build_ext):
     """Compiles the extension with ninja, in a folder that outlives the command."""
 
@@ -373,15 +386,16 @@ class NinjaBuild(build_ext):
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             # With a new time: setuptools, which copies on from here, leaves out what is not newer.
-            shutil.copy(library, target)
-            shutil.copy(library.with_name(OPS_LIBRARY), target.with_name(OPS_LIBRARY))
+            replace(library, target)
+            replace(library.with_name(OPS_LIBRARY), target.with_name(OPS_LIBRARY))
 
     def copy_extensions_to_source(self) -> None:
         """For --inplace and editable installs, which know of the extension alone."""
         super().copy_extensions_to_source()
         for ext in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
-            shutil.copy(built.with_name(OPS_LIBRARY), built.relative_to(self.build_lib).parent)
+            target = built.relative_to(self.build_lib).with_name(OPS_LIBRARY)
+            replace(built.with_name(OPS_LIBRARY), target)
 
 
 if __name__ == "__main__":

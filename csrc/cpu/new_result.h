@@ -29,7 +29,7 @@ inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes) 
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   const KeptBlock block = take_block(bytes);
   AtenTensorHandle tensor = nullptr;
   const AOTITorchError error = torch_from_blob(
@@ -38,7 +38,7 @@ inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes) 
       [](void* data, void* capacity) { give_back({data, reinterpret_cast<size_t>(capacity)}); },
       reinterpret_cast<void*>(block.bytes));
   if (error != AOTI_TORCH_SUCCESS) give_back(block);
-  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  TORCH_ERROR_CODE_CHECK(error);
   return Tensor(tensor);
 }
 

@@ -32,7 +32,7 @@ class OnDevice {
     }();
     if (get == nullptr) fail<std::runtime_error>(op, "libtorch_cuda.so is not loaded, or knows no current stream");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
     return stream;
   }
 
