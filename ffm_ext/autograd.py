@@ -29,10 +29,15 @@ from . import reference
 from ._fake import new_grad_values
 from .optim import FusedOptimizer
 
-__all__ = ["interaction"]
+__all__ = ["interaction", "is_exporting"]
 
 _ops = torch.ops.ffm_ext
 _library = torch.library.Library("ffm_ext", "FRAGMENT")
+
+
+def is_exporting() -> bool:
+    """What ``torch.compiler.is_exporting`` says, which Dynamo before torch 2.13 takes for true in every trace."""
+    return torch.compiler._is_exporting_flag
 
 
 def interaction(
@@ -57,7 +62,7 @@ def interaction(
         step, states: the buffers of the layer that its update changes.
     """
     problem = (weight, indices, fields, values, offsets, num_fields, output, within_field)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return _forward(*problem)
     if torch.compiler.is_compiling():
         return _ops.interaction(*problem, grad, fused, step, states)

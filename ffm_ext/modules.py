@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import GradMode, Output, check_contents, check_modes, checks_contents, outside
-from .autograd import interaction
+from .autograd import interaction, is_exporting
 from .batch import SparseBatch
 from .functional import ffm_interaction
 from .memory import empty_table
@@ -325,7 +325,7 @@ class _Linear(nn.Module):
         indices = _inside(indices, self.weight.shape[0])
         if values is None and self.grad != "sparse" and indices.dim() == 2:
             return self.weight[indices].sum((1, 2))
-        sparse = self.grad == "sparse" and not torch.compiler.is_exporting()
+        sparse = self.grad == "sparse" and not is_exporting()
         if sparse and values is not None and torch.compiler.is_dynamo_compiling():
             # The sparse gradient of embedding_bag with per_sample_weights cannot be traced: the shapes that torch has
             # for it are wrong. That of embedding can.
