@@ -5,11 +5,13 @@
 // 1. backward_samples: a block works on a sample. Its field sums S come into shared memory, each row read once, and are
 //    read column by column. An entry that has its row to itself stores its gradient, or updates its row at once: no
 //    other sample reads it, and of its own sample all has been read. All other entries put their gradients down, each
-//    at its place among the entries of all rows (group_rows.cuh).
-// 2. reduce_places, reduce_partials: gradients that lie side by side are summed, a unit of a row by one thread: 64
-// places
-//    at a time, then what goes on from one 64 to the next, 64 of them at a time, and so on. So the longest row takes no
-//    longer than many short ones, and the order of a sum depends on places alone.
+//    at its place among the entries of all rows (group_rows.cuh). Where a row has few entries, the last of their
+//    samples to come adds up what the others have put down, and finishes the row; it does not put down its own.
+// 2. reduce_places, reduce_partials: the gradients of rows of many entries, which lie side by side, are summed, a unit
+//    of a row by one thread: 64 places at a time, then what goes on from one 64 to the next, 64 of them at a time, and
+//    so on. So the longest row takes no longer than many short ones.
+//
+// Whoever adds, and whenever: the order of a sum depends on places alone.
 //
 // A sample that does not fit into shared memory is worked on in tiles: columns J of the rows of fields I, and columns I
 // of the rows of fields J, are all that the gradients of just these numbers need.
@@ -33,7 +35,12 @@ enum class Rows {
   kAdded,    // to zeros, by whoever comes: in any order
 };
 
-constexpr int kMaxSampleThreads = 320;
+// Of a sample's block. Registers are what limits the blocks of a multiprocessor: two of the largest, at 64 or 80 of
+// them a thread for one-hot samples, and at 96 for others.
+template <typename T, bool kRagged>
+constexpr int kMaxSampleThreads = kRagged          ? 320
+                                  : sizeof(T) == 2 ? 384
+                                                   : 512;
 // Places, or partial sums, that one thread adds up.
 constexpr int64_t kPlaces = 64;
 
@@ -132,6 +139,29 @@ __device__ __forceinline__ void add_atomically(A* p, const Numbers<A, kCount>& n
   }
 }
 
+// The sum of a row is known: `place` is any of its entries', `last` that of the last, at which the sum is left for
+// update_sums where that is to update the row. w: its weights, for an update.
+template <typename T, int kCount, Rows kRows>
+__device__ __forceinline__ void finish_row(const BackwardTask<T>& t, int64_t row, int64_t place, int64_t last,
+                                           int64_t i, const Numbers<T, kCount>& w, const Numbers<Sum<T>, kCount>& sum) {
+  if constexpr (kRows == Rows::kUpdated) {
+    if (t.update.lanes == 0) return store_staged<kCount>(t.stage + last * t.stage_stride + i, sum);
+    update_unit<kCount>(t.update, row, i, w, sum);
+  } else {
+    Numbers<T, kCount> numbers;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) numbers.x[k] = sum.x[k];
+    const int64_t to = t.groups.numbers ? t.groups.numbers[place] - 1 : row;
+    store_global<kCount>(t.grad_rows + to * t.p.row_size() + i, numbers);
+  }
+}
+
+template <typename A, int kCount>
+__device__ __forceinline__ void add(Numbers<A, kCount>& sum, const Numbers<A, kCount>& other) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) sum.x[k] += other.x[k];
+}
+
 // The field sums of a sample and what becomes of them. kCount numbers are worked on at a time. One-hot samples lie in
 // shared memory as they do in the table; of others, the sums of fields that have several entries.
 template <typename T, int kCount, bool kRagged, Rows kRows>
@@ -140,15 +170,18 @@ class SampleGradients {
   using A = Sum<T>;
   using Kept = std::conditional_t<kRagged, A, T>;
 
-  __device__ SampleGradients(const BackwardTask<T>& task, unsigned char* shared)
+  // came_last: a word for each warp.
+  __device__ SampleGradients(const BackwardTask<T>& task, unsigned char* shared, unsigned* came_last)
       : t_(task),
         F_(static_cast<int>(task.p.num_fields)),
         K_(static_cast<int>(task.p.embed_dim)),
         units_(K_ / kCount),
-        b_(blockIdx.x) {
+        b_(blockIdx.x),
+        came_last_(came_last) {
     const SampleLayout& layout = t_.layout;
     ids_ = reinterpret_cast<int64_t*>(shared);
-    scale_ = reinterpret_cast<A*>(ids_ + F_ + F_ % 2);
+    places_ = reinterpret_cast<Place*>(ids_ + F_ + F_ % 2);
+    scale_ = reinterpret_cast<A*>(places_ + (kRagged ? 0 : F_ + F_ % 2));
     squares_ = reinterpret_cast<Kept*>(scale_ + (F_ + 3) / 4 * 4);
     ends_ = reinterpret_cast<int*>(squares_ + layout.squares * layout.tile * layout.stride);
     order_ = ends_ + F_;
@@ -157,7 +190,12 @@ class SampleGradients {
   __device__ void run() {
     // The gradients of the values of a sample that cannot be used are zeros already.
     if (!(kRagged ? list_entries() : list_fields())) return;
-    if constexpr (kRows == Rows::kUpdated) prefetch_states();
+    if constexpr (kRagged && kRows == Rows::kUpdated) {
+      for (int i = threadIdx.x; i < size_; i += blockDim.x) {
+        const Entry entry = this->entry(i);
+        if (place(entry, i).count == 1) prefetch_states(entry.id);
+      }
+    }
     const SampleLayout& layout = t_.layout;
     for (int i = 0; i < layout.num_tiles; ++i) {
       for (int j = i; j < layout.num_tiles; ++j) {
@@ -169,6 +207,9 @@ class SampleGradients {
         if (j > 0) __syncthreads();
         fill(of_i);
         if (i != j) fill(of_j);
+        if constexpr (!kRagged && kRows != Rows::kAdded) {
+          if (j == 0) see_arrivals();
+        }
         gpu::copy_async_commit();
         gpu::copy_async_wait<0>();
         __syncthreads();
@@ -183,10 +224,14 @@ class SampleGradients {
         if (i != j) put_rows(of_j);
       }
     }
-    if (!t_.grad_values || layout.num_tiles == 1) return;
-    __syncthreads();
-    for (int64_t e = begin_ + threadIdx.x; e < begin_ + size_; e += blockDim.x) {
-      store(t_.grad_values + e, t_.value_sums[e]);
+    if (t_.grad_values && layout.num_tiles > 1) {
+      __syncthreads();
+      for (int64_t e = begin_ + threadIdx.x; e < begin_ + size_; e += blockDim.x) {
+        store(t_.grad_values + e, t_.value_sums[e]);
+      }
+    }
+    if constexpr (kRows != Rows::kAdded) {
+      if (t_.groups.places) arrive();
     }
   }
 
@@ -216,6 +261,7 @@ class SampleGradients {
       is_bad |= static_cast<uint64_t>(id) >= static_cast<uint64_t>(t_.p.num_features);
       ids_[f] = id;
       scale_[f] = value(begin_ + f);
+      if (kRows != Rows::kAdded && t_.groups.places) places_[f] = t_.groups.places[begin_ + f];
     }
     start_value_sums();
     return __syncthreads_or(is_bad) == 0;
@@ -280,18 +326,127 @@ class SampleGradients {
     return true;
   }
 
-  // Asks for the states of the rows that will move at once, so that they come along with the weights.
-  __device__ void prefetch_states() {
-    constexpr int kLine = 128;
+  // Asks for the states of a row that moves at once, so that they come along with the weights.
+  __device__ void prefetch_states(int64_t id) const {
+    constexpr int64_t kLine = 128;
     const UpdatedTable& table = t_.update.table;
     const int64_t row_bytes = table.state_row_size * static_cast<int64_t>(sizeof(A));
-    for (Turns turns(static_cast<int>(row_bytes / kLine) + 1); turns.row < size_; turns.next()) {
-      const Entry entry = this->entry(turns.row);
-      const int32_t place = t_.groups.places[entry.e];
-      if (place >= 0 || place == kNoPlace) continue;
-      const int64_t at = entry.id * row_bytes + min(turns.unit * int64_t{kLine}, row_bytes - 1);
-      if (table.states[0]) gpu::prefetch(static_cast<const char*>(table.states[0]) + at);
-      if (table.states[1]) gpu::prefetch(static_cast<const char*>(table.states[1]) + at);
+    for (const void* states : table.states) {
+      if (!states) continue;
+      for (int64_t at = 0; at < row_bytes + kLine - 1; at += kLine) {
+        gpu::prefetch(static_cast<const char*>(states) + id * row_bytes + min(at, row_bytes - 1));
+      }
+    }
+  }
+
+  // Rows of few entries of which this is the last to come: their count is negative from here on. By the threads that
+  // listed the fields; a barrier has to follow.
+  __device__ void see_arrivals() {
+    if (!t_.groups.places) return;
+    for (int f = threadIdx.x; f < F_; f += blockDim.x) {
+      Place& place = places_[f];
+      if (place.is_shared_by_few() && atomicAdd(t_.groups.arrivals + place.first, 0) == place.count - 1) {
+        place.count = static_cast<int16_t>(-place.count);
+      }
+    }
+    __threadfence();
+  }
+
+  // Asks for what unit `unit` of entry i, if its row is finished here, needs beside its weights. Not long before it is
+  // needed: what comes early has left the cache again.
+  __device__ __forceinline__ void prefetch_unit(int i, int64_t at) const {
+    const Place place = places_[i];
+    if (!is_finished_here(place)) return;
+    if constexpr (kRows == Rows::kUpdated) {
+      const UpdatedTable& table = t_.update.table;
+      if (table.state_row_size == table.row_size) {
+        for (const void* states : table.states) {
+          if (states) gpu::prefetch(static_cast<const A*>(states) + ids_[i] * table.row_size + at);
+        }
+      }
+    }
+    for (int rank = 0; rank < -place.count; ++rank) {
+      if (rank != place.rank) gpu::prefetch(t_.stage + (place.first + rank) * t_.stage_stride + at);
+    }
+  }
+
+  // Rows of few entries: whoever comes last finishes the row of those who have put their gradients down.
+  __device__ void arrive() {
+    __syncthreads();
+    for (int first = 0; first < size_; first += static_cast<int>(blockDim.x)) {
+      const int i = first + static_cast<int>(threadIdx.x);
+      bool is_last = false;
+      if (i < size_) {
+        const Place place = kRagged ? t_.groups.places[begin_ + i] : places_[i];
+        if (place.is_shared_by_few()) {
+          __threadfence();
+          is_last = atomicAdd(t_.groups.arrivals + place.first, 1) == place.count - 1;
+          if (is_last) __threadfence();
+        }
+      }
+      const unsigned last = __ballot_sync(0xffffffffu, is_last);
+      if (threadIdx.x % 32 == 0) came_last_[threadIdx.x / 32] = last;
+      __syncthreads();
+      for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
+        for (unsigned bits = came_last_[warp]; bits != 0; bits &= bits - 1) {
+          const int at = first + 32 * warp + __ffs(static_cast<int>(bits)) - 1;
+          finish(kRagged ? t_.groups.places[begin_ + at] : places_[at]);
+        }
+      }
+      if (first + static_cast<int>(blockDim.x) < size_) __syncthreads();
+    }
+  }
+
+  // A row whose gradients have all been put down.
+  __device__ void finish(Place place) {
+    const int64_t row = t_.groups.rows[place.first];
+    const auto weights = [&](int64_t i) { return load_numbers<kCount>(weight(row, i)); };
+    const auto sum = [&](int64_t i) {
+      Numbers<A, kCount> own = {};
+      return sum_of_few<false>(place, i, own);
+    };
+    if constexpr (kRows == Rows::kUpdated) {
+      if (t_.update.lanes == 0) {
+        for (int f = threadIdx.x; f < F_; f += blockDim.x) {
+          const int64_t i = int64_t{f} * K_;
+          update_vector<kCount>(t_.update, row, i, [&](int k, Numbers<T, kCount>& w, Numbers<A, kCount>& g) {
+            w = weights(i + k);
+            g = sum(i + k);
+          });
+        }
+        return;
+      }
+    }
+    for (int u = threadIdx.x; u < F_ * units_; u += blockDim.x) {
+      const int64_t i = int64_t{u} * kCount;
+      Numbers<T, kCount> w = {};
+      if (kRows == Rows::kUpdated) w = weights(i);
+      finish_row<T, kCount, kRows>(t_, row, place.first, 0, i, w, sum(i));
+    }
+  }
+
+  // The sum, from number i on, of what the entries of a row have put down; without this one's, which is `own`.
+  template <bool kHasOwn>
+  __device__ __forceinline__ Numbers<A, kCount> sum_of_few(Place place, int64_t i,
+                                                           const Numbers<A, kCount>& own) const {
+    const A* const stage = t_.stage + place.first * t_.stage_stride + i;
+    const auto of = [&](int rank) {
+      return kHasOwn && rank == place.rank ? own : load_staged<kCount>(stage + rank * t_.stage_stride);
+    };
+    Numbers<A, kCount> sum = of(0);
+    for (int rank = 1; rank < abs(place.count); ++rank) add<A, kCount>(sum, of(rank));
+    return sum;
+  }
+
+  // Whether the entry has its row to itself, or is the last to come.
+  static __device__ __forceinline__ bool is_finished_here(Place place) { return place.count == 1 || place.count < 0; }
+
+  // Of entry i of the sample.
+  __device__ __forceinline__ Place place(const Entry& entry, int i) const {
+    if constexpr (kRagged) {
+      return t_.groups.places[entry.e];
+    } else {
+      return places_[i];
     }
   }
 
@@ -470,13 +625,22 @@ class SampleGradients {
 
   __device__ void put_rows(const Square& s) {
     const int first = start(s.c0), n = end(s.c0 + s.nc - 1) - first;
+    Turns ahead(s.nr * units_);
+    const auto prefetch_ahead = [&] {
+      if constexpr (!kRagged && kRows != Rows::kAdded) {
+        if (ahead.row < n) prefetch_unit(first + ahead.row, s.r0 * K_ + ahead.unit * kCount);
+        ahead.next();
+      }
+    };
+    prefetch_ahead();
     for (Turns turns(s.nr * units_); turns.row < n; turns.next()) {
+      prefetch_ahead();
       const Entry entry = this->entry(first + turns.row);
-      int32_t place = 0;
+      Place place;
       if constexpr (kRows != Rows::kAdded) {
-        place = t_.groups.places[entry.e];
-        if (place == kNoPlace) continue;
-        if (kRows == Rows::kUpdated && place < 0 && t_.update.lanes == 0) continue;
+        place = this->place(entry, first + turns.row);
+        if (place.count == 0) continue;
+        if (kRows == Rows::kUpdated && t_.update.lanes == 0 && is_finished_here(place)) continue;
       }
       const int r = turns.unit / units_, k = (turns.unit - r * units_) * kCount;
       Numbers<A, kCount> d = gradient(s, entry, r, k);
@@ -485,16 +649,13 @@ class SampleGradients {
       const int64_t at = (s.r0 + r) * K_ + k;
       if constexpr (kRows == Rows::kAdded) {
         add_atomically<A, kCount>(t_.grad_rows + entry.id * t_.p.row_size() + at, d);
-      } else if (place >= 0) {
-        store_staged<kCount>(t_.stage + place * t_.stage_stride + at, d);
-      } else if constexpr (kRows == Rows::kUpdated) {
-        update_unit<kCount>(t_.update, entry.id, at, own_weights(s, entry, r, k), d);
+      } else if (!is_finished_here(place)) {
+        store_staged<kCount>(t_.stage + place.own() * t_.stage_stride + at, d);
       } else {
-        Numbers<T, kCount> numbers;
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) numbers.x[j] = d.x[j];
-        const int64_t row = t_.groups.numbers ? t_.groups.numbers[~place] - 1 : entry.id;
-        store_global<kCount>(t_.grad_rows + row * t_.p.row_size() + at, numbers);
+        if (!kRagged && place.count < 0) d = sum_of_few<true>(place, at, d);
+        Numbers<T, kCount> w = {};
+        if (kRows == Rows::kUpdated) w = own_weights(s, entry, r, k);
+        finish_row<T, kCount, kRows>(t_, entry.id, place.own(), 0, at, w, d);
       }
     }
     if constexpr (kRows == Rows::kUpdated) {
@@ -502,19 +663,21 @@ class SampleGradients {
     }
   }
 
-  // What put_rows has left: K-vectors of rows that single entries have, each by one thread.
+  // What put_rows has left: K-vectors of rows that are finished here, each by one thread.
   __device__ __forceinline__ void update_vectors(const Square& s, int first, int n) {
     for (Turns turns(s.nr); turns.row < n; turns.next()) {
       const Entry entry = this->entry(first + turns.row);
-      const int32_t place = t_.groups.places[entry.e];
-      if (place >= 0 || place == kNoPlace) continue;
+      const Place place = this->place(entry, first + turns.row);
+      if (!is_finished_here(place)) continue;
+      const int64_t at = (s.r0 + turns.unit) * K_;
       const auto unit = [&](int k, Numbers<T, kCount>& w, Numbers<A, kCount>& g) {
         w = own_weights(s, entry, turns.unit, k);
         g = gradient(s, entry, turns.unit, k);
 #pragma unroll
         for (int j = 0; j < kCount; ++j) g.x[j] *= entry.x;
+        if (!kRagged && place.count < 0) g = sum_of_few<true>(place, at + k, g);
       };
-      update_vector<kCount>(t_.update, entry.id, (s.r0 + turns.unit) * K_, unit);
+      update_vector<kCount>(t_.update, entry.id, at, unit);
     }
   }
 
@@ -523,42 +686,22 @@ class SampleGradients {
   int64_t b_;
   int64_t begin_ = 0;
   int size_ = 0;
-  int64_t* ids_;    // [F] the row of a field's only entry
-  A* scale_;        // [F] its value; 1 for a sum
-  Kept* squares_;   // [squares, tile, stride]
-  int* ends_;       // [F] where a field's entries end
-  int32_t* order_;  // the sample's entries by field
+  unsigned* came_last_;  // [warps]
+  int64_t* ids_;         // [F] the row of a field's only entry
+  Place* places_;        // [F] of one-hot samples
+  A* scale_;             // [F] its value; 1 for a sum
+  Kept* squares_;        // [squares, tile, stride]
+  int* ends_;            // [F] where a field's entries end
+  int32_t* order_;       // the sample's entries by field
 };
 
-// Registers are what limits the blocks of a multiprocessor: two of the largest, at 80 registers a thread for one-hot
-// samples, and at 96 for others.
 template <typename T, int kCount, bool kRagged, Rows kRows>
-__global__ void __launch_bounds__(kRagged ? kMaxSampleThreads : kMaxSampleThreads * 6 / 5, sizeof(T) > 4 ? 1 : 2)
+__global__ void __launch_bounds__(kMaxSampleThreads<T, kRagged>, sizeof(T) > 4 ? 1 : 2)
     backward_samples(const BackwardTask<T> task) {
   GPU_DYNAMIC_SHARED(shared);
-  SampleGradients<T, kCount, kRagged, kRows>(task, shared).run();
-}
-
-// The sum of a row is known: `place` is any of its entries', `last` that of the last. w: its weights, for an update.
-template <typename T, int kCount, Rows kRows>
-__device__ __forceinline__ void finish_row(const BackwardTask<T>& t, int64_t row, int64_t place, int64_t last,
-                                           int64_t i, const Numbers<T, kCount>& w, const Numbers<Sum<T>, kCount>& sum) {
-  if constexpr (kRows == Rows::kUpdated) {
-    if (t.update.lanes == 0) return store_staged<kCount>(t.stage + last * t.stage_stride + i, sum);
-    update_unit<kCount>(t.update, row, i, w, sum);
-  } else {
-    Numbers<T, kCount> numbers;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) numbers.x[k] = sum.x[k];
-    const int64_t to = t.groups.numbers ? t.groups.numbers[place] - 1 : row;
-    store_global<kCount>(t.grad_rows + to * t.p.row_size() + i, numbers);
-  }
-}
-
-template <typename A, int kCount>
-__device__ __forceinline__ void add(Numbers<A, kCount>& sum, const Numbers<A, kCount>& other) {
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) sum.x[k] += other.x[k];
+  constexpr int kWarps = kMaxSampleThreads<T, kRagged> / 32;
+  GPU_SHARED(unsigned[kWarps], came_last);
+  SampleGradients<T, kCount, kRagged, kRows>(task, shared, came_last).run();
 }
 
 // Sums the entries of each row among 64 places. What a row has here that began before, or goes on behind, is left as a
@@ -568,11 +711,12 @@ __global__ void __launch_bounds__(kUnitThreads) reduce_places(const BackwardTask
   using A = Sum<T>;
   const OwnUnit own(t.p.row_size() / kCount);
   const int64_t begin = own.row * kPlaces, i = own.unit * kCount;
-  if (begin >= t.p.num_entries) return;
+  if (begin >= t.p.num_entries || *t.groups.has_many == 0) return;
   A* const stage = t.stage + i;
   const Heads heads{t.groups.heads};
   const uint64_t bits = heads.of_64(begin);
   const bool ends_here = heads.at(begin + kPlaces);
+  if (ends_here && bits == ~uint64_t{0}) return;
   for (int j = 0, next = 0; j < kPlaces; j = next) {
     const uint64_t later = j + 1 < kPlaces ? bits >> (j + 1) : 0;
     next = later ? j + __ffsll(static_cast<long long>(later)) : static_cast<int>(kPlaces);
@@ -603,17 +747,25 @@ __global__ void __launch_bounds__(kUnitThreads) reduce_partials(const BackwardTa
   using A = Sum<T>;
   const OwnUnit own(t.p.row_size() / kCount);
   const int64_t n = t.p.num_entries, begin = own.row * kPlaces * step, i = own.unit * kCount;
-  if (begin >= n) return;
+  if (begin >= n || *t.groups.has_many == 0) return;
   A* const stage = t.stage + i;
   const Heads heads{t.groups.heads};
   const uint32_t* const rows = t.groups.rows;
+  // Bit j: whether a row goes on from piece j to the next. All are asked for at once.
+  uint64_t going_on = 0;
+#pragma unroll 16
+  for (int j = 0; j < kPlaces; ++j) {
+    const int64_t behind = begin + (j + 1) * step;
+    if (behind < n && !heads.at(behind)) going_on |= uint64_t{1} << j;
+  }
   Numbers<A, kCount> sum = {};
   bool is_open = false, began = false, goes_on = !heads.at(begin);
+  if (!goes_on && going_on == 0) return;
   int64_t place = begin;
-  for (; place < min(begin + kPlaces * step, n); place += step) {
+  for (; place < min(begin + kPlaces * step, n); place += step, going_on >>= 1) {
     const int64_t behind = place + step;
     const bool came = goes_on;
-    goes_on = behind < n && !heads.at(behind);
+    goes_on = going_on & 1;
     if (!came && !goes_on) continue;
     const bool goes_through = came && goes_on && rows[place] == rows[behind - 1];
     if (came) {
@@ -649,7 +801,7 @@ __global__ void __launch_bounds__(kUnitThreads) reduce_partials(const BackwardTa
 template <typename T, int kCount>
 __global__ void __launch_bounds__(kUnitThreads, 4) update_sums(const BackwardTask<T> t) {
   const OwnUnit own(t.p.num_fields);
-  if (own.row >= t.p.num_entries) return;
+  if (own.row >= t.p.num_entries || *t.groups.has_many == 0) return;
   const Heads heads{t.groups.heads};
   if (heads.at(own.row) || !heads.at(own.row + 1)) return;
   const int64_t row = t.groups.rows[own.row], i = own.unit * t.p.embed_dim;
@@ -679,11 +831,12 @@ bool sample_layout(const Device& device, const Problem& p, int count, SampleLayo
     layout->stride = static_cast<int>(stride / number_bytes);
     layout->order_capacity = p.fields ? static_cast<int>(2 * F) : 0;
     const int64_t bytes = squares * tile * stride + (F + F % 2) * 8 + (F + 3) / 4 * 4 * sizeof(Sum<T>) +
-                          (p.fields ? (F + layout->order_capacity) * 4 : 0);
+                          (p.fields ? (F + layout->order_capacity) * 4 : (F + F % 2) * 8);
     layout->bytes = static_cast<size_t>(bytes);
     // A thread has about a dozen units of a tile.
     const int64_t threads = (squares * tile * tile * (K / count) / 12 + 31) / 32 * 32;
-    layout->threads = static_cast<int>(std::min<int64_t>(kMaxSampleThreads, std::max<int64_t>(64, threads)));
+    const int64_t most = p.fields ? kMaxSampleThreads<T, true> : kMaxSampleThreads<T, false>;
+    layout->threads = static_cast<int>(std::min(most, std::max<int64_t>(64, threads)));
     return bytes <= limit;
   };
   // Two blocks a multiprocessor at least: one copies while the other works.

@@ -48,10 +48,13 @@ const char* read_back(void* host, const void* device, size_t bytes, void* stream
 // Which entries of a batch share a row of the table. Lists on the device, in the workspace that group_rows was given.
 // Entries are sorted by row, those of a row in their order; entries that count for nothing come last. Where offsets
 // fall anywhere, no entry counts.
+struct Place;
 struct RowGroups {
-  const uint32_t* rows = nullptr;    // [nnz] place -> row
-  const int32_t* places = nullptr;   // [nnz] entry -> place, ~place where it has its row to itself (group_rows.cuh)
-  const uint32_t* heads = nullptr;   // a bit for each place: whether a row begins there
+  const uint32_t* rows = nullptr;     // [nnz] place -> row
+  const Place* places = nullptr;      // [nnz] entry -> its place (group_rows.cuh)
+  int32_t* arrivals = nullptr;        // [nnz] first place of a row of few entries -> how many of them are done; zeros
+  const int32_t* has_many = nullptr;  // whether any row has many entries
+  const uint32_t* heads = nullptr;   // a bit for each place: unset where a row of many entries goes on (group_rows.cuh)
   const int32_t* numbers = nullptr;  // [nnz] place -> number of rows up to there, if asked for; the last is R
 };
 size_t group_rows_bytes(const Problem&, bool number_rows);

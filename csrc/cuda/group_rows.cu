@@ -48,19 +48,29 @@ __global__ void number_entries(int64_t n, int32_t* entries) {
 
 // numbers: 1 where a row begins; or none.
 __global__ void mark_rows(int64_t n, int64_t num_words, int64_t num_features, const uint32_t* rows,
-                          const int32_t* entries, uint32_t* heads, int32_t* places, int32_t* numbers) {
+                          const int32_t* entries, uint32_t* heads, Place* places, int32_t* has_many, int32_t* numbers) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const auto is_head = [&](int64_t place) {
-    return place == 0 || place >= n || rows[place] != rows[place - 1] || rows[place] >= num_features;
-  };
-  const bool head = is_head(i);
-  const uint32_t bits = __ballot_sync(0xffffffffu, head);
+  const bool counts = i < n && rows[i] < num_features;
+  // How many places next to this one have the same row, as far as it matters.
+  int before = 0, behind = 0;
+  if (counts) {
+    while (before < Place::kFew && i - before > 0 && rows[i - before - 1] == rows[i]) ++before;
+    while (before + behind < Place::kFew && i + behind + 1 < n && rows[i + behind + 1] == rows[i]) ++behind;
+  }
+  const int count = before + behind + 1;
+  const bool is_one_of_many = counts && count > Place::kFew;
+  if (is_one_of_many && before == 0) atomicOr(has_many, 1);
+  const uint32_t bits = __ballot_sync(0xffffffffu, !is_one_of_many || before == 0);
   if (threadIdx.x % 32 == 0 && i / 32 < num_words) heads[i / 32] = bits;
   if (i >= n) return;
-  const bool counts = rows[i] < num_features;
-  const int32_t place = static_cast<int32_t>(i);
-  places[entries[i]] = !counts ? kNoPlace : head && is_head(i + 1) ? ~place : place;
-  if (numbers) numbers[i] = head && counts;
+  Place place;
+  if (is_one_of_many) {
+    place = {static_cast<int32_t>(i), Place::kMany, 0};
+  } else if (counts) {
+    place = {static_cast<int32_t>(i - before), static_cast<int16_t>(count), static_cast<int16_t>(before)};
+  }
+  places[entries[i]] = place;
+  if (numbers) numbers[i] = counts && before == 0;
 }
 
 __global__ void list_rows_kernel(int64_t n, const uint32_t* rows, const int32_t* numbers, int64_t* list) {
@@ -75,7 +85,9 @@ struct Lists {
     Pieces pieces(workspace);
     const size_t n = static_cast<size_t>(p.num_entries);
     rows = pieces.take<uint32_t>(n);
-    places = pieces.take<int32_t>(n);
+    places = pieces.take<Place>(n);
+    arrivals = pieces.take<int32_t>(n + 1);
+    has_many = arrivals + n;
     // A level of the reduction reads the bits of whole blocks of 64 places, and of the place behind.
     num_words = n / 64 * 2 + 4;
     heads = pieces.take<uint32_t>(num_words);
@@ -89,7 +101,8 @@ struct Lists {
     bytes = pieces.used();
   }
   uint32_t *rows, *heads, *keys;
-  int32_t *places, *numbers = nullptr, *is_falling, *entries, *sorted_entries;
+  Place* places;
+  int32_t *arrivals, *has_many, *numbers = nullptr, *is_falling, *entries, *sorted_entries;
   void* sort_workspace;
   size_t num_words, sort_bytes, bytes;
 };
@@ -111,11 +124,12 @@ const char* group_rows(const Problem& p, bool number_rows, void* workspace, RowG
   if (n > INT32_MAX - kThreads) return "a batch of 2^31 or more entries";
   if (p.num_features >= kNoRow) return "a table of 2^32 - 1 or more rows";
   const Lists lists(p, number_rows, workspace);
-  *groups = {lists.rows, lists.places, lists.heads, lists.numbers};
+  *groups = {lists.rows, lists.places, lists.arrivals, lists.has_many, lists.heads, lists.numbers};
   if (n == 0) return nullptr;
   const auto check = [](cudaError_t error) { return error_text(error); };
 
   if (const char* error = check(cudaMemsetAsync(lists.keys, 0xff, n * sizeof(uint32_t), stream))) return error;
+  if (const char* error = check(cudaMemsetAsync(lists.arrivals, 0, (n + 1) * sizeof(int32_t), stream))) return error;
   if (p.offsets) {
     if (const char* error = find_falling_offsets(p, lists.is_falling, stream)) return error;
   }
@@ -134,9 +148,9 @@ const char* group_rows(const Problem& p, bool number_rows, void* workspace, RowG
     return error;
   }
   const int64_t num_words = static_cast<int64_t>(lists.num_words);
-  if (const char* error =
-          check(GPU_LAUNCH(mark_rows, blocks_for(num_words * 32), kThreads, 0, stream, n, num_words, p.num_features,
-                           lists.rows, lists.sorted_entries, lists.heads, lists.places, lists.numbers))) {
+  if (const char* error = check(GPU_LAUNCH(mark_rows, blocks_for(num_words * 32), kThreads, 0, stream, n, num_words,
+                                           p.num_features, lists.rows, lists.sorted_entries, lists.heads, lists.places,
+                                           lists.has_many, lists.numbers))) {
     return error;
   }
   return number_rows ? inclusive_sum(lists.numbers, n, lists.sort_workspace, lists.sort_bytes, stream) : nullptr;

@@ -9,15 +9,26 @@
 
 namespace ffm::cuda {
 
-// The place of an entry that counts for nothing. Of an entry that has its row to itself, ~place.
-constexpr int32_t kNoPlace = INT32_MIN;
+// An entry's place, and who else has its row.
+struct alignas(8) Place {
+  // The most entries of a row whose gradients the last of their samples adds up.
+  static constexpr int kFew = 8;
+  static constexpr int16_t kMany = INT16_MAX;
 
-// Where one row ends and the next begins, a bit for each place.
+  int32_t first = 0;  // of the row's places, where it has few
+  int16_t count = 0;  // of the row's entries; 0: the entry counts for nothing; kMany: more than kFew
+  int16_t rank = 0;   // the place is first + rank; with kMany, first is the place
+
+  __device__ __forceinline__ bool is_shared_by_few() const { return count > 1 && count <= kFew; }
+  __device__ __forceinline__ int64_t own() const { return int64_t{first} + rank; }
+};
+
+// Where rows of many entries begin and end, a bit for each place.
 struct Heads {
   const uint32_t* words;
 
-  // Whether a row begins at a place, or none goes on there: the place is that of an entry that counts for nothing, or
-  // behind the last.
+  // Whether such a row begins at a place, or none goes on there: the place is that of an entry of another row, of one
+  // that counts for nothing, or behind the last.
   __device__ __forceinline__ bool at(int64_t place) const { return words[place / 32] >> place % 32 & 1; }
   // The bits of 64 places, from a multiple of 64 on.
   __device__ __forceinline__ uint64_t of_64(int64_t place) const {
