@@ -258,8 +258,8 @@ def test_stochastic_rounding_keeps_the_mean_and_can_be_replayed():
         tables.append(made.weight.detach().float())
     # A step of 2^-12 is a sixteenth of the distance of 2^-8 to the next bfloat16 below 1: nearest would lose all of it.
     moved = tables[0].view(-1, 2, 2, 4)[:, [0, 1], [1, 0]]
-    assert (moved == 1).float().mean() == pytest.approx(15 / 16, abs=0.01)
-    assert moved.mean() == pytest.approx(1 - 2**-12, abs=3e-5)
+    assert (moved == 1).float().mean().item() == pytest.approx(15 / 16, abs=0.01)
+    assert moved.mean().item() == pytest.approx(1 - 2**-12, abs=3e-5)
     assert torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
 
 
