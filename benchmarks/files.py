@@ -140,6 +140,7 @@ class Libffm(FileEngine):
 
     def read(self) -> object:
         binary = self.files.folder / "text.bin"
+        binary.unlink(missing_ok=True)  # it would be taken as it is
         self.library(self.files.folder).convert_text(bytes(self.files.text), bytes(binary))
         return binary
 
