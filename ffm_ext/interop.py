@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ._files import atomic_write
+from .memory import empty_table
 from .modules import FFM, FFMInteraction
 
 __all__ = [
@@ -84,8 +85,14 @@ def save_model(model: FFM, path: _Path) -> None:
             raise OSError(f"save_model: {os.fspath(path)}: {error}") from error
 
 
-def load_model(path: _Path) -> FFM:
+def load_model(path: _Path, *, mmap: bool = False) -> FFM:
     """Read a model that :func:`save_model` wrote, onto the CPU, in the dtype that it was saved in.
+
+    Args:
+        path: the file.
+        mmap: leave the weights in the file, from which those that are used come page by page: a large table is there at
+            once. To change them changes memory alone, never the file; the file must not be written into meanwhile, and
+            may be replaced. They lie on small pages, so reading all of them again and again is slower.
 
     Raises:
         ValueError: the file is truncated or is no model of this format; the text names the file and what is wrong.
@@ -96,12 +103,12 @@ def load_model(path: _Path) -> FFM:
     fail = _Failure("load_model", path)
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            return _read_model(file, fail)
+            return _read_model(file, fail, mmap)
     except SafetensorError as error:
         fail(f"not a whole safetensors file ({error})")
 
 
-def _read_model(file: Any, fail: _Failure) -> FFM:
+def _read_model(file: Any, fail: _Failure, mmap: bool) -> FFM:
     metadata = file.metadata() or {}
     for name, expected in (("format", _FORMAT), ("version", _VERSION)):
         if metadata.get(name) != expected:
@@ -123,7 +130,12 @@ def _read_model(file: Any, fail: _Failure) -> FFM:
         fail(f"it holds tensors of shapes {found}, its metadata says {wanted}")
     for name, parameter in model.named_parameters():
         tensor = file.get_tensor(name)
-        parameter.data = parameter.data.to(tensor.dtype).copy_(tensor)
+        if not mmap:
+            with _WithoutInit():
+                tensor = (
+                    empty_table(tensor.numel(), dtype=tensor.dtype).view_as(tensor).copy_(tensor)
+                )
+        parameter.data = tensor
     if "feature_fields" in found:
         model.feature_fields = file.get_tensor("feature_fields")
     return model
@@ -514,7 +526,8 @@ class _WithoutInit(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
+        # zero_: by which empty_table touches its pages.
+        if getattr(func, "__module__", None) == "torch.nn.init" or func is Tensor.zero_:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 

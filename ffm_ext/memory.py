@@ -55,6 +55,19 @@ def empty_table(
     return table
 
 
+def keep_huge_pages(before: Tensor, after: Tensor) -> Tensor:
+    """What a module's tensor became as it was moved or converted, as :func:`empty_table` would have made it.
+
+    The same tensor where it did not move, or lies where that is of no use: on a device, in shared or pinned memory.
+    """
+    is_plain = type(after) is Tensor and after.layout == torch.strided
+    if not is_plain or after.device.type != "cpu" or after.numel() * after.element_size() < _LARGE:
+        return after
+    if after.data_ptr() == before.data_ptr() or after.is_shared() or after.is_pinned():
+        return after
+    return empty_table(*after.shape, dtype=after.dtype).copy_(after)
+
+
 def kept_bytes() -> int:
     """Bytes of memory that wait for the next gradient and are in no tensor.
 

@@ -14,7 +14,7 @@ from ._arguments import GradMode, Output, check_contents, check_modes, checks_co
 from .autograd import interaction, is_exporting
 from .batch import SparseBatch
 from .functional import ffm_interaction
-from .memory import empty_table
+from .memory import empty_table, keep_huge_pages
 from .optim import FusedOptimizer, Optimizer, add_state, optimizer_state, remove_state
 
 __all__ = ["FFM", "FM", "FFMInteraction", "FieldAwareFactorizationMachine"]
@@ -185,7 +185,7 @@ class FFMInteraction(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FFMInteraction:
         """The count of updates stays on the CPU, where each backward reads it without waiting for a device."""
         step = self._buffers.get("optimizer_step")
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(lambda tensor: keep_huge_pages(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
         if step is not None:
             self._buffers["optimizer_step"] = step
         return self

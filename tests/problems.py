@@ -126,8 +126,9 @@ def make_problem(
     in another order; some fields missing, others with several entries, unsorted; one field alone with a feature twice;
     every field, all mixed, and some of them again.
     """
-    problem = _make_problem(form, num_fields, embed_dim, batch_size, num_features)
-    return problem.to(dtype, device=here())
+    with torch.inference_mode(False):  # what is kept for the next test can be differentiated there
+        problem = _make_problem(form, num_fields, embed_dim, batch_size, num_features)
+        return problem.to(dtype, device=here())
 
 
 @cache

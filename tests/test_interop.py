@@ -521,6 +521,28 @@ def test_our_own_file(name: str, tmp_path: Path) -> None:
     assert grad is not None and grad.is_sparse == (model.interaction.grad == "sparse")
 
 
+def test_a_model_left_in_its_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = FFM(4, num_features=50, num_fields=3, dtype=torch.bfloat16)
+    path = tmp_path / "model"
+    interop.save_model(model, path)
+    before = path.read_bytes()
+    ids = torch.randint(50, (7, 3))
+    loaded = interop.load_model(path, mmap=True)
+    assert {name: p.dtype for name, p in loaded.named_parameters()} == {
+        name: p.dtype for name, p in model.named_parameters()
+    }
+    with torch.inference_mode():
+        assert torch.equal(loaded(ids), model(ids))
+    # It is changed in memory alone, and outlives the file.
+    with torch.no_grad():
+        loaded.interaction.weight.mul_(2)
+        assert torch.equal(loaded.interaction.weight, model.interaction.weight * 2)
+    assert path.read_bytes() == before
+    path.unlink()
+    loaded(ids)
+
+
 def test_damaged_files_of_our_own(tmp_path: Path) -> None:
     path = tmp_path / "model"
     save_model(FFM(4, field_dims=[4, 7, 2]), path)

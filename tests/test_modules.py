@@ -451,6 +451,23 @@ def test_large_tables_lie_on_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(asked) == 1
 
 
+def test_converted_tables_lie_on_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+    monkeypatch.setattr(ffm_ext.memory, "advise_huge_pages", lambda table: asked.append(table) or 0)
+    layer = FFMInteraction(1 << 19, 4, 8)
+    wanted = layer.weight.detach().bfloat16()
+    asked.clear()
+    layer.to(torch.bfloat16)
+    assert [tensor.data_ptr() for tensor in asked] == [layer.weight.data_ptr()]
+    assert torch.equal(layer.weight, wanted)
+    for moved in (layer.bfloat16, layer.cpu, layer.share_memory):
+        moved()
+    assert layer.weight.is_shared()
+    FFMInteraction(1 << 10, 4, 8).to(torch.bfloat16)
+    layer.to("meta").to_empty(device="cpu")
+    assert len(asked) == 2
+
+
 def test_advice_for_huge_pages() -> None:
     table = torch.zeros(1 << 20, 8)
     asked = ffm_ext.memory.advise_huge_pages(table)

@@ -18,7 +18,7 @@ inline V inverse_sqrt(V v) {
   [[maybe_unused]] const auto refine = [v](V y) { return y * (A(1.5) - (A(0.5) * v * y) * y); };
   if constexpr (std::is_same_v<A, float>) {
 #if defined(__AVX512F__)
-    if constexpr (N == 16) return refine(bit_copy<V>(_mm512_rsqrt14_ps(bit_copy<__m512>(v))));
+    if constexpr (N == 16) return refine(bit_copy<V>(_mm512_maskz_rsqrt14_ps(0xffff, bit_copy<__m512>(v))));
 #endif
 #if defined(__AVX__)
     if constexpr (N == 8) return refine(bit_copy<V>(_mm256_rsqrt_ps(bit_copy<__m256>(v))));
@@ -68,11 +68,18 @@ template <typename T>
 using UpdateRow = void (*)(const UpdatedTable&, const Optimizer&, int64_t row, Sum<T> x, const Sum<T>* d, int64_t begin,
                            int64_t n);
 
-// Stores the first n weights of R registers, which begin at place i of their row. A random number serves two registers.
-template <int N, typename T, int R>
+// Which elements of some registers are meant.
+enum class Part { kAll, kFirst, kLast };
+
+// Stores that part of R registers, n weights; the registers begin at place i of their row. A random number serves two
+// registers.
+template <int N, Part kPart = Part::kFirst, typename T, int R>
 __attribute__((always_inline)) inline void store_weights(T* p, const Vec<Sum<T>, N> (&w)[R], Rounding rounding,
                                                          int64_t i, int64_t n) {
-  const auto in_register = [n](int r) { return std::clamp<int64_t>(n - r * N, 0, N); };
+  // Of `count` elements from register r on.
+  const auto meant = [n](int r, int count) {
+    return std::clamp<int64_t>(kPart == Part::kLast ? n - (R - r) * N + count : n - r * N, 0, count);
+  };
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (rounding.is_stochastic()) {
       constexpr int kTogether = R > 1 ? 2 : 1, kCount = N * kTogether;
@@ -83,12 +90,22 @@ __attribute__((always_inline)) inline void store_weights(T* p, const Vec<Sum<T>,
         const auto bits = [&]<int... I>(std::integer_sequence<int, I...>) {
           return Vec<uint16_t, kCount>(__builtin_shufflevector(low, high, (2 * I + 1)...));
         }(std::make_integer_sequence<int, kCount>{});
-        store_first_bits<kCount, uint16_t>(p + r * N, bits, std::clamp<int64_t>(n - r * N, 0, kCount));
+        if constexpr (kPart == Part::kLast) {
+          store_last_bits<kCount, uint16_t>(p + r * N, bits, meant(r, kCount));
+        } else {
+          store_first_bits<kCount, uint16_t>(p + r * N, bits, meant(r, kCount));
+        }
       }
       return;
     }
   }
-  for (int r = 0; r < R; ++r) store_first<N>(p + r * N, w[r], in_register(r));
+  for (int r = 0; r < R; ++r) {
+    if constexpr (kPart == Part::kLast) {
+      store_last<N>(p + r * N, w[r], meant(r, N));
+    } else {
+      store_first<N>(p + r * N, w[r], meant(r, N));
+    }
+  }
 }
 
 template <typename T, template <typename> typename Rule>
@@ -148,8 +165,9 @@ __attribute__((always_inline)) inline Vec<A, N> sum_vectors(const Vec<A, N> (&x)
 }
 
 // AdaGrad with one sum for each K-vector: that of the mean of g^2 over its K elements. For n <= R * N elements, whose
-// sums are in one register, where one inverse root serves them all.
-template <typename T, int K, int R, bool kIsWhole>
+// sums are in one register, where one inverse root serves them all. kLast: what lies before them is read too, and left
+// as it is.
+template <typename T, int K, int R, Part kPart>
 __attribute__((always_inline)) inline void update_vectors(T* weight, Sum<T>* sums, Sgd<Sum<T>> rates, Rounding rounding,
                                                           Sum<T> x, const Sum<T>* d, int64_t begin, int64_t n) {
   using A = Sum<T>;
@@ -157,18 +175,26 @@ __attribute__((always_inline)) inline void update_vectors(T* weight, Sum<T>* sum
   constexpr auto kAll = std::make_integer_sequence<int, N>{};
   Vec<A, N> w[R], g[R], squares[R];
   for (int r = 0; r < R; ++r) {
-    const int64_t count = kIsWhole ? N : std::clamp<int64_t>(n - r * N, 0, N);
+    const int64_t count = kPart == Part::kFirst ? std::clamp<int64_t>(n - r * N, 0, N) : N;
     w[r] = load_first<N>(weight + r * N, count);
     g[r] = x * load_first<N>(d + r * N, count) + rates.weight_decay * w[r];
     squares[r] = g[r] * g[r];
   }
   Vec<A, N> sum = sum_vectors<A, N, K>(squares) * (A(1) / K);
-  if (kIsWhole) n = N * R;
-  const Vec<A, N> before = load_first<N>(sums, n / K);
+  if (kPart == Part::kAll) n = N * R;
+  constexpr int kSums = N / kCopies;
+  const Vec<A, kSums> before = load_first<kSums>(sums, kPart == Part::kFirst ? n / K : kSums);
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
     sum += __builtin_shufflevector(before, before, (I / kCopies)...);
-    store_first<N>(sums, __builtin_shufflevector(sum, sum, (I * kCopies % N)...), n / K);
   }(kAll);
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    const Vec<A, kSums> after = __builtin_shufflevector(sum, sum, (I * kCopies)...);
+    if constexpr (kPart == Part::kLast) {
+      store_last<kSums>(sums, after, n / K);
+    } else {
+      store_first<kSums>(sums, after, n / K);
+    }
+  }(std::make_integer_sequence<int, kSums>{});
   const Vec<A, N> rate = rates.lr * inverse_sqrt(sum);
   [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
     const auto move = [&]<int r, int... I>(std::integer_sequence<int, r>, std::integer_sequence<int, I...>)
@@ -177,7 +203,7 @@ __attribute__((always_inline)) inline void update_vectors(T* weight, Sum<T>* sum
                           };
     (move(std::integer_sequence<int, J>{}, kAll), ...);
   }(std::make_integer_sequence<int, R>{});
-  store_weights<N>(weight, w, rounding, begin, n);
+  store_weights<N, kPart>(weight, w, rounding, begin, n);
 }
 
 template <typename T>
@@ -191,17 +217,28 @@ void update_row_vector_wise(const UpdatedTable& table, const Optimizer& o, int64
   const auto with_constant = [=](auto embed_dim) __attribute__((always_inline)) {
     constexpr int K = embed_dim(), kMost = std::max(4, K / kLanes<A>), kFew = std::max(1, K / kLanes<A>);
     int64_t i = 0;
-    const auto update = [&](auto registers, auto is_whole, int64_t count) __attribute__((always_inline)) {
-      update_vectors<T, K, registers(), is_whole()>(weight + i, sums + i / K, rates, rounding, x, d + i, begin + i,
-                                                    count);
-      i += count;
+    const auto update = [&](auto registers, auto part, int64_t from, int64_t count) __attribute__((always_inline)) {
+      update_vectors<T, K, registers(), part()>(weight + from, sums + from / K, rates, rounding, x, d + from,
+                                                begin + from, count);
     };
     constexpr int kWhole = kMost * kLanes<A>;
     constexpr std::integral_constant<int, kMost> most;
-    while (i + kWhole <= n) update(most, std::true_type{}, kWhole);
-    if (n - i > kWhole / 2) update(most, std::false_type{}, n - i);
-    if constexpr (kMost / 2 >= kFew) {
-      if (n > i) update(std::integral_constant<int, kMost / 2>{}, std::false_type{}, n - i);
+    for (; i + kWhole <= n; i += kWhole) update(most, std::integral_constant<Part, Part::kAll>{}, i, kWhole);
+    // The rest, from before where it can be: what a register reads behind the row is another row, which nobody has
+    // asked for.
+    const auto update_rest = [&](auto registers) __attribute__((always_inline)) {
+      constexpr int kCount = registers() * kLanes<A>;
+      if (n >= kCount) {
+        update(registers, std::integral_constant<Part, Part::kLast>{}, n - kCount, n - i);
+      } else {
+        update(registers, std::integral_constant<Part, Part::kFirst>{}, i, n - i);
+      }
+    };
+    constexpr bool has_fewer = kMost / 2 >= kFew;
+    if (n - i > kWhole / 2 || (!has_fewer && n > i)) {
+      update_rest(most);
+    } else if constexpr (has_fewer) {
+      if (n > i) update_rest(std::integral_constant<int, kMost / 2>{});
     }
   };
   switch (table.embed_dim) {

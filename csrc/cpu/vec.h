@@ -265,6 +265,35 @@ inline void store_first(T* p, Vec<Sum<T>, N> v, int64_t n) {
   store_first_bits<N, Bits<T>>(p, narrow<T, N>(v), n);
 }
 
+// Stores the last n <= N elements of a register, whose first would be at p, likewise.
+template <int N, typename B, typename T>
+inline void store_last_bits(T* p, Vec<B, N> v, int64_t n) {
+  if (n == N) {
+    __builtin_memcpy(p, &v, sizeof(v));
+    return;
+  }
+  if constexpr (N > 1) {
+    constexpr int kHalf = N / 2;
+    const auto half = [&]<int... I>(std::integer_sequence<int, I...>, auto from) {
+      return Vec<B, kHalf>(__builtin_shufflevector(v, v, (I + from())...));
+    };
+    constexpr auto kLanesOfHalf = std::make_integer_sequence<int, kHalf>{};
+    Vec<B, kHalf> rest = half(kLanesOfHalf, std::integral_constant<int, kHalf>{});
+    if (n >= kHalf) {
+      __builtin_memcpy(p + kHalf, &rest, sizeof(rest));
+      rest = half(kLanesOfHalf, std::integral_constant<int, 0>{});
+      n -= kHalf;
+    } else {
+      p += kHalf;
+    }
+    if (n > 0) store_last_bits<kHalf, B>(p, rest, n);
+  }
+}
+template <int N, typename T>
+inline void store_last(T* p, Vec<Sum<T>, N> v, int64_t n) {
+  store_last_bits<N, Bits<T>>(p, narrow<T, N>(v), n);
+}
+
 // A square of pieces of N elements, a row a vector: exchanges rows and columns, by halves of ever larger squares.
 template <int N, int kSpan = 1, typename V, int Rows>
 __attribute__((always_inline)) inline void transpose_halves(V (&rows)[Rows]) {

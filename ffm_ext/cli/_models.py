@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,7 +62,7 @@ def load_any_model(path: Path) -> tuple[FFM, str, str]:
     """A model, what kind of file it was in, and its loss; found by content."""
     failures = []
     kinds: tuple[tuple[str, Callable[[Path], FFM | Trainer]], ...] = (
-        ("ffm_ext model", interop.load_model),
+        ("ffm_ext model", partial(interop.load_model, mmap=True)),
         ("ffm_ext checkpoint", Trainer.load),
         ("libffm model", interop.load_libffm),
         ("xLearn text model", interop.load_xlearn_text),
