@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.torch_version import TorchVersion
 
 from . import reference
 from ._fake import new_grad_values
@@ -34,9 +35,16 @@ __all__ = ["interaction", "is_exporting"]
 _ops = torch.ops.ffm_ext
 _library = torch.library.Library("ffm_ext", "FRAGMENT")
 
+# AOTAutograd refused a backward that writes to a parameter.
+_TRACES_UPDATES = TorchVersion(torch.__version__) >= "2.12"
+_TOO_OLD = (
+    "ffm_interaction: torch.compile of a layer with a fused optimizer needs torch 2.12 or newer, this is "
+    f"{torch.__version__}"
+)
+
 
 def is_exporting() -> bool:
-    """What ``torch.compiler.is_exporting`` says, which Dynamo before torch 2.13 takes for true in every trace."""
+    """What ``torch.compiler.is_exporting`` says, which Dynamo before torch 2.12 takes for true in every trace."""
     return torch.compiler._is_exporting_flag
 
 
@@ -65,6 +73,8 @@ def interaction(
     if is_exporting():
         return _forward(*problem)
     if torch.compiler.is_compiling():
+        if grad == "fused" and not _TRACES_UPDATES:
+            raise RuntimeError(_TOO_OLD)
         return _ops.interaction(*problem, grad, fused, step, states)
     return _interaction(*problem, grad, fused, step, states)
 
