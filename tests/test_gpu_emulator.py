@@ -169,7 +169,7 @@ def test_kernels(programs: dict[str, Path]) -> None:
     [
         ("plain", 23, 6),
         ("asan", 47, 2),
-        pytest.param("tsan", 173, 1, marks=pytest.mark.exhaustive),
+        ("tsan", 173, 1),
     ],
 )
 def test_kernels_more(programs: dict[str, Path], build: str, stride: int, schedules: int) -> None:
