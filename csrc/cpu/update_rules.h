@@ -184,9 +184,8 @@ __attribute__((always_inline)) inline void update_vectors(T* weight, Sum<T>* sum
   if (kPart == Part::kAll) n = N * R;
   constexpr int kSums = N / kCopies;
   const Vec<A, kSums> before = load_first<kSums>(sums, kPart == Part::kFirst ? n / K : kSums);
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    sum += __builtin_shufflevector(before, before, (I / kCopies)...);
-  }(kAll);
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      __attribute__((always_inline)) { sum += __builtin_shufflevector(before, before, (I / kCopies)...); }(kAll);
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
     const Vec<A, kSums> after = __builtin_shufflevector(sum, sum, (I * kCopies)...);
     if constexpr (kPart == Part::kLast) {
