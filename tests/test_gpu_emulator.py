@@ -386,15 +386,6 @@ FAULTS = [
         {"tsan": {"race"}},
     ),
     Fault(
-        "lanes do not wait for the order of the lanes before them",
-        "backward.cuh",
-        "          if (rank == 0) ends_[f] = start + __popc(same);\n        }\n        __syncwarp();",
-        "          if (rank == 0) ends_[f] = start + __popc(same);\n        }",
-        BACKWARD,
-        "backward",
-        {"tsan": {"race"}},
-    ),
-    Fault(
         "a row that began before is taken for whole",
         "backward.cuh",
         "    if (begins && ends) {",
@@ -458,7 +449,6 @@ def test_faults_fit(fault: Fault, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.parametrize("build", SANITIZED)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_faults(
