@@ -171,12 +171,19 @@ def markdown(results: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
+def save(results: Record) -> None:
+    slug = "-".join(re.findall(r"[a-z0-9]+", str(results["machine"]["gpu"]).lower()))
+    out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu_check.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    (out / "gpu_check.md").write_text(markdown(results))
+
+
 def main(wanted: Sequence[str]) -> int:
     if unknown := [step for step in wanted if step not in STEPS]:
         print(f"gpu_check: {unknown[0]} is not one of {', '.join(STEPS)}")
         return 2
     results: Record = {"steps": {}}
-    out: Path | None = None
     for name, step in STEPS.items():
         if wanted and name not in wanted:
             continue
@@ -188,14 +195,7 @@ def main(wanted: Sequence[str]) -> int:
         print(f"gpu_check: {name}: ok = {found['ok']}, {found['seconds']} s", flush=True)
         if "machine" not in results or "why" in results["machine"]:
             results["machine"] = describe()
-            slug = "-".join(re.findall(r"[a-z0-9]+", str(results["machine"]["gpu"]).lower()))
-            out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / slug)
-            out.mkdir(parents=True, exist_ok=True)
-        # After every step: whoever waits may run out of time.
-        assert out is not None
-        text = json.dumps(results, indent=1, ensure_ascii=False)
-        (out / "gpu_check.json").write_text(text + "\n")
-        (out / "gpu_check.md").write_text(markdown(results))
+        save(results)  # after every step: whoever waits may run out of time
     print(markdown(results))
     return int(any(step["ok"] is False for step in results["steps"].values()))
 

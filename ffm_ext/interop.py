@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ._files import atomic_write
-from .memory import empty_table
+from .memory import copied_table
 from .modules import FFM, FFMInteraction
 
 __all__ = [
@@ -130,12 +130,7 @@ def _read_model(file: Any, fail: _Failure, mmap: bool) -> FFM:
         fail(f"it holds tensors of shapes {found}, its metadata says {wanted}")
     for name, parameter in model.named_parameters():
         tensor = file.get_tensor(name)
-        if not mmap:
-            with _WithoutInit():
-                tensor = (
-                    empty_table(tensor.numel(), dtype=tensor.dtype).view_as(tensor).copy_(tensor)
-                )
-        parameter.data = tensor
+        parameter.data = tensor if mmap else copied_table(tensor)
     if "feature_fields" in found:
         model.feature_fields = file.get_tensor("feature_fields")
     return model

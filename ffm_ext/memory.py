@@ -48,11 +48,23 @@ def empty_table(
     ``FFM_EXT_HUGE_PAGES=0`` leaves the memory as the allocator gives it.
     """
     table = torch.empty(*shape, dtype=dtype, device=device)
+    return table.zero_() if _advise(table) else table
+
+
+def _advise(table: Tensor) -> bool:
+    """Ask for huge pages under new memory on the CPU, if there is much of it. Whether that was done."""
     large = table.device.type == "cpu" and table.numel() * table.element_size() >= _LARGE
-    if large and os.environ.get("FFM_EXT_HUGE_PAGES", "1") != "0":
-        advise_huge_pages(table)
-        table.zero_()
-    return table
+    if not large or os.environ.get("FFM_EXT_HUGE_PAGES", "1") == "0":
+        return False
+    advise_huge_pages(table)
+    return True
+
+
+def copied_table(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU, in memory as :func:`empty_table` has it."""
+    table = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    _advise(table)
+    return table.copy_(tensor)
 
 
 def keep_huge_pages(before: Tensor, after: Tensor) -> Tensor:
@@ -65,7 +77,7 @@ def keep_huge_pages(before: Tensor, after: Tensor) -> Tensor:
         return after
     if after.data_ptr() == before.data_ptr() or after.is_shared() or after.is_pinned():
         return after
-    return empty_table(*after.shape, dtype=after.dtype).copy_(after)
+    return copied_table(after)
 
 
 def kept_bytes() -> int:

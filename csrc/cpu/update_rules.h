@@ -68,10 +68,7 @@ template <typename T>
 using UpdateRow = void (*)(const UpdatedTable&, const Optimizer&, int64_t row, Sum<T> x, const Sum<T>* d, int64_t begin,
                            int64_t n);
 
-// Which elements of some registers are meant.
-enum class Part { kAll, kFirst, kLast };
-
-// Stores that part of R registers, n weights; the registers begin at place i of their row. A random number serves two
+// Stores a part of R registers, n weights; the registers begin at place i of their row. A random number serves two
 // registers.
 template <int N, Part kPart = Part::kFirst, typename T, int R>
 __attribute__((always_inline)) inline void store_weights(T* p, const Vec<Sum<T>, N> (&w)[R], Rounding rounding,
@@ -90,22 +87,12 @@ __attribute__((always_inline)) inline void store_weights(T* p, const Vec<Sum<T>,
         const auto bits = [&]<int... I>(std::integer_sequence<int, I...>) {
           return Vec<uint16_t, kCount>(__builtin_shufflevector(low, high, (2 * I + 1)...));
         }(std::make_integer_sequence<int, kCount>{});
-        if constexpr (kPart == Part::kLast) {
-          store_last_bits<kCount, uint16_t>(p + r * N, bits, meant(r, kCount));
-        } else {
-          store_first_bits<kCount, uint16_t>(p + r * N, bits, meant(r, kCount));
-        }
+        store_part_bits<kCount, kPart, uint16_t>(p + r * N, bits, meant(r, kCount));
       }
       return;
     }
   }
-  for (int r = 0; r < R; ++r) {
-    if constexpr (kPart == Part::kLast) {
-      store_last<N>(p + r * N, w[r], meant(r, N));
-    } else {
-      store_first<N>(p + r * N, w[r], meant(r, N));
-    }
-  }
+  for (int r = 0; r < R; ++r) store_part<N, kPart>(p + r * N, w[r], meant(r, N));
 }
 
 template <typename T, template <typename> typename Rule>
@@ -188,11 +175,7 @@ __attribute__((always_inline)) inline void update_vectors(T* weight, Sum<T>* sum
       __attribute__((always_inline)) { sum += __builtin_shufflevector(before, before, (I / kCopies)...); }(kAll);
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
     const Vec<A, kSums> after = __builtin_shufflevector(sum, sum, (I * kCopies)...);
-    if constexpr (kPart == Part::kLast) {
-      store_last<kSums>(sums, after, n / K);
-    } else {
-      store_first<kSums>(sums, after, n / K);
-    }
+    store_part<kSums, kPart>(sums, after, n / K);
   }(std::make_integer_sequence<int, kSums>{});
   const Vec<A, N> rate = rates.lr * inverse_sqrt(sum);
   [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {

@@ -237,61 +237,37 @@ inline Vec<Sum<T>, N> load_first(const T* p, int64_t n) {
   return widen<T, N>(load_first_bits<N>(p, n));
 }
 
-// Stores the first n <= N elements of a register, in pieces of a power of two: some CPUs are slow with masks.
-template <int N, typename B, typename T>
-inline void store_first_bits(T* p, Vec<B, N> v, int64_t n) {
-  if (n == N) {
-    __builtin_memcpy(p, &v, sizeof(v));
-    return;
-  }
-  if constexpr (N > 1) {
-    constexpr int kHalf = N / 2;
-    const auto half = [&]<int... I>(std::integer_sequence<int, I...>, auto from) {
-      return Vec<B, kHalf>(__builtin_shufflevector(v, v, (I + from())...));
-    };
-    constexpr auto kLanesOfHalf = std::make_integer_sequence<int, kHalf>{};
-    Vec<B, kHalf> rest = half(kLanesOfHalf, std::integral_constant<int, 0>{});
-    if (n >= kHalf) {
-      __builtin_memcpy(p, &rest, sizeof(rest));
-      rest = half(kLanesOfHalf, std::integral_constant<int, kHalf>{});
-      p += kHalf;
-      n -= kHalf;
-    }
-    if (n > 0) store_first_bits<kHalf, B>(p, rest, n);
-  }
-}
-template <int N, typename T>
-inline void store_first(T* p, Vec<Sum<T>, N> v, int64_t n) {
-  store_first_bits<N, Bits<T>>(p, narrow<T, N>(v), n);
-}
+// Which elements of some registers are meant.
+enum class Part { kAll, kFirst, kLast };
 
-// Stores the last n <= N elements of a register, whose first would be at p, likewise.
-template <int N, typename B, typename T>
-inline void store_last_bits(T* p, Vec<B, N> v, int64_t n) {
+// Stores that part of a register, n <= N elements; p is where its first element would go. In pieces of a power of two:
+// some CPUs are slow with masks.
+template <int N, Part kPart, typename B, typename T>
+inline void store_part_bits(T* p, Vec<B, N> v, int64_t n) {
   if (n == N) {
     __builtin_memcpy(p, &v, sizeof(v));
     return;
   }
   if constexpr (N > 1) {
-    constexpr int kHalf = N / 2;
+    constexpr int kHalf = N / 2, kNear = kPart == Part::kLast ? kHalf : 0, kFar = kHalf - kNear;
     const auto half = [&]<int... I>(std::integer_sequence<int, I...>, auto from) {
       return Vec<B, kHalf>(__builtin_shufflevector(v, v, (I + from())...));
     };
     constexpr auto kLanesOfHalf = std::make_integer_sequence<int, kHalf>{};
-    Vec<B, kHalf> rest = half(kLanesOfHalf, std::integral_constant<int, kHalf>{});
+    Vec<B, kHalf> rest = half(kLanesOfHalf, std::integral_constant<int, kNear>{});
+    T* to = p + kNear;
     if (n >= kHalf) {
-      __builtin_memcpy(p + kHalf, &rest, sizeof(rest));
-      rest = half(kLanesOfHalf, std::integral_constant<int, 0>{});
+      __builtin_memcpy(to, &rest, sizeof(rest));
+      rest = half(kLanesOfHalf, std::integral_constant<int, kFar>{});
+      to = p + kFar;
       n -= kHalf;
-    } else {
-      p += kHalf;
     }
-    if (n > 0) store_last_bits<kHalf, B>(p, rest, n);
+    if (n > 0) store_part_bits<kHalf, kPart, B>(to, rest, n);
   }
 }
-template <int N, typename T>
-inline void store_last(T* p, Vec<Sum<T>, N> v, int64_t n) {
-  store_last_bits<N, Bits<T>>(p, narrow<T, N>(v), n);
+template <int N, Part kPart, typename T>
+inline void store_part(T* p, Vec<Sum<T>, N> v, int64_t n) {
+  store_part_bits<N, kPart, Bits<T>>(p, narrow<T, N>(v), n);
 }
 
 // A square of pieces of N elements, a row a vector: exchanges rows and columns, by halves of ever larger squares.
