@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from checkout import needs_checkout
 
 pytest.importorskip("setuptools")
 
-ROOT = Path(__file__).parents[1]
+ROOT = needs_checkout()
 sys.path.insert(0, str(ROOT))
 
 import setup  # noqa: E402

@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from checkout import needs_checkout
 
 pytest.importorskip("setuptools")
 
-ROOT = Path(__file__).parents[1]
+ROOT = needs_checkout()
 sys.path.insert(0, str(ROOT))
 
 import setup  # noqa: E402

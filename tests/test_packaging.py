@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import needs_checkout
 
 if sys.version_info < (3, 11):
     pytest.skip("tomllib is Python 3.11's", allow_module_level=True)
 import tomllib
 
-ROOT = Path(__file__).parents[1]
+ROOT = needs_checkout()
 
 
 @pytest.fixture(scope="module")

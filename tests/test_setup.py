@@ -8,10 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from checkout import needs_checkout
 
-SETUP = Path(__file__).parents[1] / "setup.py"
-
-pytestmark = pytest.mark.skipif(not SETUP.exists(), reason="not a checkout: there is no setup.py")
+SETUP = needs_checkout() / "setup.py"
 
 
 def load_setup() -> ModuleType:
