@@ -8,10 +8,13 @@ safetensors, our own           :func:`load_model`        :func:`save_model`
 libffm 1.2x binary             :func:`load_libffm`       :func:`save_libffm`
 libffm 1.1x text               :func:`load_libffm`       :func:`save_libffm` with ``format="text"``
 xLearn text                    :func:`load_xlearn_text`  :func:`save_xlearn_text`
-torchfm, module or state_dict  :func:`from_torchfm`
+torchfm, module or state_dict  :func:`from_torchfm`      :func:`to_torchfm`
+torchfm, .pt or safetensors    :func:`load_torchfm`      :func:`save_torchfm`
 =============================  ========================  ===================================================
 
-Reading unpickles nothing. Files are written beside the old one and renamed, so that a full disk leaves the old one.
+No file can run code: all but torchfm's ``.pt`` are free of pickles, and that one goes through torch's restricted
+unpickler, which makes tensors and plain containers only. Files are written beside the old one and renamed, so that a
+full disk leaves the old one.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ import re
 import struct
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn
+from typing import Any, BinaryIO, Literal, NoReturn, cast, get_args
 
 import numpy as np
 import torch
@@ -39,13 +43,18 @@ __all__ = [
     "from_torchfm",
     "load_libffm",
     "load_model",
+    "load_torchfm",
     "load_xlearn_text",
+    "model_loss",
     "save_libffm",
     "save_model",
+    "save_torchfm",
     "save_xlearn_text",
+    "to_torchfm",
 ]
 
 _Path = str | os.PathLike[str]
+Loss = Literal["logistic", "squared"]
 
 # Tables are copied and converted this much at a time.
 _BLOCK_BYTES = 16 << 20
@@ -59,30 +68,56 @@ _FORMAT = "ffm_ext.FFM"
 _VERSION = "1"
 
 
-def save_model(model: FFM, path: _Path) -> None:
+def save_model(model: FFM, path: _Path, *, loss: Loss | None = None) -> None:
     """Write a model as one safetensors file: its weights, and the constructor's arguments as metadata.
 
     Args:
         model: weights of any dtype, on any device.
         path: the file, replaced if it exists.
+        loss: what it was trained with, for :func:`model_loss`: whether its outputs are logits or values.
 
     Raises:
         TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
+        ValueError: there is no such loss.
         OSError: it cannot be written; a file that was there before is left as it was.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+    if loss is not None and loss not in get_args(Loss):
+        raise ValueError(f"save_model: loss = {loss!r} is not one of {', '.join(get_args(Loss))}")
     arguments = model_arguments(model)
     tensors = {name: tensor.detach().cpu() for name, tensor in model.named_parameters()}
     if "field_dims" not in arguments and model.feature_fields is not None:
         tensors["feature_fields"] = model.feature_fields.cpu()
     metadata = {"format": _FORMAT, "version": _VERSION, "arguments": json.dumps(arguments)}
+    if loss is not None:
+        metadata["loss"] = loss
+    _save_safetensors("save_model", path, tensors, metadata)
+
+
+def _save_safetensors(
+    where: str, path: _Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:
-            raise OSError(f"save_model: {os.fspath(path)}: {error}") from error
+            raise OSError(f"{where}: {os.fspath(path)}: {error}") from error
+
+
+def model_loss(path: _Path) -> Loss | None:
+    """The ``loss`` that :func:`save_model` was given, or ``None`` where it was given none.
+
+    Raises:
+        ValueError: the file is truncated or is no model of this format; the text names the file and what is wrong.
+        OSError: it cannot be read.
+    """
+    with _open_model("model_loss", path) as (_, metadata, fail):
+        loss = metadata.get("loss")
+        if loss is not None and loss not in get_args(Loss):
+            fail(f"its metadata has loss = {loss!r}, expected one of {', '.join(get_args(Loss))}")
+        return cast(Loss | None, loss)
 
 
 def load_model(path: _Path, *, mmap: bool = False) -> FFM:
@@ -98,21 +133,28 @@ def load_model(path: _Path, *, mmap: bool = False) -> FFM:
         ValueError: the file is truncated or is no model of this format; the text names the file and what is wrong.
         OSError: it cannot be read.
     """
+    with _open_model("load_model", path) as (file, metadata, fail):
+        return _read_model(file, metadata, fail, mmap)
+
+
+@contextmanager
+def _open_model(where: str, path: _Path) -> Iterator[tuple[Any, dict[str, str], _Failure]]:
+    """A safetensors file that says that it is a model, its metadata, and what to fail with."""
     from safetensors import SafetensorError, safe_open
 
-    fail = _Failure("load_model", path)
+    fail = _Failure(where, path)
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            return _read_model(file, fail, mmap)
+            metadata = file.metadata() or {}
+            for name, expected in (("format", _FORMAT), ("version", _VERSION)):
+                if metadata.get(name) != expected:
+                    fail(f"its metadata has {name} = {metadata.get(name)!r}, expected {expected!r}")
+            yield file, metadata, fail
     except SafetensorError as error:
         fail(f"not a whole safetensors file ({error})")
 
 
-def _read_model(file: Any, fail: _Failure, mmap: bool) -> FFM:
-    metadata = file.metadata() or {}
-    for name, expected in (("format", _FORMAT), ("version", _VERSION)):
-        if metadata.get(name) != expected:
-            fail(f"its metadata has {name} = {metadata.get(name)!r}, expected {expected!r}")
+def _read_model(file: Any, metadata: dict[str, str], fail: _Failure, mmap: bool) -> FFM:
     # The sizes are checked before a table is made.
     found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     try:
@@ -439,6 +481,9 @@ def _xlearn_sizes(file: BinaryIO, line: bytes, N: int, fail: _Failure) -> tuple[
 # ------------------------------------------------------------------------------------------ torchfm
 
 
+_ZIP = b"PK\x03\x04"
+
+
 def from_torchfm(
     source: nn.Module | Mapping[str, Tensor], *, field_dims: Sequence[int] | None = None
 ) -> FFM:
@@ -448,8 +493,8 @@ def from_torchfm(
     :class:`~ffm_ext.FieldAwareFactorizationMachine` loads its ``state_dict``.
 
     Args:
-        source: the module, or its ``state_dict``, as ``torch.load(path, weights_only=True)`` gives it: ``linear.bias``
-            ``[1]``, ``linear.fc.weight`` ``[N, 1]``, ``ffm.embeddings.{g}.weight`` ``[N, K]`` for every field.
+        source: the module, or its ``state_dict``, whose file :func:`load_torchfm` takes: ``linear.bias`` ``[1]``,
+            ``linear.fc.weight`` ``[N, 1]``, ``ffm.embeddings.{g}.weight`` ``[N, K]`` for every field.
         field_dims: the number of features of each field. A module knows them; with a ``state_dict`` they let the model
             take ids that count from 0 in every field, as torchfm's does. Without, ids are those of the whole table.
 
@@ -486,6 +531,8 @@ def from_torchfm(
     for name, shape in shapes.items():
         if list(tensors[name].shape) != shape:
             fail(f"{name} has shape {list(tensors[name].shape)}, expected {shape}")
+        if not tensors[name].is_floating_point():
+            fail(f"{name} is {tensors[name].dtype}, expected a floating-point type")
     if field_dims is None and isinstance(source, nn.Module):
         starts = [int(start) for start in getattr(source.get_submodule("ffm"), "offsets", ())]
         field_dims = [b - a for a, b in pairwise([*starts, N])] if len(starts) == F else None
@@ -505,6 +552,126 @@ def from_torchfm(
         for g, name in enumerate(tables):
             table[:, g] = tensors[name]
     return model
+
+
+def to_torchfm(model: FFM) -> dict[str, Tensor]:
+    """The ``state_dict`` that torchfm's ``FieldAwareFactorizationMachineModel`` has for a model.
+
+    torchfm's ``field_dims``, which it does not hold, are the sizes of the fields; that needs ids which are numbered
+    field after field, as with ``FFM(field_dims=…)``. torchfm has one feature of value 1 in every field, and nothing
+    else: ``within_field``, which makes no difference there, is lost.
+
+    Args:
+        model: with ``normalize=False``. A bias or linear weights that it does not have are zeros.
+
+    Returns:
+        ``linear.bias`` ``[1]``, ``linear.fc.weight`` ``[N, 1]``, ``ffm.embeddings.{g}.weight`` ``[N, K]`` for every
+        field: copies on the CPU, in the dtypes of the model.
+
+    Raises:
+        TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
+        ValueError: it has ``normalize=True``.
+    """
+    _check_model("to_torchfm", model)
+    if model.normalize:
+        raise ValueError(
+            "to_torchfm: the model has normalize = True, and torchfm has no place for it"
+        )
+    layer, linear = model.interaction, model.linear
+    N, F, K = layer.num_features, layer.num_fields, layer.embed_dim
+    table = layer.weight.detach().view(N, F, K)
+    bias = table.new_zeros(1) if linear.bias is None else linear.bias.detach().view(1)
+    weights = table.new_zeros(N, 1) if linear.weight is None else linear.weight.detach()
+    state = {"linear.bias": bias, "linear.fc.weight": weights}
+    state |= {f"ffm.embeddings.{g}.weight": table[:, g] for g in range(F)}
+    contiguous = torch.contiguous_format
+    return {name: tensor.cpu().clone(memory_format=contiguous) for name, tensor in state.items()}
+
+
+def load_torchfm(path: _Path, *, field_dims: Sequence[int] | None = None) -> FFM:
+    """Read a ``state_dict`` of torchfm's field-aware model, as ``torch.save`` or safetensors wrote it.
+
+    A ``.pt`` (a zip archive, as torch writes it since 1.6) goes through ``torch.load(weights_only=True)``, whose
+    unpickler makes tensors and plain containers, and refuses all else before it runs. So a file that holds a whole
+    module is refused.
+
+    Args:
+        path: the file; what it is is told by content.
+        field_dims: as for :func:`from_torchfm`.
+
+    Returns:
+        What :func:`from_torchfm` makes of it.
+
+    Raises:
+        ValueError: the file is truncated, holds something else or more than tensors, or a tensor is missing, is not
+            expected, or has a shape that does not fit; the text names the file and what is wrong.
+        OSError: it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    fail = _Failure("load_torchfm", path)
+    with open(path, "rb") as file:
+        is_zip = file.read(len(_ZIP)) == _ZIP
+    if is_zip:
+        state = _load_pt(path, fail)
+    else:
+        try:
+            state = load_file(os.fspath(path))
+        except SafetensorError as error:
+            fail(f"neither a file of torch.save nor a whole safetensors file ({error})")
+    try:
+        return from_torchfm(state, field_dims=field_dims)
+    except ValueError as error:
+        fail(str(error).removeprefix("from_torchfm: "))
+
+
+def _load_pt(path: _Path, fail: _Failure) -> Mapping[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # what a file says in its pickle may fail in any way
+        # torch goes on to advise weights_only=False: its first sentence alone says what was found.
+        text = str(error.__context__ or error).strip() or type(error).__name__
+        fail(
+            f"torch.load(weights_only=True) refuses it ({text.splitlines()[0].split('. ')[0]}); "
+            "is it truncated, or more than a state_dict?"
+        )
+    if not isinstance(state, Mapping):
+        fail(f"it holds a {type(state).__name__}, expected a state_dict")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            fail(f"it holds a {type(tensor).__name__} as {name!r}, expected tensors with names")
+        # A view may claim any shape, and its memory would be asked for when it is copied.
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            fail(f"{name} is no dense tensor with all its elements in the file")
+    return cast(Mapping[str, Tensor], state)
+
+
+def save_torchfm(model: FFM, path: _Path, *, format: Literal["pt", "safetensors"] = "pt") -> None:
+    """Write :func:`to_torchfm` of a model into a file.
+
+    Args:
+        model: as there.
+        path: the file, replaced if it exists.
+        format: ``"pt"`` is for ``torch.load(path, weights_only=True)``.
+
+    Raises:
+        TypeError, ValueError: as :func:`to_torchfm`; or ``format`` does not exist.
+        OSError: it cannot be written; a file that was there before is left as it was.
+    """
+    if format not in ("pt", "safetensors"):
+        raise ValueError(f"save_torchfm: format = {format!r} is not one of pt, safetensors")
+    state = to_torchfm(model)
+    if format == "safetensors":
+        _save_safetensors("save_torchfm", path, state)
+        return
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's own writer hides what the system said
+            raise OSError(f"save_torchfm: {os.fspath(path)}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------ shared

@@ -8,6 +8,8 @@ import os
 import pickle
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +381,30 @@ def test_what_is_not_a_dataset_is_left(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     MIXED.save(tmp_path / "empty")
     assert samples(open_dataset(tmp_path / "empty")) == ALL
+
+
+def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
+    """Really: a file of this process may not grow past 64 bytes."""
+    code = f"""
+import resource, signal, sys
+sys.path[:0] = {sys.path!r}
+from test_data import make
+data = make(50, seed=3)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+try:
+    data.save("data")
+except OSError as error:
+    print("OSError", error)
+"""
+    old = make(20)
+    old.save(tmp_path / "data")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(f"OSError {tmp_path / 'data'}: "), done.stderr
+    assert len(open_dataset(tmp_path / "data")) == 20
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_a_failed_save_leaves_the_old_dataset(

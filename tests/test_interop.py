@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from problems import batch_of, make_problem
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -28,14 +29,21 @@ from ffm_ext.interop import (
     from_torchfm,
     load_libffm,
     load_model,
+    load_torchfm,
     load_xlearn_text,
+    model_loss,
     save_libffm,
     save_model,
+    save_torchfm,
     save_xlearn_text,
+    to_torchfm,
 )
+from ffm_ext.training import Trainer
 
 N, F = 11, 3
 
+# What every format has a place for.
+EVERYWHERE = {"bias": False, "linear": False, "within_field": True, "normalize": False}
 LIBFFM = {"bias": False, "linear": False, "within_field": True, "normalize": True}
 
 
@@ -456,11 +464,87 @@ def test_what_is_no_model_of_torchfm() -> None:
             r"ffm.embeddings.1.weight has shape \[11, 4\], expected \[11, 5\]",
         ),
         (state | {"linear.bias": torch.ones(2)}, r"linear.bias has shape \[2\], expected \[1\]"),
+        (
+            {name: tensor.long() for name, tensor in state.items()},
+            "linear.bias is torch.int64, expected a floating-point type",
+        ),
     ):
         with pytest.raises(ValueError, match=f"^from_torchfm: {message}"):
             from_torchfm(bad)
     with pytest.raises(ValueError, match="field_dims has 3 fields of 11 features, not 2 of 11"):
         from_torchfm(state, field_dims=[4, 4, 3])
+
+
+@pytest.mark.parametrize("format", ["pt", "safetensors"])
+def test_torchfm_file(format: str, tmp_path: Path) -> None:
+    path, old = tmp_path / "model", TorchfmModel([4, 5, 2], 5)
+    model = from_torchfm(old, field_dims=[4, 5, 2])
+    save_torchfm(model, path, format=format)  # type: ignore[arg-type]
+    state = load_file(path) if format == "safetensors" else torch.load(path, weights_only=True)
+    assert state.keys() == old.state_dict().keys()
+    new = TorchfmModel([4, 5, 2], 5)
+    new.load_state_dict(state)
+    x = torch.stack([torch.randint(n, (20,)) for n in [4, 5, 2]], dim=1)
+    assert torch.equal(new(x), old(x))
+    assert_same(load_torchfm(path, field_dims=[4, 5, 2]), model)
+    assert load_torchfm(path).offsets is None
+    with fails(path, "field_dims has 1 fields of 11 features, not 3 of 11"):
+        load_torchfm(path, field_dims=[11])
+
+
+def test_to_torchfm() -> None:
+    model = model_of(bias=False, linear=False)
+    again = from_torchfm(to_torchfm(model))
+    assert torch.equal(again.interaction.weight, model.interaction.weight)
+    assert again.linear.bias is not None and not again.linear.bias.any()
+    assert again.linear.weight is not None and not again.linear.weight.any()
+    with pytest.raises(ValueError, match=r"^to_torchfm: the model has normalize = True"):
+        to_torchfm(model_of(normalize=True))
+    with pytest.raises(ValueError, match=r"^save_torchfm: format = 'npz' is not one of pt, safe"):
+        save_torchfm(model, "nowhere", format="npz")  # type: ignore[arg-type]
+
+
+class Malice:
+    """Unpickled without care, it leaves a file behind."""
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, ("ran",)
+
+
+def test_a_file_of_torchfm_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"linear.bias": Malice()}, "bad.pt")
+    with fails(Path("bad.pt"), "torch.load.* refuses it .*mkdir.*; is it truncated, or more"):
+        load_torchfm("bad.pt")
+    assert not Path("ran").exists()
+    torch.load("bad.pt", weights_only=False)
+    assert Path("ran").exists()  # it would have
+
+
+def test_what_is_no_file_of_torchfm(tmp_path: Path) -> None:
+    path, good = tmp_path / "model.pt", tmp_path / "good.pt"
+    save_torchfm(model_of(), good)
+    whole = good.read_bytes()
+    for length in [*range(4, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with fails(path, "torch.load.* refuses it .*; is it truncated"):
+            load_torchfm(path)
+    for held, message in (
+        ([torch.ones(1)], "it holds a list, expected a state_dict"),
+        ({"linear.bias": 1.0}, "it holds a float as 'linear.bias', expected tensors with names"),
+        ({1: torch.ones(1)}, "it holds a Tensor as 1, expected tensors with names"),
+        # Shapes that a few bytes of the file claim.
+        ({"linear.bias": torch.ones(1).expand(10**13)}, "linear.bias is no dense tensor with all"),
+        ({"linear.bias": torch.ones(3).to_sparse()}, "linear.bias is no dense tensor with all"),
+        ({"mlp.bias": torch.ones(1)}, "source has no linear.bias"),
+        (nn.Linear(2, 2), "torch.load.* refuses it .*torch.nn.modules.linear.Linear"),
+    ):
+        torch.save(held, path)
+        with fails(path, message):
+            load_torchfm(path)
+    path.write_bytes(b"")
+    with fails(path, "neither a file of torch.save nor a whole safetensors file"):
+        load_torchfm(path)
 
 
 def test_scores_are_those_of_torchfm(tmp_path: Path) -> None:
@@ -475,7 +559,7 @@ x = torch.stack([torch.randint(n, (20,)) for n in [4, 7, 2]], dim=1)
 torch.save({"x": x, "y": model(x).detach()}, "data.pt")
 """
     peer("torchfm", code, tmp_path)
-    model = from_torchfm(torch.load(tmp_path / "model.pt", weights_only=True), field_dims=[4, 7, 2])
+    model = load_torchfm(tmp_path / "model.pt", field_dims=[4, 7, 2])
     data = torch.load(tmp_path / "data.pt", weights_only=True)
     assert_close(model(data["x"]).sigmoid(), data["y"])
 
@@ -583,6 +667,24 @@ def with_arguments(metadata: dict[str, str], arguments: dict[str, Any]) -> dict[
     return metadata | {"arguments": json.dumps(arguments)}
 
 
+def test_the_loss_of_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    for loss in ("logistic", "squared", None):
+        save_model(model_of(), path, loss=loss)  # type: ignore[arg-type]
+        assert model_loss(path) == loss
+        assert_same(load_model(path), model_of())
+    with pytest.raises(ValueError, match=r"^save_model: loss = 'hinge' is not one of logistic, squ"):
+        save_model(model_of(), path, loss="hinge")  # type: ignore[arg-type]
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(path), path, metadata | {"loss": "hinge"})
+    with fails(path, "its metadata has loss = 'hinge', expected one of logistic, squared"):
+        model_loss(path)
+    path.write_bytes(b"no model")
+    with fails(path, "not a whole safetensors file"):
+        model_loss(path)
+
+
 # ------------------------------------------------------------------------------------------ files
 
 
@@ -591,6 +693,9 @@ SAVES: dict[str, Callable[[FFM, Path], None]] = {
     "save_libffm": save_libffm,
     "save_libffm text": lambda model, path: save_libffm(model, path, format="text"),
     "save_xlearn_text": save_xlearn_text,
+    "save_torchfm": lambda model, path: save_torchfm(model, path),
+    "save_torchfm safetensors": lambda model, path: save_torchfm(model, path, format="safetensors"),
+    "Trainer.save": lambda model, path: Trainer(model).save(path),
 }
 
 
@@ -606,7 +711,7 @@ def test_a_full_disk_leaves_the_old_file(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        SAVES[name](model_of(**LIBFFM), path)
+        SAVES[name](model_of(**EVERYWHERE), path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -617,10 +722,10 @@ def test_a_disk_that_fills_up_while_writing(name: str, tmp_path: Path) -> None:
     code = f"""
 import resource, signal, sys
 sys.path[:0] = {sys.path!r}
-from test_interop import LIBFFM, SAVES, model_of
+from test_interop import EVERYWHERE, SAVES, model_of
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-model = model_of(**LIBFFM)
+model = model_of(**EVERYWHERE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
 try:
     SAVES[{name!r}](model, Path("model"))

@@ -83,7 +83,11 @@ class DatasetWriter:
         return len(self._shards)
 
     def add(self, shard: Shard) -> None:
-        """Write one more shard."""
+        """Write one more shard.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         batch = shard.batch
         tensors = {
             "labels": shard.labels,
@@ -94,7 +98,10 @@ class DatasetWriter:
             "weights": shard.weights,
         }
         path = self._new / _part_name(len(self._shards))
-        save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path)
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path)
+        except SafetensorError as error:
+            raise OSError(f"{self.folder}: {error}") from error
         path.chmod(
             self._new.stat().st_mode & 0o666
         )  # as the umask has it: save_file makes it private
