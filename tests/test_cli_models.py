@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ffm_ext import cli, data, interop
 from ffm_ext.cli import _models
@@ -117,7 +118,15 @@ def test_unknown_features_count_in_the_norm(files, capsys):
 
 def test_check(files, capsys):
     run("check", files[0])
-    assert "features of each field  [10, 10, 10, 10]" in capsys.readouterr().out
+    shown = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert shown["features of each field"] == "[10, 10, 10, 10]"
+    positive = sum(line.startswith("1") for line in Path(files[0]).read_text().splitlines())
+    assert 0 < positive < 800
+    assert float(shown["labels > 0"]) == float(shown["label mean"]) == positive / 800
+    Path("labels.ffm").write_text("-1 0:1:1\n2.5 0:1:1\n0 0:1:1\n4 0:1:1\n")
+    run("check", "labels.ffm", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["labels > 0"], found["label mean"]) == (0.5, 1.375)
     Path("bad.ffm").write_text("1 0:1:1\n0 0:x:1\n1 1:2\n")
     assert cli.main(["check", "bad.ffm", "--json"]) == 1
     captured = capsys.readouterr()
@@ -148,47 +157,210 @@ def test_errors_are_one_message(argv, message, files, capsys):
     assert message in captured.err and "Traceback" not in captured.err
 
 
-def test_torchfm_state(files):
-    state = {f"ffm.embeddings.{g}.weight": torch.randn(7, 4) for g in range(3)}
-    state |= {"linear.fc.weight": torch.randn(7, 1), "linear.bias": torch.randn(1)}
-    torch.save(state, "t.pt")
-    run("convert", "t.pt", "m", "--to", "model")
-    table = interop.load_model("m").interaction.weight.view(7, 3, 4)
-    assert torch.equal(table[:, 1], state["ffm.embeddings.1.weight"])
-
-
-def test_interrupted_training_resumes_to_the_same_bits(files):
+def test_the_loss_of_a_model_is_kept(files, capsys):
     tr, va = files
-    flags = [
-        sys.executable,
-        "-m",
-        "ffm_ext",
-        "train",
-        "-t",
-        "400",
-        "-p",
-        va,
-        "--mode",
-        "deterministic",
-    ]
+    run("train", "-t", 2, "--loss", "squared", "--no-norm", "-p", va, "--json", tr, "m")
+    rmse = json.loads(capsys.readouterr().out.splitlines()[-1])["valid_rmse"]
+    run("convert", "m", "again", "--to", "model")
+    for model in ("m", "again"):
+        run("predict", "--json", va, model, "out")
+        assert json.loads(capsys.readouterr().out)["rmse"] == pytest.approx(rmse, abs=1e-6)
+        labels = data.read_libffm(va).shards[0].labels.numpy()
+        assert np.mean((np.loadtxt("out") - labels) ** 2) ** 0.5 == pytest.approx(rmse, abs=1e-4)
+        run("predict", "--loss", "squared", va, model, "out")
+        run("info", model, "--json")
+        assert '"loss": "squared"' in capsys.readouterr().out
+        assert cli.main(["predict", "--loss", "logistic", va, model]) == 1
+        assert f"{model} was trained with squared loss" in capsys.readouterr().err
+    for to in ("libffm", "libffm-text", "torchfm"):
+        assert cli.main(["convert", "m", "other", "--to", to]) == 1
+        assert "trained with squared loss" in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
+def test_what_xlearns_text_does_not_say(files, capsys):
+    tr, va = files
+    run("train", "-t", 3, "-r", 0.05, "--loss", "squared", "--no-norm", "--bias", tr, "m")
+    run("predict", va, "m", "expected")
+    capsys.readouterr()
+    run("convert", "m", "m.txt", "--to", "xlearn")
+    assert capsys.readouterr().err == "m.txt: the format leaves out --no-norm and --loss squared\n"
+    told = ["--no-norm", "--loss", "squared"]
+    run("predict", *told, va, "m.txt", "out")
+    expected = np.loadtxt("expected")
+    np.testing.assert_allclose(np.loadtxt("out"), expected, atol=1e-5)
+    run("predict", va, "m.txt", "untold")
+    assert np.abs(np.loadtxt("untold") - expected).max() > 0.1
+    # Ours says both from then on.
+    run("convert", *told, "m.txt", "m2", "--to", "model")
+    run("predict", va, "m2", "out")
+    np.testing.assert_allclose(np.loadtxt("out"), expected, atol=1e-5)
+
+
+def test_no_norm_for_a_model_that_says_otherwise(files, capsys):
+    tr, va = files
+    run("train", "-t", 1, tr, "m")
+    run("convert", "m", "m.bin", "--to", "libffm")
+    for model in ("m", "m.bin"):
+        assert cli.main(["predict", "--no-norm", va, model]) == 1
+        message = f"ffm-ext predict: --no-norm: {model} was trained with normalisation, as it says"
+        assert capsys.readouterr().err == message + "\n"
+    assert cli.main(["convert", "--no-norm", tr, "folder", "--to", "dataset"]) == 1
+    assert "--no-norm is for models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["t.pt", "t.safetensors"])
+def test_torchfm_state(name, files, capsys):
+    tr, va = files
+    state = {f"ffm.embeddings.{g}.weight": torch.randn(40, 4) for g in range(4)}
+    state |= {"linear.fc.weight": torch.randn(40, 1), "linear.bias": torch.randn(1)}
+    torch.save(state, name) if name == "t.pt" else save_file(state, name)
+    run("convert", "--json", name, "m", "--to", "model")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["target"], found["to"], found["kind"]) == ("m", "model", "ffm_ext model")
+    assert (found["num_features"], found["bias"]) == (40, True)
+    table = interop.load_model("m").interaction.weight.view(40, 4, 4)
+    assert torch.equal(table[:, 1], state["ffm.embeddings.1.weight"])
+    # Read as it is, and written again.
+    run("predict", "--logit", va, name, "out")
+    expected = interop.load_model("m")(data.read_libffm(va).shards[0].batch)
+    np.testing.assert_allclose(np.loadtxt("out"), expected.detach(), rtol=1e-4, atol=1e-4)
+    run("convert", "m", f"again.{name}", "--to", "torchfm")
+    path = f"again.{name}"
+    again = torch.load(path, weights_only=True) if name == "t.pt" else load_file(path)
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+
+
+def test_convert_as_json(files, capsys):
+    tr, _ = files
+    run("convert", "--json", tr, "folder", "--to", "dataset")
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == 800 and found["kind"] == "ffm_ext dataset"
+    run("convert", "--json", "folder", "text", "--to", "text")
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"target": "text", "to": "text", "bytes": Path("text").stat().st_size}
+
+
+class Malice:
+    """Unpickled without care, it leaves a folder behind."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_hostile_file_is_one_message(files, capsys):
+    torch.save({"linear.bias": Malice()}, "bad.pt")
+    torch.save({"linear.bias": torch.zeros(1)}, "whole.pt")
+    Path("cut.pt").write_bytes(Path("whole.pt").read_bytes()[:-200])
+    for name in ("bad.pt", "cut.pt"):
+        for argv in (["convert", name, "m", "--to", "model"], ["predict", files[1], name]):
+            assert cli.main(argv) == 1
+            error = capsys.readouterr().err
+            assert f"load_torchfm: {name}: torch.load(weights_only=True) refuses it" in error
+    assert not Path("ran").exists() and not Path("m").exists()
+
+
+def test_ftrl_with_l1_gives_zeros(files, capsys):
+    tr, va = files
+    flags = ["--optimizer", "ftrl", "-r", 0.1, "--beta", 0.5, "--l2", 1e-3, "--linear"]
+    zeros, losses = [], []
+    for l1 in (0, 0.3, 5):  # exact zeros only by way of l1, and the more of them the larger it is
+        run("train", "-t", 5, "--json", *flags, "--l1", l1, "-p", va, tr, "m")
+        losses.append(json.loads(capsys.readouterr().out.splitlines()[-1])["valid_logloss"])
+        model = interop.load_model("m")
+        zeros.append([int((p == 0).sum()) for p in (model.interaction.weight, model.linear.weight)])
+    assert zeros[0] == [0, 0]
+    for one, more in pairwise(zeros):
+        assert one[0] + 5 < more[0] and one[1] < more[1]
+    assert max(losses) < 0.55
+
+    for flag in ("--l1", "--beta"):
+        assert cli.main(["train", flag, "0.1", tr, "m"]) == 1
+        assert f"{flag} is for --optimizer ftrl, not for adagrad" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["model", "libffm", "libffm-text", "xlearn", "torchfm"])
+def test_a_run_starts_from_a_model(kind, files, capsys):
+    """Its weights are there before the first update, and new features and fields have weights of their own."""
+    tr, va = files
+    norm = ["--no-norm"] if kind == "torchfm" else []
+    run("train", "-t", 5, "-r", 0.1, *norm, "-k", 2, tr, "first")
+    run("convert", "first", "start", "--to", kind)
+    write_text(Path("more.ffm"), 50, 3, features=60)
+    Path("more.ffm").write_text(Path("more.ffm").read_text() + "1 5:70:1\n")
+    capsys.readouterr()
+    # A step this small changes no digit that is looked at.
+    run("train", "-t", 1, "-r", 1e-9, "-l", 0, "--json", "--init-model", "start", "more.ffm", "m")
+    old, new = interop.load_model("first"), interop.load_model("m")
+    layer = new.interaction
+    assert (layer.num_features, layer.num_fields, layer.embed_dim) == (71, 6, 2)
+    assert new.normalize == old.normalize
+    table = layer.weight.view(71, 6, 2)
+    torch.testing.assert_close(table[:40, :4], old.interaction.weight.view(40, 4, 2))
+    assert table[40:].all() and table[:, 4:].all()
+    assert (new.linear.bias is None) == (kind not in ("xlearn", "torchfm"))
+    # Going on is better than beginning anew.
+    losses = []
+    for start in ([], ["--init-model", "start"]):
+        run("train", "-t", 1, "-r", 0.01, *norm[: not start], "-k", 2, "--json", *start, tr, "m")
+        losses.append(json.loads(capsys.readouterr().out.splitlines()[0])["train_loss"])
+    assert losses[1] < losses[0] - 0.02
+
+
+def test_what_a_run_cannot_start_from(files, capsys):
+    tr, _ = files
+    run("train", "-t", 1, tr, "m", "--checkpoint", "c")
+    for flags, message in (
+        (["-k", "8"], "-k 8: m has 4 factors"),
+        (["--no-norm"], "--no-norm: m was trained with normalisation"),
+        (["--no-within-field"], "--no-within-field: m has pairs inside a field"),
+        (["--loss", "squared"], "--loss squared: m was trained with logistic loss"),
+        (["--resume", "c"], "--init-model is where a new run starts"),
+    ):
+        assert cli.main(["train", "--init-model", "m", *flags, tr, "m2"]) == 1
+        assert message in capsys.readouterr().err
+    run(
+        "train", "-t", 1, "--init-model", "c", "--linear", "--bias", "--dtype", "bfloat16", tr, "m2"
+    )
+    model = interop.load_model("m2")
+    assert model.interaction.weight.dtype == torch.bfloat16 and model.linear.weight is not None
+
+
+@pytest.mark.parametrize("asked", [["--checkpoint", "c"], []], ids=["checkpoint", "default"])
+def test_interrupted_training_resumes_to_the_same_bits(asked, files):
+    tr, va = files
+    flags = ["train", "-t", "400", "-p", va, "--mode", "deterministic"]
     process = subprocess.Popen(
-        [*flags, "--checkpoint", "c", tr, "broken"],
+        [sys.executable, "-m", "ffm_ext", *flags, *asked, "--json", tr, "broken"],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    while not os.path.exists("c"):
-        time.sleep(0.01)
-        assert process.poll() is None
-    time.sleep(0.1)
+    for _ in range(3):
+        assert process.stdout.readline().startswith('{"epoch": ')
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "go on with --resume c" in err
-    assert 0 < Trainer.load("c").epoch < 400
-    run("train", "-t", 400, "-p", va, "--resume", "c", "--quiet", tr, "resumed")
-    run("train", "-t", 400, "-p", va, "--mode", "deterministic", "--quiet", tr, "whole")
+    checkpoint = "c" if asked else "broken.checkpoint"
+    assert process.returncode == 130
+    assert err == f"\nstopped; go on with --resume {checkpoint}\n"
+    assert 0 < Trainer.load(checkpoint).epoch < 400
+    assert not Path("broken").exists()
+    run("train", "-t", 400, "-p", va, "--resume", checkpoint, "--quiet", tr, "resumed")
+    run(*flags, "--quiet", tr, "whole")
     one, two = (interop.load_model(name).interaction.weight for name in ("resumed", "whole"))
     assert torch.equal(one, two)
+
+
+def test_a_second_interruption_leaves_no_half_checkpoint(files, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)
+    assert cli.main(["train", files[0], "m"]) == 130
+    assert "go on" not in capsys.readouterr().err
+    assert {path.name for path in Path().iterdir()} == {"tr.ffm", "va.ffm"}
 
 
 @pytest.mark.parametrize("command", ["train", "predict", "check", "convert", "info"])

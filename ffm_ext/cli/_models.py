@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from ..data import (
     write_libffm,
 )
 from ..modules import FFM, _unit_norm
-from ..optim import OPTIMIZERS
+from ..optim import OPTIMIZERS, Optimizer
 from ..training import Epoch, Mode, Progress, Trainer
 
 # ---------------------------------------------------------------- data
@@ -58,14 +58,31 @@ def _report_skipped(skipped: int, path: Path) -> None:
         print(f"{path}: {skipped} broken lines skipped", file=sys.stderr)
 
 
-def load_any_model(path: Path) -> tuple[FFM, str, str]:
+class Loaded(NamedTuple):
+    """A model from a file.
+
+    Attributes:
+        kind: what kind of file it was in.
+        loss: ``"logistic"`` or ``"squared"``; ``None`` where the file does not say.
+    """
+
+    model: FFM
+    kind: str
+    loss: interop.Loss | None
+
+
+_XLEARN = "xLearn text model"
+
+
+def load_any_model(path: Path) -> Loaded:
     """A model, what kind of file it was in, and its loss; found by content."""
     failures = []
     kinds: tuple[tuple[str, Callable[[Path], FFM | Trainer]], ...] = (
         ("ffm_ext model", partial(interop.load_model, mmap=True)),
         ("ffm_ext checkpoint", Trainer.load),
         ("libffm model", interop.load_libffm),
-        ("xLearn text model", interop.load_xlearn_text),
+        (_XLEARN, interop.load_xlearn_text),
+        ("torchfm state_dict", interop.load_torchfm),
     )
     with open(path, "rb"):
         pass  # a file that cannot be read is no matter of its format
@@ -76,9 +93,40 @@ def load_any_model(path: Path) -> tuple[FFM, str, str]:
             failures.append(f"as {kind}: {error}")
             continue
         if isinstance(found, Trainer):
-            return found.model, kind, found.loss
-        return found, kind, "logistic"
+            return Loaded(found.model, kind, found.loss)
+        loss = interop.model_loss(path) if kind == "ffm_ext model" else None
+        return Loaded(found, kind, loss)
     raise ValueError(f"{path}: no model that is known here\n  " + "\n  ".join(failures))
+
+
+def unsaid_arguments(parser: argparse.ArgumentParser) -> None:
+    """For what some kinds of model files leave out."""
+    parser.add_argument(
+        "--loss",
+        choices=get_args(interop.Loss),
+        help="what the model was trained with, where its file does not say (logistic)",
+    )
+    parser.add_argument(
+        "--no-norm",
+        action="store_true",
+        help="it was trained without normalisation; xLearn's text does not say",
+    )
+
+
+def load_as_told(path: Path, args: argparse.Namespace) -> Loaded:
+    """:func:`load_any_model`, with what its file leaves out and ``args`` says.
+
+    Raises:
+        ValueError: the file says something else.
+    """
+    model, kind, loss = load_any_model(path)
+    if args.loss is not None and loss not in (None, args.loss):
+        raise ValueError(f"--loss {args.loss}: {path} was trained with {loss} loss, as it says")
+    if args.no_norm and kind == _XLEARN:
+        model.normalize = False
+    if args.no_norm and model.normalize:
+        raise ValueError(f"--no-norm: {path} was trained with normalisation, as it says")
+    return Loaded(model, kind, loss or args.loss)
 
 
 def known_part(data: SparseBatch, model: FFM) -> tuple[SparseBatch, int]:
@@ -149,10 +197,16 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, nargs="?", help="default: TRAIN.model, here")
     libffm = parser.add_argument_group("as in libffm")
     libffm.add_argument(
-        "-l", dest="decay", type=float, default=2e-5, metavar="LAMBDA", help="L2 (2e-5)"
+        "-l",
+        "--l2",
+        dest="decay",
+        type=float,
+        default=2e-5,
+        metavar="LAMBDA",
+        help="L2 (2e-5)",
     )
     libffm.add_argument(
-        "-k", dest="embed_dim", type=int, default=4, metavar="FACTOR", help="latent factors (4)"
+        "-k", dest="embed_dim", type=int, metavar="FACTOR", help="latent factors (4)"
     )
     libffm.add_argument(
         "-t", dest="epochs", type=int, default=15, metavar="EPOCHS", help="epochs (15)"
@@ -164,15 +218,19 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     libffm.add_argument("-p", dest="valid", type=Path, metavar="PATH", help="validation data")
     libffm.add_argument("--quiet", action="store_true", help="print nothing")
     libffm.add_argument("--no-norm", action="store_true", help="do not normalise samples")
-    libffm.add_argument("--auto-stop", action="store_true", help="stop when the loss of -p rises")
+    libffm.add_argument(
+        "--auto-stop", action="store_true", help="stop when the loss of -p does not fall"
+    )
     more = parser.add_argument_group("beyond libffm")
-    more.add_argument("--loss", choices=("logistic", "squared"), default="logistic")
+    more.add_argument("--loss", choices=get_args(interop.Loss), help="default: logistic")
     more.add_argument(
         "--mode",
         choices=("exact", "hogwild", "deterministic"),
         help="default: exact with one thread, else hogwild",
     )
     more.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adagrad")
+    more.add_argument("--l1", type=float, metavar="L1", help="of ftrl: exact zeros (0)")
+    more.add_argument("--beta", type=float, metavar="BETA", help="of ftrl (1)")
     more.add_argument("--bias", action="store_true", help="have a bias")
     more.add_argument("--linear", action="store_true", help="have a weight for each feature")
     more.add_argument("--no-within-field", action="store_true", help="no pairs inside a field")
@@ -190,7 +248,11 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=1024, metavar="N", help="of --mode deterministic (1024)"
     )
     more.add_argument(
-        "--patience", type=int, default=1, metavar="N", help="rises that --auto-stop bears (1)"
+        "--patience",
+        type=int,
+        default=1,
+        metavar="N",
+        help="--auto-stop: after N epochs in a row without a new lowest loss of -p (1)",
     )
     more.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of initial weights and order (0)"
@@ -201,11 +263,18 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         type=Path,
         metavar="PATH",
-        help="written after each epoch and on Ctrl-C; a folder under torchrun",
+        help="written after each epoch and on Ctrl-C, which alone writes MODEL.checkpoint by default; "
+        "under torchrun a folder, written after each epoch",
     )
     more.add_argument("--checkpoint-every", type=int, metavar="N", help="and every N samples")
     more.add_argument(
         "--resume", type=Path, metavar="PATH", help="go on from a checkpoint; its settings hold"
+    )
+    more.add_argument(
+        "--init-model",
+        type=Path,
+        metavar="PATH",
+        help="start from the weights of a model, of any kind that predict reads",
     )
     more.add_argument(
         "--json", action="store_true", help="an object a line: epochs, then a summary"
@@ -222,28 +291,12 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
 def _new_trainer(
     args: argparse.Namespace, train: SparseDataset, valid: SparseDataset | None, kind: type[Trainer]
 ) -> Trainer:
-    both = [train] if valid is None else [train, valid]
-    torch.manual_seed(args.seed)
-    model = FFM(
-        args.embed_dim,
-        num_features=max(1, *(data.num_features for data in both)),
-        num_fields=max(1, *(data.num_fields for data in both)),
-        within_field=not args.no_within_field,
-        bias=args.bias,
-        linear=args.linear,
-        normalize=not args.no_norm,
-    )
-    if args.init == "uniform":
-        nn.init.uniform_(model.interaction.weight, 0, args.embed_dim**-0.5)
-    model.interaction.to(getattr(torch, args.dtype))
-    optimizer = OPTIMIZERS[args.optimizer](
-        lr=args.lr, weight_decay=args.decay, rounding_seed=args.rounding_seed
-    )
+    model, loss = _new_model(args, [train] if valid is None else [train, valid])
     alone: Mode = "exact" if args.threads == 1 else "hogwild"
     return kind(
         model,
-        optimizer=optimizer,
-        loss=args.loss,
+        optimizer=_optimizer(args),
+        loss=loss,
         mode=args.mode or (alone if kind is Trainer else "deterministic"),
         batch_size=args.batch_size,
         num_threads=args.threads,
@@ -252,7 +305,68 @@ def _new_trainer(
     )
 
 
+def _optimizer(args: argparse.Namespace) -> Optimizer:
+    kind = OPTIMIZERS[args.optimizer]
+    own = {name: getattr(args, name) for name in ("l1", "beta")}
+    own = {name: value for name, value in own.items() if value is not None}
+    for name in own:
+        if name not in kind.__dataclass_fields__:
+            raise ValueError(f"--{name} is for --optimizer ftrl, not for {args.optimizer}")
+    return kind(lr=args.lr, weight_decay=args.decay, rounding_seed=args.rounding_seed, **own)
+
+
+def _new_model(args: argparse.Namespace, both: list[SparseDataset]) -> tuple[FFM, interop.Loss]:
+    """A model for all of the data, its weights new or those of ``--init-model``, and its loss."""
+    start = None if args.init_model is None else load_as_told(args.init_model, args)
+    old = None if start is None else start.model
+    sizes = [(data.num_features, data.num_fields) for data in both]
+    bias, linear = args.bias, args.linear
+    within_field, normalize = not args.no_within_field, not args.no_norm
+    embed_dim = args.embed_dim or 4
+    if old is not None:
+        layer = old.interaction
+        sizes.append((layer.num_features, layer.num_fields))
+        bias, linear = bias or old.linear.bias is not None, linear or old.linear.weight is not None
+        if args.embed_dim not in (None, layer.embed_dim):
+            raise ValueError(
+                f"-k {args.embed_dim}: {args.init_model} has {layer.embed_dim} factors"
+            )
+        if args.no_within_field and layer.within_field:
+            raise ValueError(f"--no-within-field: {args.init_model} has pairs inside a field")
+        embed_dim, within_field, normalize = layer.embed_dim, layer.within_field, old.normalize
+    torch.manual_seed(args.seed)
+    model = FFM(
+        embed_dim,
+        num_features=max(1, *(n for n, _ in sizes)),
+        num_fields=max(1, *(n for _, n in sizes)),
+        within_field=within_field,
+        bias=bias,
+        linear=linear,
+        normalize=normalize,
+    )
+    if args.init == "uniform":
+        nn.init.uniform_(model.interaction.weight, 0, embed_dim**-0.5)
+    model.interaction.to(getattr(torch, args.dtype))
+    if old is not None:
+        _copy_weights(old, model)
+    return model, (None if start is None else start.loss) or args.loss or "logistic"
+
+
+@torch.no_grad()
+def _copy_weights(old: FFM, new: FFM) -> None:
+    """The weights of a model into one that has at least its features, fields and parts."""
+    N, F, K = old.interaction.num_features, old.interaction.num_fields, old.interaction.embed_dim
+    table = new.interaction.weight.view(-1, new.interaction.num_fields, K)
+    table[:N, :F] = old.interaction.weight.view(N, F, K)
+    if old.linear.weight is not None:
+        new.linear.weight[:N] = old.linear.weight
+    if old.linear.bias is not None:
+        new.linear.bias.copy_(old.linear.bias)
+
+
 def train(args: argparse.Namespace) -> None:
+    if args.resume is not None and args.init_model is not None:
+        raise ValueError("--init-model is where a new run starts, --resume goes on with an old one")
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process, and others
         _train_together(args)
         return
@@ -267,7 +381,18 @@ def train(args: argparse.Namespace) -> None:
         assert valid is not None
         return scores(trainer.model, valid)[0], torch.cat([part.labels for part in valid.shards])
 
-    _fit(args, trainer, data, valid, validate)
+    def keep() -> str:
+        checkpoint = args.checkpoint or args.resume
+        if checkpoint is None:  # fit has written one that it was told of
+            checkpoint = _target(args).with_name(f"{_target(args).name}.checkpoint")
+            trainer.save(checkpoint)
+        return f"go on with --resume {checkpoint}"
+
+    _fit(args, trainer, data, valid, validate, keep)
+
+
+def _target(args: argparse.Namespace) -> Path:
+    return args.model or Path(f"{args.train.name}.model")
 
 
 def _train_together(args: argparse.Namespace) -> None:
@@ -313,7 +438,13 @@ def _train_together(args: argparse.Namespace) -> None:
         score, label = members.cat(scores(trainer.model, valid.data)[0], torch.cat(labels))
         return score, label
 
-    _fit(args, trainer, data, valid, validate, first=first)
+    def keep() -> str:
+        checkpoint = args.checkpoint or args.resume
+        if checkpoint is None or newest_checkpoint(checkpoint) is None:
+            return "no checkpoint was written"
+        return f"--resume {checkpoint} goes on from the last checkpoint there"
+
+    _fit(args, trainer, data, valid, validate, keep, first=first)
     members.barrier()
     dist.destroy_process_group()
 
@@ -324,11 +455,15 @@ def _fit(
     data: Any,
     valid: Any,
     validate: Callable[[], tuple[Tensor, Tensor]],
+    keep: Callable[[], str],
     *,
     first: bool = True,
 ) -> None:
-    """Train, write the model, and say how good it is: the scores and labels of ``validate()``."""
-    checkpoint = args.checkpoint or args.resume
+    """Train, write the model, and say how good it is: the scores and labels of ``validate()``.
+
+    On Ctrl-C ``keep()`` sees to it that a checkpoint is there where one can be, and says how to go on.
+    """
+    target = _target(args)
     start = time.perf_counter()
     with _progress(args) as (show, line):
         if not args.json:
@@ -349,16 +484,15 @@ def _fit(
                 auto_stop=args.auto_stop,
                 patience=args.patience,
                 callback=callback,
-                checkpoint=checkpoint,
+                checkpoint=args.checkpoint or args.resume,
                 checkpoint_every=args.checkpoint_every,
             )
         except KeyboardInterrupt:
-            if checkpoint is not None and first:
-                print(f"\nstopped; go on with --resume {checkpoint}", file=sys.stderr)
+            if first:
+                print(f"\nstopped; {keep()}", file=sys.stderr)
             raise
-    target = args.model or Path(f"{args.train.name}.model")
     if first:
-        interop.save_model(trainer.model, target)
+        interop.save_model(trainer.model, target, loss=trainer.loss)
     summary: dict[str, Any] = {
         "model": str(target),
         "epochs": trainer.epoch,
@@ -436,18 +570,14 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="of ffm_ext, libffm or xLearn, or a checkpoint")
     parser.add_argument("output", type=Path, nargs="?", help="a number a line; default: stdout")
     parser.add_argument("--logit", action="store_true", help="scores instead of probabilities")
-    parser.add_argument(
-        "--loss",
-        choices=("logistic", "squared"),
-        help="default: that of a checkpoint, else logistic",
-    )
+    unsaid_arguments(parser)
     parser.add_argument("--lenient", action="store_true", help="skip broken lines and count them")
     parser.add_argument("--json", action="store_true", help="the summary as an object")
 
 
 def predict(args: argparse.Namespace) -> None:
-    model, _, loss = load_any_model(args.model)
-    loss = args.loss or loss
+    model, _, said = load_as_told(args.model, args)
+    loss = said or "logistic"
     skipped = missing = entries = 0
     all_scores, all_labels = [torch.zeros(0)], [torch.zeros(0)]
     with _output(args.output) as file:
@@ -572,6 +702,7 @@ FORMATS = {
     "libffm": "libffm's binary model",
     "libffm-text": "libffm's text model",
     "xlearn": "xLearn's text model",
+    "torchfm": "torchfm's state_dict, as safetensors where TARGET ends in .safetensors, else as torch.save does",
     "dataset": "a memory-mapped dataset folder, from libffm text",
     "text": "libffm text, from a dataset folder",
 }
@@ -584,43 +715,58 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path)
     listed = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
     parser.add_argument("--to", choices=sorted(FORMATS), required=True, help=listed)
+    unsaid_arguments(parser)
     parser.add_argument("--lenient", action="store_true", help="skip broken lines and count them")
+    parser.add_argument("--json", action="store_true", help="what was written, as an object")
 
 
 def convert(args: argparse.Namespace) -> None:
+    if args.to in ("dataset", "text"):
+        for flag in ("loss", "no_norm"):
+            if getattr(args, flag):
+                raise ValueError(
+                    f"--{flag.replace('_', '-')} is for models, not for --to {args.to}"
+                )
+        _convert_data(args)
+    else:
+        _convert_model(args)
+    if args.json:
+        # Of text the size is all that one can say without reading it again.
+        found = (
+            {"bytes": args.target.stat().st_size} if args.to == "text" else describe(args.target)
+        )
+        print(json.dumps({"target": str(args.target), "to": args.to, **found}))
+
+
+def _convert_data(args: argparse.Namespace) -> None:
     if args.to == "dataset":
         data = convert_libffm(args.source, args.target, lenient=args.lenient)
-        _report_skipped(data.metadata.get("skipped", 0), args.source)
-    elif args.to == "text":
-        write_libffm(load_data(args.source, args.lenient), args.target)
     else:
-        model = _torchfm(args.source) or load_any_model(args.source)[0]
-        if args.to == "model":
-            interop.save_model(model, args.target)
-        elif args.to == "xlearn":
-            interop.save_xlearn_text(model, args.target)
-        else:
-            interop.save_libffm(
-                model, args.target, format="binary" if args.to == "libffm" else "text"
-            )
+        data = load_data(args.source, args.lenient)
+        write_libffm(data, args.target)
+    _report_skipped(data.metadata.get("skipped", 0), args.source)
 
 
-def _torchfm(path: Path) -> FFM | None:
-    """A model from a ``state_dict`` of torch.save or safetensors; None if it is neither. Nothing is unpickled."""
-    with open(path, "rb") as file:
-        start = file.read(4)
-    if start == b"PK\x03\x04":
-        return interop.from_torchfm(torch.load(path, weights_only=True))
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            names = list(opened.keys())
-            if not any("embeddings.0.weight" in name for name in names):
-                return None
-            return interop.from_torchfm({name: opened.get_tensor(name) for name in names})
-    except SafetensorError:
-        return None
+def _convert_model(args: argparse.Namespace) -> None:
+    model, _, loss = load_as_told(args.source, args)
+    if args.to == "model":
+        interop.save_model(model, args.target, loss=loss)
+        return
+    if args.to == "xlearn":
+        interop.save_xlearn_text(model, args.target)
+        unsaid = ["--no-norm"] * (not model.normalize) + ["--loss squared"] * (loss == "squared")
+        if unsaid:
+            print(f"{args.target}: the format leaves out {' and '.join(unsaid)}", file=sys.stderr)
+        return
+    if loss == "squared":
+        raise ValueError(
+            f"--to {args.to}: {args.source} was trained with squared loss, and there all is logistic"
+        )
+    if args.to == "torchfm":
+        is_safetensors = args.target.suffix == ".safetensors"
+        interop.save_torchfm(model, args.target, format="safetensors" if is_safetensors else "pt")
+    else:
+        interop.save_libffm(model, args.target, format="binary" if args.to == "libffm" else "text")
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -647,5 +793,5 @@ def describe(path: Path) -> dict[str, Any]:
         "normalize": model.normalize,
         "bias": model.linear.bias is not None,
         "linear": model.linear.weight is not None,
-        **({"loss": loss} if kind == "ffm_ext checkpoint" else {}),
+        **({} if loss is None else {"loss": loss}),
     }
