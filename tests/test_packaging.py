@@ -47,3 +47,13 @@ def test_all_has_every_extra_that_goes_with_any_torch(pyproject: dict[str, Any])
     (everything,) = extras["all"]
     listed = re.fullmatch(r"ffm-ext\[(.*)\]", everything)[1].split(",")
     assert sorted(listed) == sorted(set(extras) - {"all", "distributed"})
+
+
+def test_what_torchrec_needs_is_the_same_everywhere(pyproject: dict[str, Any]) -> None:
+    pins = (ROOT / "requirements" / "distributed.txt").read_text().splitlines()
+    extra = pyproject["project"]["optional-dependencies"]["distributed"]
+    assert {package for package in extra if "==" in package} < set(pins)
+    (torchrec,) = [pin for pin in pins if pin.startswith("torchrec==")]
+    for place in ("docs/distributed.md", "ffm_ext/distributed/_torchrec.py", "pyproject.toml"):
+        told = re.findall(r"\btorchrec==[\w.]*\w", (ROOT / place).read_text())
+        assert set(told) == {torchrec}, place
