@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, get_args
 
 import torch
@@ -12,7 +13,6 @@ from . import _C
 
 Output = Literal["sum", "dot", "hadamard"]
 GradMode = Literal["dense", "sparse", "atomic"]
-LayerGradMode = Literal["dense", "sparse", "fused", "atomic"]
 
 
 def check_modes(where: str, output: str, grad: str) -> None:
@@ -119,3 +119,16 @@ def check_contents(
         raise ValueError(
             f"{where}: {place('values', at)} = {float(values[tuple(at)])} is not finite"
         )
+
+
+def alert_not_deterministic(what: str, instead: str) -> None:
+    """Raise, or warn, as ``torch.use_deterministic_algorithms`` wants it, of ``what`` is done in any order."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    text = (
+        f"{what} in any order, which torch.use_deterministic_algorithms(True) refuses; "
+        f"{instead} is deterministic"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(text)
+    warnings.warn(text, stacklevel=3)

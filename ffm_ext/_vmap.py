@@ -72,10 +72,10 @@ def _(
     seed = _unfolded(V, grad_output, in_dims[0]).flatten(0, 1)
     folded = _fold(V, in_dims[1:], arguments, True)
     grad_weight, grad_values = _ops.ffm_backward(seed, *folded, *arguments[5:])
-    has_values_grad = arguments[-1]
-    if has_values_grad:
+    values_grad = arguments[7]  # ``deterministic`` may follow
+    if values_grad:
         grad_values = grad_values.unflatten(0, (V, -1))
-    return (grad_weight.unflatten(0, (V, -1)), grad_values), (0, 0 if has_values_grad else None)
+    return (grad_weight.unflatten(0, (V, -1)), grad_values), (0, 0 if values_grad else None)
 
 
 @torch.library.register_vmap("ffm_ext::ffm_backward_values")

@@ -17,7 +17,6 @@ nor the state of an optimizer, and AOTAutograd traces both.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
 
 from . import reference
+from ._arguments import alert_not_deterministic
 from ._fake import new_grad_values
 from .optim import FusedOptimizer
 
@@ -65,7 +65,7 @@ def interaction(
     """The interaction with what gradients are needed. Arguments as those of ``functional``, already checked.
 
     Args:
-        grad: ``"dense"``, ``"sparse"``, or ``"fused"`` with the next three.
+        grad: ``"dense"``, ``"atomic"``, ``"sparse"``, or ``"fused"`` with the next three.
         fused: the ``handle`` of the :class:`~ffm_ext.optim.FusedOptimizer`.
         step, states: the buffers of the layer that its update changes.
     """
@@ -198,19 +198,6 @@ def _vjp(
     return torch.func.vjp(function, *inputs)[1]
 
 
-def _alert_not_deterministic(table: Tensor) -> None:
-    """What ``torch.use_deterministic_algorithms`` says of gradients that CUDA adds atomically."""
-    if not table.is_cuda or not torch.are_deterministic_algorithms_enabled():
-        return
-    text = (
-        "ffm_interaction: grad='atomic' adds gradients in any order, which "
-        "torch.use_deterministic_algorithms(True) refuses; grad='dense' is deterministic"
-    )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(text)
-    warnings.warn(text, stacklevel=2)
-
-
 class FFMFunction(torch.autograd.Function):
     """Arguments as :func:`interaction`, all positional."""
 
@@ -258,8 +245,10 @@ class FFMFunction(torch.autograd.Function):
             )
         elif ctx.grad in ("dense", "atomic"):
             is_atomic = ctx.grad == "atomic"
-            if is_atomic:
-                _alert_not_deterministic(table)
+            if is_atomic and table.is_cuda:
+                alert_not_deterministic(
+                    "ffm_interaction: grad='atomic' adds gradients", "grad='dense'"
+                )
             grad_weight, grad_values = _ops.ffm_backward(
                 grad_output, table, *lists, needs_values, deterministic=not is_atomic
             )

@@ -33,7 +33,8 @@ class FFMInteraction(nn.Module):
         embed_dim: K, the number of latent factors.
         output: ``"sum"`` -> ``[B]``, ``"dot"`` -> ``[B, P]``, ``"hadamard"`` -> ``[B, P, K]``, P = F(F-1)/2.
         within_field: also count the pairs inside one field (see :func:`ffm_ext.functional.ffm_interaction`).
-        grad: ``"sparse"`` or ``"dense"`` gradient of the table.
+        grad: the gradient of the table: ``"sparse"``, ``"dense"``, or ``"atomic"``, which is dense and on CUDA added in
+            any order (see :func:`ffm_ext.functional.ffm_interaction`).
         dtype, device: of the table.
 
     Attributes:
@@ -75,8 +76,14 @@ class FFMInteraction(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the table anew."""
+        """Draw the table anew; a fused optimizer begins anew too."""
         nn.init.normal_(self.weight, std=initial_std(self.num_fields, self.embed_dim))
+        self._reset_optimizer()
+
+    def _reset_optimizer(self) -> None:
+        if self._fused is not None:
+            remove_state(self)
+            add_state(self, self._fused.optimizer)
 
     def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
         """Interaction of a batch, in the dtype of the table: ``[B]``, ``[B, P]`` or ``[B, P, K]`` by ``output``.
@@ -172,14 +179,17 @@ class FFMInteraction(nn.Module):
                 f"FFMInteraction.fuse_optimizer: the table is a {type(self.weight.data).__name__}, of which this "
                 "process may hold a part; only a plain tensor can be updated inside backward"
             )
-        remove_state(self)
-        add_state(self, optimizer)
         self._fused = FusedOptimizer(self, optimizer)
+        self._reset_optimizer()
         return self._fused
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        if self._fused is not None:  # assign=True has put another parameter in place
+        self._follow_weight()
+
+    def _follow_weight(self) -> None:
+        """``load_state_dict(assign=True)`` and a way to or from the meta device put another parameter in place."""
+        if self._fused is not None:
             self._fused.param_groups[0]["params"] = [self.weight]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FFMInteraction:
@@ -188,6 +198,7 @@ class FFMInteraction(nn.Module):
         super()._apply(lambda tensor: keep_huge_pages(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
         if step is not None:
             self._buffers["optimizer_step"] = step
+        self._follow_weight()
         return self
 
     def extra_repr(self) -> str:
@@ -208,6 +219,7 @@ class _Described(nn.Module):
         for name, buffer in buffers.items():
             moved = None if buffer is None else buffer.to(device, copy=True)
             self.register_buffer(name, moved, persistent=False)
+        self.register_load_state_dict_post_hook(_describe_what_was_loaded)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves the module; what ``to_empty`` leaves without values gets them again."""
@@ -216,6 +228,14 @@ class _Described(nn.Module):
             if not self.get_buffer(name).is_meta:
                 self.get_buffer(name).copy_(values)
         return self
+
+
+def _describe_what_was_loaded(module: nn.Module, _: Any) -> None:
+    """``load_state_dict(assign=True)`` takes a module off the meta device: what it is described by has to follow."""
+    device = next(iter(module.state_dict().values())).device
+    for name, values in module._description.items():  # type: ignore[union-attr, operator]
+        if module.get_buffer(name).is_meta:
+            module._buffers[name] = values.to(device, copy=True)
 
 
 class FieldAwareFactorizationMachine(_Described):
@@ -263,6 +283,7 @@ class FieldAwareFactorizationMachine(_Described):
             table = layer.weight.view(layer.num_features, layer.num_fields, layer.embed_dim)
             for g in range(layer.num_fields):
                 table[:, g] = nn.init.xavier_uniform_(torch.empty_like(table[:, g]))
+        layer._reset_optimizer()
 
     def __prepare_scriptable__(self) -> None:
         raise _no_torchscript("FieldAwareFactorizationMachine")
@@ -358,7 +379,8 @@ class FFM(_Described):
             ``{"users": range(0, 100), "items": [100, 101, …]}``, which together cover ``0 … N-1`` once each.
         num_features, num_fields: only the sizes.
         within_field: also count the pairs inside one field.
-        grad: ``"sparse"`` or ``"dense"`` gradients of the linear weights and of the table.
+        grad: ``"sparse"`` or ``"dense"`` gradients of the linear weights and of the table; or ``"atomic"``, dense ones,
+            of which CUDA adds that of the table in any order (see :func:`ffm_ext.functional.ffm_interaction`).
         bias: have a bias. ``linear.bias`` is ``None`` without.
         linear: have a weight for each feature. ``linear.weight`` is ``None`` without.
         normalize: divide the values of each sample by their Euclidean norm, which scales its pairs by

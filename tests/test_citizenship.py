@@ -5,38 +5,58 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from problems import FORMS, OUTPUTS, Problem, by_definition, make_problem
+from problems import FORMS, OUTPUTS, Problem, by_definition, make_problem, python
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import ffm_ext
-from ffm_ext import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine, SparseBatch, reference
+from ffm_ext import (
+    FFM,
+    FM,
+    FFMInteraction,
+    FieldAwareFactorizationMachine,
+    SparseBatch,
+    autograd,
+    reference,
+)
 from ffm_ext.functional import ffm_interaction
 
 N, F, K = 50, 3, 4
-ALL = ("dense", "sparse", "fused", "int8")
-LEARNING = ("dense", "sparse", "fused")
+DENSE = ("dense", "atomic")
+LEARNING = (*DENSE, "sparse", "fused")
+ALL = (*LEARNING, "int8")
 NEEDS_DENSE = "create_graph=True needs grad='dense'"
 NOT_THE_OWN_TABLE = "the table is not the one that its fused optimizer updates"
 
 
 def in_modes(
-    feature: str, works: tuple[str, ...] = (), note: str | None = None, **refused: str
+    feature: str,
+    works: tuple[str, ...] = (),
+    note: str | None = None,
+    marks: Mapping[str, pytest.MarkDecorator] | None = None,
+    **refused: str,
 ) -> pytest.MarkDecorator:
-    """Runs a test once a mode: in those where it works, and in those where it is refused with the text given."""
+    """Runs a test once a mode: in those where it works, and in those where it is refused with the text given.
+
+    ``marks`` are further ones of single modes.
+    """
     options = {} if note is None else {"note": note}
 
     def param(mode: str, **more: str) -> Any:
-        mark = pytest.mark.compatibility(feature, mode=mode, **options, **more)
-        return pytest.param(mode, marks=mark, id=mode)
+        found = [pytest.mark.compatibility(feature, mode=mode, **options, **more)]
+        if marks is not None and mode in marks:
+            found.append(marks[mode])
+        return pytest.param(mode, marks=found, id=mode)
 
     params = [param(mode) for mode in works]
     return pytest.mark.parametrize(
@@ -48,8 +68,12 @@ def optimizer() -> ffm_ext.optim.Optimizer:
     return ffm_ext.optim.Adam(lr=0.1)
 
 
+def grad_of(mode: str) -> Any:
+    return mode if mode in DENSE else "sparse"
+
+
 def make_layer(mode: str, **options: Any) -> Any:
-    layer = FFMInteraction(N, F, K, grad="dense" if mode == "dense" else "sparse", **options)
+    layer = FFMInteraction(N, F, K, grad=grad_of(mode), **options)
     if mode == "fused":
         layer.fuse_optimizer(optimizer())
     return ffm_ext.quantize(layer) if mode == "int8" else layer
@@ -57,8 +81,7 @@ def make_layer(mode: str, **options: Any) -> Any:
 
 def make_model(mode: str, **options: Any) -> Any:
     """With a linear term and a bias, random ones."""
-    grad = "dense" if mode == "dense" else "sparse"
-    model = FFM(K, num_features=N, num_fields=F, grad=grad, **options)
+    model = FFM(K, num_features=N, num_fields=F, grad=grad_of(mode), **options)
     for parameter in model.linear.parameters():
         nn.init.normal_(parameter)
     if mode == "fused":
@@ -100,25 +123,27 @@ def assert_same_state(a: nn.Module, b: nn.Module) -> None:
 # ---------------------------------------------------------------- torch.compile
 
 
-def needs_torch_2_12(mode: str) -> None:
-    if mode == "fused" and torch.torch_version.TorchVersion(torch.__version__) < "2.12":
-        layer = make_layer(mode)
-        loss = torch.compile(lambda x: layer(x).sum(), fullgraph=True, backend="aot_eager")
-        with pytest.raises(Exception, match=r"fused optimizer needs torch 2\.12"):
-            loss(ids())
-        pytest.skip("torch.compile of a fused step needs torch 2.12: refused")
+needs_torch_2_12 = pytest.mark.skipif(
+    torch.torch_version.TorchVersion(torch.__version__) < "2.12",
+    reason="torch.compile of a fused step needs torch 2.12",
+)
+learning = pytest.mark.parametrize(
+    "mode", [*DENSE, "sparse", pytest.param("fused", marks=needs_torch_2_12)]
+)
 
 
 def compile_and_train(
-    mode: str, model: nn.Module, make: Callable[[int], Any], backend: str
+    model: nn.Module, make: Callable[[int], Any], backend: str, dynamic: bool | None = True
 ) -> None:
-    """Five sizes of batches and of learning rates, one graph, the state of the same model without compilation."""
-    needs_torch_2_12(mode)
+    """Five sizes of batches and of learning rates; the state is that of the same model without compilation.
+
+    One graph, or, where torch finds out that sizes change (``dynamic=None``), one before that and one for all others.
+    """
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     other = copy.deepcopy(model)
 
-    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend=backend)
     def loss(x: Any) -> Tensor:
         return model(x).square().mean()
 
@@ -132,30 +157,67 @@ def compile_and_train(
         loss(x).backward()
         other(x).square().mean().backward()
         assert_same_state(model, other)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if dynamic else 2)
 
 
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "by default"])
 @pytest.mark.parametrize("form", INPUTS)
 @in_modes(
-    "torch.compile, training step",
+    "torch.compile, forward and backward",
     LEARNING,
     note="`fullgraph=True`, any batch size and learning rate in one graph; fused from torch 2.12 on",
+    marks={"fused": needs_torch_2_12},
 )
-def test_compiled_training(mode: str, form: str) -> None:
-    compile_and_train(mode, make_model(mode), INPUTS[form], "aot_eager")
+def test_compiled_training(mode: str, form: str, dynamic: bool | None) -> None:
+    compile_and_train(make_model(mode), INPUTS[form], "aot_eager", dynamic)
 
 
 @pytest.mark.parametrize("form", ["ids", "batch"])
-@pytest.mark.parametrize("mode", LEARNING)
+@learning
 def test_compiled_training_with_normalisation(mode: str, form: str) -> None:
-    compile_and_train(mode, make_model(mode, normalize=True), INPUTS[form], "aot_eager")
+    compile_and_train(make_model(mode, normalize=True), INPUTS[form], "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", INPUTS)
-@pytest.mark.parametrize("mode", LEARNING)
+@learning
 def test_compiled_training_by_inductor(mode: str, form: str) -> None:
-    compile_and_train(mode, make_model(mode), INPUTS[form], "inductor")
+    compile_and_train(make_model(mode), INPUTS[form], "inductor")
+
+
+@pytest.mark.parametrize("form", ["ids", "batch"])
+@in_modes(
+    "torch.compile, whole step with `optimizer.step()`",
+    LEARNING,
+    note='torch breaks the graph at `backward`, and with `grad="sparse"` at the layer too',
+    marks={"fused": needs_torch_2_12},
+)
+def test_compiled_step(mode: str, form: str) -> None:
+    torch.compiler.reset()
+    model = make_model(mode)
+    models = model, copy.deepcopy(model)
+    optimizers = [
+        torch.optim.SGD(
+            [p for p in m.parameters() if mode != "fused" or p is not m.interaction.weight], lr=0.1
+        )
+        for m in models
+    ]
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Any) -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    compiled = torch.compile(step, backend="aot_eager")
+    before = model.interaction.weight.detach().clone()
+    for batch_size in (4, 9, 2):
+        x = INPUTS[form](batch_size)
+        found, wanted = (run(m, o, x) for run, m, o in zip((compiled, step), models, optimizers))
+        torch.testing.assert_close(found, wanted)
+        assert_same_state(*models)
+    assert not torch.equal(model.interaction.weight, before)
 
 
 @pytest.mark.parametrize("form", ["ids", "batch"])
@@ -172,8 +234,17 @@ def test_compiled_inference(mode: str, form: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_torch_before_2_12_compiles_no_fused_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autograd, "_TRACES_UPDATES", False)
+    torch.compiler.reset()
+    layer = make_layer("fused")
+    loss = torch.compile(lambda x: layer(x).sum(), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"fused optimizer needs torch 2\.12 or newer, this is"):
+        loss(ids())
+
+
+@needs_torch_2_12
 def test_a_compiled_graph_older_than_its_table_is_noticed() -> None:
-    needs_torch_2_12("fused")
     torch.compiler.reset()
     layer = make_layer("fused")
     loss = torch.compile(lambda x: layer(x).sum(), fullgraph=True, backend="aot_eager")
@@ -183,7 +254,10 @@ def test_a_compiled_graph_older_than_its_table_is_noticed() -> None:
         second.backward()
 
 
-@in_modes("double backward under torch.compile", dense="does not currently support double backward")
+@in_modes(
+    "double backward under torch.compile",
+    **dict.fromkeys(DENSE, "does not currently support double backward"),
+)
 def test_compiled_double_backward(mode: str) -> None:
     torch.compiler.reset()
     layer = make_layer(mode)
@@ -245,7 +319,7 @@ def test_training_under_autocast(mode: str) -> None:
     torch.testing.assert_close(layer.weight.grad.to_dense(), expected.to_dense())
 
 
-@in_modes("torch.amp.GradScaler", ("dense", "sparse"), fused="the loss was scaled by a GradScaler")
+@in_modes("torch.amp.GradScaler", (*DENSE, "sparse"), fused="the loss was scaled by a GradScaler")
 def test_grad_scaler(mode: str) -> None:
     layer = make_layer(mode)
     other = copy.deepcopy(layer)
@@ -269,7 +343,7 @@ def test_functional_call(mode: str) -> None:
     x = ids()
     found = functional_call(layer, dict(other.state_dict()), (x,))
     torch.testing.assert_close(found, other(x))
-    if mode in ("dense", "sparse"):
+    if mode in (*DENSE, "sparse"):
         weight = other.weight.detach().clone().requires_grad_()
         functional_call(layer, {"weight": weight}, (x,)).sum().backward()
         other(x).sum().backward()
@@ -278,7 +352,7 @@ def test_functional_call(mode: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@in_modes("torch.func.grad, vjp, jacrev", ("dense",), sparse=NEEDS_DENSE)
+@in_modes("torch.func.grad, vjp, jacrev", DENSE, sparse=NEEDS_DENSE)
 def test_func_gradients(mode: str, form: str) -> None:
     problem = make_problem(form, F, K, dtype=torch.float64)
     inputs = (problem.weight, problem.values)
@@ -305,8 +379,31 @@ def test_func_gradients(mode: str, form: str) -> None:
     torch.testing.assert_close(gradients(ours), gradients(plain))
 
 
+@in_modes("torch.func.grad, vjp, jacrev", fused=NOT_THE_OWN_TABLE)
+def test_func_gradients_of_a_fused_layer(mode: str) -> None:
+    layer, x = make_layer(mode), ids()
+    grad(lambda weight: functional_call(layer, {"weight": weight}, (x,)).sum())(
+        layer.weight.detach()
+    )
+
+
 def with_values(problem: Problem, values: Tensor | None) -> tuple[Tensor | None, ...]:
     return problem.indices, problem.fields, values, problem.offsets  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("values_grad", [True, False])
+def test_vmap_of_the_operator_of_gradients(values_grad: bool, deterministic: bool) -> None:
+    problem = make_problem("one-hot values", F, K)
+    seeds = torch.randn(2, problem.batch_size)
+
+    def gradients(seed: Tensor) -> tuple[Tensor, ...]:
+        args = (seed, *problem.args, "sum", False, values_grad)
+        found = torch.ops.ffm_ext.ffm_backward(*args, deterministic=deterministic)
+        return tuple(found if values_grad else found[:1])
+
+    wanted = tuple(torch.stack(parts) for parts in zip(*map(gradients, seeds)))
+    torch.testing.assert_close(vmap(gradients)(seeds), wanted)
 
 
 @in_modes("torch.func.vmap", ALL, note="by one call for all, also over several tables")
@@ -348,7 +445,7 @@ def test_vmap_of_a_gradient(form: str, output: str, batched: str) -> None:
 
 @in_modes(
     "vmap of a gradient (one gradient a sample)",
-    ("dense",),
+    DENSE,
     sparse=NEEDS_DENSE,
     fused=NOT_THE_OWN_TABLE,
 )
@@ -384,7 +481,7 @@ def test_forward_mode_elsewhere_is_no_matter() -> None:
     torch.testing.assert_close(tangent, layer(x))
 
 
-@in_modes("double backward", ("dense",), sparse=NEEDS_DENSE, fused=NOT_THE_OWN_TABLE)
+@in_modes("double backward", DENSE, sparse=NEEDS_DENSE, fused=NOT_THE_OWN_TABLE)
 def test_double_backward(mode: str) -> None:
     """Third derivatives too, and that of the gradient that flows in. gradgradcheck is in test_gradients.py."""
     problem = make_problem("one-hot", F, K, num_features=N, dtype=torch.float64)
@@ -496,7 +593,7 @@ class Masked(nn.Module):
 COMPUTED = "weight is computed from another tensor"
 
 
-@in_modes("torch.nn.utils.parametrize", ("dense",), sparse=COMPUTED, fused=COMPUTED)
+@in_modes("torch.nn.utils.parametrize", DENSE, sparse=COMPUTED, fused=COMPUTED)
 def test_parametrize(mode: str) -> None:
     x = ids()
     layer, other = make_layer(mode), make_layer(mode)
@@ -548,7 +645,10 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_buffers())
 
 
-@pytest.mark.compatibility("meta device, to_empty, reset_parameters", mode=("dense", "sparse"))
+META = "meta device, to_empty, reset_parameters"
+
+
+@pytest.mark.compatibility(META, mode=(*DENSE, "sparse"))
 @pytest.mark.parametrize("name", MODELS)
 def test_meta_device(name: str) -> None:
     make = MODELS[name]
@@ -571,7 +671,41 @@ def test_meta_device(name: str) -> None:
     torch.testing.assert_close(model(x), other(x))
 
 
-@pytest.mark.compatibility("torch.nn.utils.skip_init", mode=("dense", "sparse"))
+@pytest.mark.parametrize("name", ["FFMInteraction", "FFM of sizes", "drop-in"])
+@pytest.mark.parametrize("fused", [optimizer(), ffm_ext.optim.FTRL(lr=0.1)])
+@pytest.mark.parametrize("way", ["to_empty", "load_state_dict(assign=True)"])
+@pytest.mark.compatibility(META, mode="fused")
+def test_meta_device_of_a_fused_layer(name: str, fused: ffm_ext.optim.Optimizer, way: str) -> None:
+    """Its state comes to life with the table, from which that of FTRL is reckoned."""
+
+    def make(device: str) -> tuple[nn.Module, ffm_ext.optim.FusedOptimizer]:
+        with torch.device(device):
+            model = MODELS[name]()
+            layer = model if isinstance(model, FFMInteraction) else model.interaction
+            return model, layer.fuse_optimizer(fused)  # type: ignore[operator, union-attr]
+
+    model, handle = make("meta")
+    other, _ = make("cpu")
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    if way == "to_empty":
+        model.to_empty(device="cpu")
+        for tensor in model.state_dict().values():
+            tensor.fill_(-1)
+        for one in (model, other):
+            torch.manual_seed(0)
+            one.reset_parameters()  # type: ignore[operator]
+    else:
+        model.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+    handle.param_groups[0]["lr"] = 0.1
+    for _ in range(2):
+        x = torch.randint(2, (5, 3))
+        for one in (model, other):
+            one(x).square().sum().backward()
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.compatibility("torch.nn.utils.skip_init", mode=(*DENSE, "sparse"))
 @pytest.mark.parametrize("name", MODELS)
 def test_deferred_initialisation(name: str) -> None:
     other = MODELS[name]()
@@ -606,6 +740,7 @@ def test_profiler(mode: str) -> None:
     names = {event.key for event in profile.key_averages()}
     backward = {
         "dense": "ffm_backward",
+        "atomic": "ffm_backward",
         "sparse": "ffm_backward_sparse",
         "fused": "ffm_backward_fused_",
     }
@@ -640,3 +775,30 @@ def test_a_batch_is_saved_with_tensors() -> None:
     loaded = torch.load(file, weights_only=True)["batch"]
     for name in ("indices", "fields", "values", "offsets"):
         assert torch.equal(getattr(loaded, name), getattr(batch, name))
+
+
+# ---------------------------------------------------------------- the page
+
+
+@pytest.mark.parametrize(
+    ("mark", "strict", "passes"), [("", "0", True), ("", "1", False), ("on='a GPU'", "1", True)]
+)
+def test_what_the_page_cites_has_to_run(
+    mark: str, strict: str, passes: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        f"@pytest.mark.compatibility('a feature', mode='dense', {mark})\n"
+        "@pytest.mark.skip(reason='not here')\n"
+        "def test_it(): ...\n"
+        "@pytest.mark.skip(reason='not cited')\n"
+        "def test_other(): ...\n"
+    )
+    tests = Path(__file__).parent
+    run = python(
+        *("-m", "pytest", "-p", "conftest", f"--rootdir={tmp_path}", str(tmp_path)),
+        FFM_EXT_STRICT=strict,
+        PYTHONPATH=os.pathsep.join([str(tests), str(tests.parent)]),
+    )
+    assert (run.returncode == 0) == passes, run.stdout + run.stderr
+    assert ("cites this test, and it did not run: Skipped: not here" in run.stdout) != passes

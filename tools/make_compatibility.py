@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Writes docs/compatibility.md from the ``compatibility`` marks of the tests: ``--check`` only compares.
 
-A mark is ``@pytest.mark.compatibility(feature, mode=…, group=…, note=…, refuses=…)``: ``mode`` is one of the columns or
-a tuple of them. The test shows that it works, or, with ``refuses=text``, that it ends in an error with that text
-(tests/conftest.py). So the page says what is tested, and a cell without a test is empty.
+A mark is ``@pytest.mark.compatibility(feature, mode=…, group=…, note=…, refuses=…, on=…)``: ``mode`` is one of the
+columns or a tuple of them. The test shows that it works, or, with ``refuses=text``, that it ends in an error with that
+text. ``on`` names the hardware that the test needs; any other test with a mark has to run where ``FFM_EXT_STRICT=1``
+(tests/conftest.py), which CI sets. So the page says what has been tested, and a cell without a test is empty.
 """
 
 from __future__ import annotations
@@ -18,24 +19,25 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
-COLUMNS = ("dense", "sparse", "fused", "int8")
+COLUMNS = ("dense", "atomic", "sparse", "fused", "int8")
 FIRST_GROUP = "One machine"
-KEYWORDS = {"mode", "group", "note", "refuses"}
+KEYWORDS = {"mode", "group", "note", "refuses", "on"}
 
 INTRODUCTION = """\
 # What works with what
 
-Made from the tests by `tools/make_compatibility.py`: a *yes* is a test that passes, a *no* is a test that meets an
-error with the text beneath the table, and – means that there is no test.
+Made from the tests by `tools/make_compatibility.py`: a *yes* is a test that passes in every CI run, on a CPU; a *no* is
+one that meets an error with the text beneath the table; *on a GPU* is a test that only a machine with a GPU runs
+([what has been run on one](cuda.md#what-has-been-run-on-a-gpu)); and – means that there is no test.
 
-`dense`, `sparse` and `fused` are how the table learns (`grad="dense"`, `grad="sparse"`, `fuse_optimizer`); `int8` is
-`QuantizedFFMInteraction`, which is for inference.
+`dense`, `atomic`, `sparse` and `fused` are [how the table learns](gradients.md): `grad="dense"`, `grad="atomic"`,
+`grad="sparse"`, `fuse_optimizer`. `int8` is `QuantizedFFMInteraction`, which is for inference.
 """
 
 
 @dataclass
 class Cell:
-    works: bool
+    word: str
     notes: list[str] = field(default_factory=list)
 
 
@@ -87,9 +89,12 @@ def read(marks: list[tuple[str, Any]]) -> Groups:
             if mode not in COLUMNS:
                 raise SystemExit(f"{test}: mode = {mode!r} is not one of {', '.join(COLUMNS)}")
             row = groups.setdefault(options.get("group", FIRST_GROUP), {}).setdefault(feature, {})
-            cell = row.setdefault(mode, Cell("refuses" not in options))
-            if cell.works != ("refuses" not in options):
-                raise SystemExit(f"{test}: {feature}, {mode}: another test says the opposite")
+            word = "**no**" if "refuses" in options else options.get("on", "yes")
+            cell = row.setdefault(mode, Cell(word))
+            if cell.word != word:
+                raise SystemExit(
+                    f"{test}: {feature}, {mode}: {word}, but another test says {cell.word}"
+                )
             texts = [f"“{options['refuses']}”"] if "refuses" in options else []
             texts += [options["note"]] if "note" in options else []
             cell.notes += [text for text in texts if text not in cell.notes]
@@ -107,8 +112,7 @@ def table(rows: dict[str, dict[str, Cell]]) -> Iterator[str]:
                 shown.append("–")
                 continue
             notes = [str(numbers.setdefault(note, len(numbers) + 1)) for note in cell.notes]
-            word = "yes" if cell.works else "**no**"
-            shown.append(word + (f" <sup>{', '.join(notes)}</sup>" if notes else ""))
+            shown.append(cell.word + (f" <sup>{', '.join(notes)}</sup>" if notes else ""))
         yield f"| {feature} | {' | '.join(shown)} |"
     if numbers:
         yield ""
