@@ -75,7 +75,18 @@ def operator_calls(name: str) -> list[tuple[Any, ...]]:
         elif name == "interaction":
             calls.append((*problem.args, 3, *modes, "dense", 0, None, []))
             weight = problem.weight.clone().requires_grad_()
-            calls.append((weight, *problem.args[1:], 3, *modes, "dense", 0, None, []))
+            values = None if problem.values is None else problem.values.clone().requires_grad_()
+            lists = (problem.indices, problem.fields, values, problem.offsets, 3, *modes)
+            calls.append((weight, *lists, "dense", 0, None, []))
+            if output != "sum":
+                continue
+            if values is not None:
+                calls.append((problem.weight, *lists, "dense", 0, None, []))
+            calls += [(weight, *lists, grad, 0, None, []) for grad in ("atomic", "sparse")]
+            # Results and gradients are all that opcheck compares: that compiled code makes the same updates is in
+            # test_citizenship.py.
+            counted = (torch.zeros((), dtype=torch.int64), [torch.ones_like(problem.weight)])
+            calls.append((weight, *lists, "fused", FUSED.handle, *counted))
         elif name == "ffm_train_":
             weight, *lists = problem.args
             state = [torch.ones_like(weight)]
@@ -92,6 +103,8 @@ def operator_calls(name: str) -> list[tuple[Any, ...]]:
                 (seed, *problem.args, *modes, values_grad)
                 for values_grad in {False, problem.values is not None}
             ]
+            if name == "ffm_backward":
+                calls += [(*call, False) for call in calls[-1:]]  # not deterministic
     return calls
 
 
