@@ -14,6 +14,7 @@ Modes:
     One sample after the other on one thread: libffm's arithmetic and order of updates, to float32 rounding.
 ``"hogwild"``
     The same over threads that do not wait for each other (Niu et al., NIPS 2011): faster, and no two runs are alike.
+    ``torch.use_deterministic_algorithms(True)`` refuses it.
 ``"deterministic"``
     Batches: every sample of a batch is scored with the weights from before it, and their gradients are summed, not
     averaged. The same bits for any number of threads.
@@ -32,6 +33,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -40,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arguments import sum_dtype
+from ._arguments import alert_not_deterministic, sum_dtype
 from ._files import atomic_write
 from .batch import SparseBatch
 from .data import SparseDataset, open_dataset
@@ -179,6 +181,7 @@ class Trainer:
         # Within an epoch: shards that are done, samples of the next that are, and their losses.
         self._shard, self._sample = 0, 0
         self._loss, self._weight, self._seconds, self._samples = 0.0, 0.0, 0.0, 0
+        self._total = 0  # samples of the epoch
         self._best: dict[str, Tensor] = {}
         self._best_loss, self._rises, self._stopped = math.inf, 0, False
         table = model.interaction.weight
@@ -209,8 +212,9 @@ class Trainer:
             train, valid: a :class:`~ffm_ext.data.SparseDataset`, the folder of one, or ``(x, labels)`` or
                 ``(x, labels, weights)`` with x ids ``[n, F]`` (as ``model`` takes them) or a ``SparseBatch``.
             epochs: in all.
-            auto_stop: stop when the loss of ``valid`` has risen ``patience`` times in a row, and take the weights
-                from before the first of them (libffm's auto-stop has patience 1).
+            auto_stop: stop when the loss of ``valid`` has not come below its lowest for ``patience`` epochs in a row,
+                and take the weights of the lowest (libffm's auto-stop has patience 1). A later call with ``auto_stop``
+                trains no further, and warns of it; one without it does.
             callback: is told of the progress, every 131,072 samples and at the end of each epoch.
             checkpoint: a file that :meth:`save` writes after every epoch, when Ctrl-C is pressed, and every
                 ``checkpoint_every`` samples.
@@ -222,6 +226,7 @@ class Trainer:
             TypeError: ``train`` or ``valid`` is none of these.
             ValueError: an option makes no sense, or shapes of the data do not fit each other or the model.
             IndexError: an id or a field of the data is out of range.
+            RuntimeError: the mode is ``"hogwild"`` and ``torch.use_deterministic_algorithms(True)`` is set.
             FloatingPointError: the loss is not finite any more; the text says after how many samples.
         """
         if auto_stop and valid is None:
@@ -235,6 +240,12 @@ class Trainer:
                 raise ValueError(f"Trainer.fit: {name} = {number} must be positive")
         if checkpoint_every is not None and checkpoint is None:
             raise ValueError("Trainer.fit: checkpoint_every needs checkpoint")
+        if auto_stop and self._stopped and self.epoch < epochs:
+            warnings.warn(
+                f"Trainer.fit: stopped in epoch {self.epoch}, when the loss of valid had not fallen any more; "
+                "auto_stop=False trains on",
+                stacklevel=2,
+            )
         parts = self._parts("Trainer.fit", train)
         valid_parts = None if valid is None else self._parts("Trainer.fit", valid)
 
@@ -243,7 +254,7 @@ class Trainer:
                 self.save(checkpoint)
 
         try:
-            while self.epoch < epochs and not self._stopped:
+            while self.epoch < epochs and not (auto_stop and self._stopped):
                 self._run_epoch(parts, epochs, callback, save, checkpoint_every)
                 with _uninterrupted():
                     finished = self._finish_epoch(valid_parts, auto_stop, patience)
@@ -282,7 +293,14 @@ class Trainer:
         save: Callable[[], None] | None,
         save_every: int | None,
     ) -> None:
+        if self.mode == "hogwild":
+            alert_not_deterministic("Trainer: mode='hogwild' adds updates", "mode='deterministic'")
         start, total = time.perf_counter() - self._seconds, self._num_samples(parts)
+        if (self._shard or self._sample) and self._total not in (0, total):
+            raise ValueError(
+                f"Trainer: the checkpoint is in the middle of an epoch of {self._total} samples, train has {total}"
+            )
+        self._total = total
         shards = self._order(len(parts), 0)
         saved = self._samples
         with self._threads():
@@ -713,7 +731,7 @@ class Trainer:
 
 _ARGUMENTS = ("loss", "mode", "batch_size", "num_threads", "shuffle", "seed")
 _POSITION = (
-    *("step", "shard", "sample", "loss", "weight", "seconds", "samples"),
+    *("step", "shard", "sample", "total", "loss", "weight", "seconds", "samples"),
     *("best_loss", "rises", "stopped"),
 )
 _KEPT = ("model", "optimizer")

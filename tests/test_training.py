@@ -163,9 +163,11 @@ given = np.load(sys.argv[1])
 x = scipy.sparse.csr_matrix((given["values"], given["indices"], given["offsets"]), (len(given["labels"]), {N}))
 ctypes.CDLL(None).srand(1)
 model = pylibffm.train(x, given["labels"], given["fields"], tempfile.mkdtemp(), {{"nr_iters": 5}})
-# Its array has stride 0 with new releases of numpy; what it points to is right.
-weights = np.lib.stride_tricks.as_strided(model.W, (model.W.size,), (4,))
-np.save(sys.argv[2], weights.reshape({N}, {F}, 2, {K}))
+# Its arrays have stride 0 with new releases of numpy; what they point to is right.
+model.W = np.lib.stride_tricks.as_strided(model.W, (model.W.size,), (4,)).copy()
+np.save(sys.argv[2], model.W.reshape({N}, {F}, 2, {K}))
+predicted = model.predict(x, given["fields"].astype(np.int32))
+np.save(sys.argv[3], np.lib.stride_tricks.as_strided(predicted, predicted.shape, (4,)))
 """
 
 
@@ -189,6 +191,7 @@ def test_as_libffm_itself(kind, tmp_path):
             LIBFFM.format(N=N, F=F, K=K),
             tmp_path / "given.npz",
             tmp_path / "w.npy",
+            tmp_path / "predicted.npy",
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -224,12 +227,10 @@ def test_as_libffm_itself(kind, tmp_path):
     trainer = Libffm(made)
     history = trainer.fit((data, labels), epochs=5)
     assert [epoch.train_loss for epoch in history] == pytest.approx(losses, abs=2e-5)
+    predicted = np.load(tmp_path / "predicted.npy")
+    np.testing.assert_allclose(trainer.predict(data).numpy(), predicted, rtol=0, atol=1e-4)
     theirs = np.load(tmp_path / "w.npy")[:, :, 0]
-    ours = made.interaction.weight.detach().numpy().reshape(N, F, K).copy()
-    predicted = trainer.predict(data)
-    with torch.no_grad():
-        made.interaction.weight.copy_(torch.from_numpy(theirs.reshape(N, F * K).copy()))
-    assert (predicted - trainer.predict(data)).abs().max() < 1e-4
+    ours = made.interaction.weight.detach().numpy().reshape(N, F, K)
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
@@ -240,7 +241,8 @@ def test_batches_of_one_are_exact(optimizer):
     # Apart from decay, which then is that of whole rows.
     lists, labels = samples("one-hot")
     optimizer = type(optimizer)(lr=optimizer.lr)
-    data = (ffm_ext.SparseBatch.from_lists(lists), labels)
+    weights = np.random.RandomState(1).rand(len(labels)).astype(np.float32)
+    data = (ffm_ext.SparseBatch.from_lists(lists), labels, weights)
     made = [model(bias=True, linear=True) for _ in range(2)]
     losses = [
         Trainer(m, optimizer=optimizer, mode=mode, batch_size=1).partial_fit(data)
@@ -285,6 +287,47 @@ def test_deterministic_has_the_same_bits_for_any_number_of_threads():
         assert all(map(torch.equal, table, tables[0]))
 
 
+def test_weights_of_samples_count_as_repetitions_of_a_batch():
+    lists, labels = samples("multi-hot", n=100)
+    counts = np.random.RandomState(1).randint(0, 4, 100)
+    repeated = [sample for sample, n in zip(lists, counts) for _ in range(n)]
+    made = [model(bias=True, linear=True) for _ in range(2)]
+    losses = [
+        Trainer(m, mode="deterministic", batch_size=1000).fit(data, epochs=3)[-1].train_loss
+        for m, data in zip(
+            made,
+            (
+                (ffm_ext.SparseBatch.from_lists(lists), labels, counts),
+                (ffm_ext.SparseBatch.from_lists(repeated), np.repeat(labels, counts)),
+            ),
+        )
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    for one, two in zip(made[0].parameters(), made[1].parameters()):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("mode", ["exact", "deterministic"])
+def test_random_rounding_is_replayed_and_resumed(mode, tmp_path):
+    lists, labels = samples("multi-hot", n=500)
+    data = (ffm_ext.SparseBatch.from_lists(lists), labels)
+
+    def trained(seed, path=None):
+        made = model(dtype=torch.bfloat16, bias=True, linear=True)
+        trainer = Trainer(
+            made, optimizer=optim.VectorAdaGrad(lr=0.1, rounding_seed=seed), mode=mode
+        )
+        trainer.fit(data, epochs=1, checkpoint=path)
+        if path is not None:
+            trainer = Trainer.load(path)
+        trainer.fit(data, epochs=2)
+        return trainer.model.interaction.weight.detach()
+
+    once = trained(1)
+    assert torch.equal(once, trained(1, tmp_path / "c"))
+    assert not torch.equal(once, trained(2))
+
+
 def test_auto_stop_takes_the_weights_from_before_the_rise():
     lists, labels = samples("one-hot", n=300)
     valid_lists, valid_labels = samples("one-hot", n=300, seed=1)
@@ -297,6 +340,21 @@ def test_auto_stop_takes_the_weights_from_before_the_rise():
     assert 1 < len(history) < 50
     assert losses[-1] >= losses[-2] == min(losses)
     assert trainer.evaluate(valid) == pytest.approx(losses[-2], rel=1e-6)
+    with pytest.warns(UserWarning, match=f"stopped in epoch {len(losses)}.* auto_stop=False"):
+        trainer.fit(data, valid, epochs=51, auto_stop=True)
+    assert len(trainer.fit(data, epochs=51)) == 51
+
+
+def test_hogwild_is_not_deterministic():
+    lists, labels = samples("one-hot")
+    data = (ffm_ext.SparseBatch.from_lists(lists), labels)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="mode='hogwild' adds updates in any order"):
+            Trainer(model(), mode="hogwild").fit(data)
+        Trainer(model(), mode="exact").partial_fit(data)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_dataset_of_shards_and_its_folder(tmp_path):
@@ -417,6 +475,8 @@ def test_a_checkpoint_goes_on_in_the_middle_of_an_epoch(mode, tmp_path, monkeypa
         broken.fit(data, epochs=3, callback=stop, checkpoint=tmp_path / "c")
     again = Trainer.load(tmp_path / "c")
     assert again.epoch == 1
+    with pytest.raises(ValueError, match="in the middle of an epoch of 500 samples, train has 400"):
+        again.fit((data[0][:400], labels[:400]), epochs=3)
     again.fit(data, epochs=3)
     for one, two in zip(whole.model.parameters(), again.model.parameters()):
         assert torch.equal(one, two)
