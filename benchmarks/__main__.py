@@ -19,6 +19,7 @@ FILES = (
     "bench_interaction.py",
     "bench_quality.py",
     "bench_training.py",
+    "bench_memory.py",
     "bench_files.py",
     "bench_kernels.py",
 )
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--only",
         metavar="EXPR",
         help="pytest's -k over names such as t1-N100k-K4-zipf-forward-torchfm-0: "
-        "'interaction and K4', 'ffm_ext or torchfm', 'quality', 'training', 'files', 'kernels', 'kernels and roof'",
+        "'interaction and K4', 'ffm_ext or torchfm', 'quality', 'training', 'files', 'memory', "
+        "'kernels', 'kernels and roof'",
     )
     parser.add_argument("--threads", metavar="1,2", help="thread counts instead of the suite's")
     parser.add_argument(

@@ -13,14 +13,14 @@ from rich import table as rich_table
 from rich.console import Console, Group
 from rich.text import Text
 
-from . import report_files, report_interaction, report_kernels, report_training
+from . import report_files, report_interaction, report_kernels, report_memory, report_training
 from .machine import slug
 from .tables import Record, Section, Table, reasons
 
 
 def collect(raw: Record) -> Record:
     """The results of a run: machine, timings, quality, kernels, and what was not timed and why."""
-    subjects = ("interaction", "quality", "training", "files", "kernels")
+    subjects = ("interaction", "quality", "training", "files", "memory", "kernels")
     runs: dict[str, list[Record]] = {subject: [] for subject in subjects}
     not_timed: dict[str, list[Record]] = {subject: [] for subject in subjects}
     for run in raw["benchmarks"]:
@@ -37,12 +37,19 @@ def collect(raw: Record) -> Record:
         "quality": quality + not_timed["quality"],
         "training": report_training.collect(runs["training"], not_timed["training"]),
         "files": report_files.collect(runs["files"], not_timed["files"]),
+        "memory": report_memory.collect(runs["memory"], not_timed["memory"]),
         "kernels": report_kernels.collect(runs["kernels"], not_timed["kernels"]),
     }
 
 
 def _subject(info: Record) -> str:
-    marks = {"learner": "quality", "engine": "training", "reader": "files", "part": "kernels"}
+    marks = {
+        "learner": "quality",
+        "engine": "training",
+        "reader": "files",
+        "holder": "memory",
+        "part": "kernels",
+    }
     return next((subject for mark, subject in marks.items() if mark in info), "interaction")
 
 
@@ -88,7 +95,8 @@ def sections(results: Record) -> list[Section]:
     first = [section] if section.tables else []
     training = report_training.sections(results["training"])
     files = report_files.sections(results["files"])
-    return first + training + files + report_kernels.sections(results)
+    memory = report_memory.sections(results["memory"])
+    return first + training + files + memory + report_kernels.sections(results)
 
 
 def render(results: Record) -> Group:

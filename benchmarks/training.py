@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -65,6 +65,23 @@ def libffm_model(table: Workload) -> FFM:
     )
 
 
+@lru_cache(1)
+def libffm_draws(n: int) -> Tensor:
+    """What libffm's initial table is made of: ``n`` numbers of C++'s ``std::minstd_rand0`` from seed 1, in [0, 1).
+
+    Engines that start from one table differ in what they do with it, not in their luck.
+    """
+    modulus, filled = 2**31 - 1, 1
+    states = np.empty(n, np.uint64)
+    states[0] = 16807
+    while filled < n:
+        # The k-th state is 16807^k, so those that follow k states are the same times the last of the k.
+        more = min(filled, n - filled)
+        states[filled : filled + more] = states[:more] * states[filled - 1] % modulus
+        filled += more
+    return torch.from_numpy((states - 1).astype(np.float32) / np.float32(modulus - 1))
+
+
 class Engine(Peer):
     """Trains with AdaGrad as libffm does by default: lr 0.2, lambda 2e-5, normalised samples."""
 
@@ -83,7 +100,11 @@ class Ours(Engine):
 
     def epochs(self, workload: TrainingWorkload, threads: int) -> Iterator[tuple[float, float]]:
         model = libffm_model(workload.table).to(self.dtype)
-        torch.nn.init.uniform_(model.interaction.weight, 0, workload.table.embed_dim**-0.5)
+        weight = model.interaction.weight
+        with torch.no_grad():
+            weight.copy_(
+                libffm_draws(weight.numel()).view_as(weight) * workload.table.embed_dim**-0.5
+            )
         mode: Mode = self.mode if threads == 1 else "hogwild"
         trainer = Trainer(model, optimizer=self.optimizer, mode=mode, num_threads=threads)
         ids, labels = workload.data

@@ -175,6 +175,7 @@ class Suite:
         1.0  # scales the epochs of the quality comparison, and the samples to train with
     )
     training: tuple[Workload, ...] = ()
+    memory: tuple[Workload, ...] = ()
     kernels: KernelWorkloads = field(kw_only=True)
 
     def cases(self) -> Iterator[tuple[int, Workload, int]]:
@@ -215,6 +216,7 @@ SUITES = {
         ),
         threads=(1, 2),
         training=tuple(Workload(1_000_000, K, "zipf") for K in (4, 8)),
+        memory=tuple(Workload(N, K, "uniform") for K in (4, 8) for N in (100_000, 1_000_000)),
         kernels=KernelWorkloads(
             roof=tuple(
                 Workload(N, K, ids, num_fields=F, batch_size=ROOF_ENTRIES // F)
@@ -239,6 +241,7 @@ SUITES = {
         threads=(1,),
         effort=0.25,
         training=(Workload(1_000_000, 4, "zipf"),),
+        memory=(Workload(100_000, 4, "uniform"),),
         kernels=KernelWorkloads(
             roof=(Workload(100_000, 4, "uniform"), Workload(100_000, 4, "zipf")),
             dims=tuple(Workload(100_000, K, "uniform") for K in (3, 4)),
@@ -256,6 +259,7 @@ SUITES = {
         pass_seconds=0.001,
         effort=0.01,
         training=(Workload(2_000, 4, "zipf", num_fields=5),),
+        memory=(Workload(2_000, 4, "uniform", num_fields=5, batch_size=64),),
         kernels=KernelWorkloads(
             roof=(Workload(2_000, 4, "zipf", num_fields=5, batch_size=64),),
             dims=tuple(Workload(2_000, K, "uniform", num_fields=5, batch_size=64) for K in (3, 4)),
