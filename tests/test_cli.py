@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkout import needs_checkout
 
 import ffm_ext
 from ffm_ext import cli
@@ -74,6 +75,25 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for name, command in cli.COMMANDS.items():
         assert f"{name} {command.help}" in text
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_flag_is_documented(name: str) -> None:
+    """In the section of its command; and what that section calls a flag is one, of some command."""
+    page = (needs_checkout() / "docs" / "cli.md").read_text()
+    section = re.split(r"^## ", page, flags=re.MULTILINE)
+    (text,) = (part for part in section if part.startswith(f"{name}\n"))
+    flags = {name: flags_of(name) for name in cli.COMMANDS}
+    documented = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*(?=[^`\n]*`)", text))
+    assert flags[name] - documented == set()
+    assert {flag for flag in documented if flag.startswith("--")} <= set.union(*flags.values())
+
+
+def flags_of(name: str) -> set[str]:
+    (commands,) = (a for a in cli.make_parser()._actions if isinstance(a.choices, dict))
+    assert isinstance(commands.choices, dict)
+    actions = commands.choices[name]._actions
+    return {flag for action in actions for flag in action.option_strings} - {"-h", "--help"}
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: MIT
 """``ffm-ext train | predict | check | convert | info FILE``."""
 
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ffm_ext import cli, data, interop
 from ffm_ext.cli import _models
+from ffm_ext.distributed import DistributedTrainer
 from ffm_ext.training import Trainer
 
 
@@ -361,6 +367,64 @@ def test_a_second_interruption_leaves_no_half_checkpoint(files, monkeypatch, cap
     assert cli.main(["train", files[0], "m"]) == 130
     assert "go on" not in capsys.readouterr().err
     assert {path.name for path in Path().iterdir()} == {"tr.ffm", "va.ffm"}
+
+
+@pytest.mark.slow
+def test_interrupted_processes_claim_no_checkpoint_that_is_not_there(files):
+    for asked, message in (
+        ([], "stopped; no checkpoint was written"),
+        (["--checkpoint", "c"], "stopped; --resume c goes on from the last checkpoint there"),
+    ):
+        command = ["-m", "ffm_ext", "train", "-t", "100000", "--json", *asked, files[0], "m"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+        process = subprocess.Popen(
+            [sys.executable, *launcher, *command],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3):
+            assert process.stdout.readline().startswith('{"epoch": ')
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+        assert message in err.splitlines()
+        assert sorted(path.name for path in Path().iterdir()) == [*asked[1:], "tr.ffm", "va.ffm"]
+    assert DistributedTrainer.load("c").epoch >= 2
+
+
+def test_a_live_bar_on_a_terminal(files):
+    """stderr is a terminal, whose bar is drawn anew while the run goes on; the lines go where stdout does."""
+    pytest.importorskip("rich")
+    tr, _ = files
+    terminal, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    flags = ["-t", "300", "--mode", "deterministic", "--batch-size", "64"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ffm_ext", "train", *flags, tr, "m"],
+        env={**os.environ, "TERM": "xterm", "NO_COLOR": "1"},
+        stdout=subprocess.PIPE,
+        stderr=inner,
+        text=True,
+    )
+    os.close(inner)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(terminal, 1 << 16)
+        except OSError:  # the other end is closed
+            break
+    os.close(terminal)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    bars = re.findall(
+        r"epoch (\d+)/300 [^\r]* loss (\d\.\d{5})  ([\d,]+) samples/s (\d:\d\d:\d\d)",
+        shown.decode(),
+    )
+    epochs = [int(bar[0]) for bar in bars]
+    assert len(set(epochs)) > 3 and epochs == sorted(epochs) and epochs[-1] <= 300
+    assert float(bars[-1][1]) < float(bars[0][1]) < 0.8
+    assert all(int(bar[2].replace(",", "")) > 100 for bar in bars)
+    assert len(out.splitlines()) == 302  # a head, the epochs, a summary
 
 
 @pytest.mark.parametrize("command", ["train", "predict", "check", "convert", "info"])

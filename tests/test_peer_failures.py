@@ -105,7 +105,7 @@ def test_nothing_is_left_behind_and_nothing_old_is_used() -> None:
 
 
 def test_runs_can_be_repeated() -> None:
-    """xLearn's issues 237, 240, 345."""
+    """xLearn's issues 237, 340, 245."""
     for mode in (["-s", 1], ["-s", 2, "--mode", "deterministic"]):
         made = []
         for name in ("a", "b"):

@@ -100,7 +100,7 @@ COMMANDS: dict[str, Command] = {
         run=_models.train,
     ),
     "predict": Command(
-        help="predict libffm text with a model of ffm_ext, libffm or xLearn",
+        help="predict libffm text with a model of ffm_ext, libffm, xLearn or torchfm",
         add_arguments=_models.predict_arguments,
         run=_models.predict,
     ),
@@ -129,6 +129,20 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="ffm-ext", description="Field-aware factorization machines for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=f"ffm-ext {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(
+            subparsers.add_parser(name, help=command.help, description=command.help)
+        )
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -139,16 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for an error that is shown on stderr, 130 where the user interrupted. Wrong arguments exit
         with 2, as usual with argparse.
     """
-    parser = argparse.ArgumentParser(
-        prog="ffm-ext", description="Field-aware factorization machines for PyTorch."
-    )
-    parser.add_argument("--version", action="version", version=f"ffm-ext {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        command.add_arguments(
-            subparsers.add_parser(name, help=command.help, description=command.help)
-        )
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
 
     command = COMMANDS[args.command]
     error: object = command.missing()

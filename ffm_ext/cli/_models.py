@@ -546,7 +546,9 @@ def _progress(
         TextColumn("loss {task.fields[loss]:.5f}  {task.fields[rate]:,.0f} samples/s"),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    # Lines go above the bar where both are on the terminal, and to where stdout goes where it is redirected.
+    console, above = Console(stderr=True), sys.stdout.isatty()
+    with Bar(*columns, console=console, transient=True, redirect_stdout=above) as bar:
         task = bar.add_task("train", total=None, epoch="1", loss=math.nan, rate=0.0)
 
         def show(progress: Progress) -> None:
@@ -567,7 +569,9 @@ def _progress(
 
 def predict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("test", type=Path, help="libffm text, or a folder that `convert` made")
-    parser.add_argument("model", type=Path, help="of ffm_ext, libffm or xLearn, or a checkpoint")
+    parser.add_argument(
+        "model", type=Path, help="of ffm_ext, libffm, xLearn or torchfm, or a checkpoint"
+    )
     parser.add_argument("output", type=Path, nargs="?", help="a number a line; default: stdout")
     parser.add_argument("--logit", action="store_true", help="scores instead of probabilities")
     unsaid_arguments(parser)
@@ -709,9 +713,7 @@ FORMATS = {
 
 
 def convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", type=Path, help="a model of any kind, a state_dict of torchfm, or data"
-    )
+    parser.add_argument("source", type=Path, help="a model of any kind that predict reads, or data")
     parser.add_argument("target", type=Path)
     listed = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
     parser.add_argument("--to", choices=sorted(FORMATS), required=True, help=listed)
