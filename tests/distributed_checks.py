@@ -2,7 +2,7 @@
 """What tests/test_distributed.py does in processes of its own: functions of ``(rank, size, folder)``.
 
 ``python tests/distributed_checks.py FOLDER RANK SIZE NAME …`` runs some as one process of a gloo group that meets in
-FOLDER, and writes what they return, or raise, to ``FOLDER/result-RANK.json``.
+FOLDER, and writes what they return, or raise, to ``FOLDER/result-SIZE-RANK.json``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import ffm_ext
 from ffm_ext import optim
 from ffm_ext.distributed import DistributedDataParallel, DistributedTrainer, read_share
 
-N, F, K, B, STEPS = 60, 5, 4, 16, 6
+# B can be divided by 1, 2 and 3: the mean of the means of the processes is that of the batch.
+N, F, K, B, STEPS = 60, 5, 4, 24, 6
+SAVED = 4  # steps before a checkpoint
 
 
 def batches(seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -44,12 +46,30 @@ def new_model(grad: str, **options: Any) -> ffm_ext.FFM:
     return ffm_ext.FFM(K, num_features=N, num_fields=F, grad=grad, **options)
 
 
+class DeepFFM(nn.Module):
+    """An FFM, and a network over the products of a second table. FSDP takes no scalars: no bias."""
+
+    def __init__(self, grad: Any) -> None:
+        super().__init__()
+        self.ffm = new_model(grad, bias=False)
+        self.pairs = ffm_ext.FFMInteraction(N, F, K, output="hadamard", grad=grad)
+        width = F * (F - 1) // 2 * K
+        self.top = nn.Sequential(nn.Linear(width, 32), nn.ReLU(), nn.Linear(32, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffm(x) + self.top(self.pairs(x).flatten(1)).squeeze(1)
+
+
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, rank: int = 0, size: int = 1
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    rank: int = 0,
+    size: int = 1,
+    steps: slice = slice(None),
 ) -> list[float]:
     """The loss of every step on this process's part of each batch."""
     losses = []
-    for x, labels in batches():
+    for x, labels in batches()[steps]:
         mine = slice(B * rank // size, B * (rank + 1) // size)
         if optimizer is not None:
             optimizer.zero_grad()
@@ -90,6 +110,10 @@ def ddp_dense(rank: int, size: int, folder: Path) -> list[float]:
     return ddp(rank, size, folder, "dense")
 
 
+def ddp_atomic(rank: int, size: int, folder: Path) -> list[float]:
+    return ddp(rank, size, folder, "atomic")
+
+
 def ddp_sparse(rank: int, size: int, folder: Path) -> list[float]:
     return ddp(rank, size, folder, "sparse")
 
@@ -119,37 +143,66 @@ def ddp_of_torch_fused(rank: int, size: int, folder: Path) -> None:
 # ---------------------------------------------------------------- FSDP
 
 
-def fsdp(rank: int, size: int, folder: Path) -> list[float]:
-    import torch.distributed.checkpoint as dcp
+def fully_sharded(model: nn.Module, size: int) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = new_model("dense", bias=False)  # FSDP takes no parameter without dimensions
-    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
-    losses = train(model, torch.optim.Adam(model.parameters(), lr=0.05), rank, size)
-    table = model.interaction.weight
-    assert table.to_local().shape[0] < N, "every process holds a part of the rows"  # type: ignore[operator]
-    dcp.save(model.state_dict(), checkpoint_id=folder / "fsdp")
+    mesh = init_device_mesh("cpu", (size,))
+    if isinstance(model, DeepFFM):
+        fully_shard(model.top, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp(rank: int, size: int, folder: Path, grad: str = "dense") -> list[float]:
+    """All steps, with a checkpoint of model and optimizer after ``SAVED``."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model = fully_sharded(DeepFFM(grad), size)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    losses = train(model, optimizer, rank, size, slice(SAVED))
+    for table in (model.ffm.interaction.weight, model.pairs.weight):  # type: ignore[union-attr]
+        assert table.to_local().shape[0] < N, "every process holds a part of the rows"  # type: ignore[operator, union-attr]
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    dcp.save(state, checkpoint_id=folder / f"fsdp-{grad}")
+    losses += train(model, optimizer, rank, size, slice(SAVED, None))
     return mean(losses)
 
 
-def fsdp_fused_before(rank: int, size: int, folder: Path) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+def fsdp_atomic(rank: int, size: int, folder: Path) -> list[float]:
+    return fsdp(rank, size, folder, "atomic")
 
-    model = new_model("dense", bias=False, linear=False)
-    model.interaction.fuse_optimizer(optim.SGD(lr=0.5))
-    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
-    train(model, None)
+
+def fsdp_resumed(rank: int, size: int, folder: Path) -> list[float]:
+    """The steps after the checkpoint, in a new model."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = fully_sharded(DeepFFM("dense"), size)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    dcp.load(state, checkpoint_id=folder / "fsdp-dense")
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    return mean(train(model, optimizer, rank, size, slice(SAVED, None)))
+
+
+def fsdp_sparse(rank: int, size: int, folder: Path) -> None:
+    train(fully_sharded(DeepFFM("sparse"), size), None)
+
+
+def fsdp_fused_before(rank: int, size: int, folder: Path) -> None:
+    model = DeepFFM("dense")
+    model.pairs.fuse_optimizer(optim.SGD(lr=0.5))
+    train(fully_sharded(model, size), None)
 
 
 def fsdp_fused_after(rank: int, size: int, folder: Path) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = new_model("dense", bias=False, linear=False)
-    fully_shard(model, mesh=init_device_mesh("cpu", (size,)))
-    model.interaction.fuse_optimizer(optim.SGD(lr=0.5))
+    model = fully_sharded(DeepFFM("dense"), size)
+    model.pairs.fuse_optimizer(optim.SGD(lr=0.5))  # type: ignore[operator, union-attr]
 
 
 # ---------------------------------------------------------------- DistributedTrainer
@@ -185,8 +238,13 @@ def trainer_runs(rank: int, size: int, folder: Path) -> list[list[float]]:
             checkpoint_every=100,
         )
     assert made._sample > 0, "it was to stop within an epoch"
+    return trainer_resumed(rank, size, folder)
+
+
+def trainer_resumed(rank: int, size: int, folder: Path) -> list[list[float]]:
     made = DistributedTrainer.load(folder / "checkpoint")
-    made.fit(train_part, valid, epochs=2)
+    assert made.epoch == 1 and made._sample > 0
+    made.fit(folder / "train.ffm", folder / "valid.ffm", epochs=2)
     return [[epoch.train_loss, epoch.valid_loss or 0.0] for epoch in made.history]
 
 
@@ -197,6 +255,11 @@ def a_fault_of_one_is_told_by_all(rank: int, size: int, folder: Path) -> None:
 # ---------------------------------------------------------------- TorchRec
 
 SIZES = {"user": 11, "film": 7, "genre": 20}
+# With a small epsilon Adagrad's first step is the sign of a gradient, which rounding may turn where it is all but zero.
+ARGUMENTS = {
+    torch.optim.SGD: {"lr": 0.1},
+    torch.optim.Adagrad: {"lr": 0.1, "eps": 1e-3},
+}
 
 
 def jagged(rank: int, size: int) -> list[tuple[Any, Tensor]]:
@@ -230,10 +293,14 @@ def new_embedding_ffm() -> Any:
 
 
 def train_jagged(
-    model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, size: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rank: int = 0,
+    size: int = 1,
+    steps: slice = slice(None),
 ) -> list[float]:
     losses = []
-    for features, labels in jagged(rank, size):
+    for features, labels in jagged(rank, size)[steps]:
         optimizer.zero_grad()
         loss = nn.functional.binary_cross_entropy_with_logits(model(features), labels)
         loss.backward()
@@ -242,18 +309,49 @@ def train_jagged(
     return losses
 
 
+def sharded(how: str, kind: type[torch.optim.Optimizer]) -> tuple[Any, torch.optim.Optimizer]:
+    """A model, and the optimizer of what TorchRec does not update."""
+    from ffm_ext.distributed import shard
+
+    arguments = ARGUMENTS[kind]
+    model = shard(new_embedding_ffm(), how, optimizer=kind, optimizer_args=arguments)  # type: ignore[arg-type]
+    bias = [parameter for name, parameter in model.named_parameters() if name == "bias"]
+    return model, kind(bias, **arguments)
+
+
+def torchrec_state(model: Any, rest: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "model": model.state_dict(),
+        "tables": model.fused_optimizer.state_dict(),
+        "rest": rest.state_dict()["state"],
+    }
+
+
 def torchrec(
     rank: int, size: int, folder: Path, how: str, kind: type[torch.optim.Optimizer]
 ) -> list[float]:
+    """All steps, with a checkpoint of model and optimizers after ``SAVED``."""
     import torch.distributed.checkpoint as dcp
 
-    from ffm_ext.distributed import shard
-
-    model = shard(new_embedding_ffm(), how, optimizer=kind, optimizer_args={"lr": 0.1})  # type: ignore[arg-type]
-    bias = [parameter for name, parameter in model.named_parameters() if name == "bias"]
-    losses = train_jagged(model, kind(bias, lr=0.1), rank, size)
-    dcp.save(model.state_dict(), checkpoint_id=folder / f"torchrec-{how}-{kind.__name__}")
+    model, rest = sharded(how, kind)
+    losses = train_jagged(model, rest, rank, size, slice(SAVED))
+    dcp.save(torchrec_state(model, rest), checkpoint_id=folder / f"torchrec-{how}-{kind.__name__}")
+    losses += train_jagged(model, rest, rank, size, slice(SAVED, None))
     return mean(losses)
+
+
+def torchrec_resumed(rank: int, size: int, folder: Path, how: str) -> list[float]:
+    """The steps after the checkpoint, in a new model."""
+    import torch.distributed.checkpoint as dcp
+
+    kind = torch.optim.Adagrad
+    model, rest = sharded(how, kind)
+    state = torchrec_state(model, rest)
+    dcp.load(state, checkpoint_id=folder / f"torchrec-{how}-{kind.__name__}")
+    model.load_state_dict(state["model"])
+    model.fused_optimizer.load_state_dict(state["tables"])
+    rest.load_state_dict({**rest.state_dict(), "state": state["rest"]})
+    return mean(train_jagged(model, rest, rank, size, slice(SAVED, None)))
 
 
 def torchrec_row_wise_sgd(rank: int, size: int, folder: Path) -> list[float]:
@@ -268,8 +366,24 @@ def torchrec_column_wise_sgd(rank: int, size: int, folder: Path) -> list[float]:
     return torchrec(rank, size, folder, "column_wise", torch.optim.SGD)
 
 
+def torchrec_column_wise_adagrad(rank: int, size: int, folder: Path) -> list[float]:
+    return torchrec(rank, size, folder, "column_wise", torch.optim.Adagrad)
+
+
 def torchrec_table_wise_adagrad(rank: int, size: int, folder: Path) -> list[float]:
     return torchrec(rank, size, folder, "table_wise", torch.optim.Adagrad)
+
+
+def torchrec_row_wise_resumed(rank: int, size: int, folder: Path) -> list[float]:
+    return torchrec_resumed(rank, size, folder, "row_wise")
+
+
+def torchrec_column_wise_resumed(rank: int, size: int, folder: Path) -> list[float]:
+    return torchrec_resumed(rank, size, folder, "column_wise")
+
+
+def torchrec_table_wise_resumed(rank: int, size: int, folder: Path) -> list[float]:
+    return torchrec_resumed(rank, size, folder, "table_wise")
 
 
 def torchrec_from_meta(rank: int, size: int, folder: Path) -> list[float]:
@@ -304,7 +418,9 @@ def main() -> None:
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
     }
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size
+    )
     results: dict[str, Any] = {}
     for name in sys.argv[4:]:
         try:
@@ -315,7 +431,7 @@ def main() -> None:
                 "trace": traceback.format_exc(),
             }
         dist.barrier()
-    (folder / f"result-{rank}.json").write_text(json.dumps(results))
+    (folder / f"result-{size}-{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 

@@ -6,6 +6,7 @@ What runs in processes of its own is in distributed_checks.py; here its results 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ from ffm_ext.modules import initial_std
 from ffm_ext.training import Trainer
 
 GROUP = "Distributed"
+MOVES = "from two processes to one and to three, with the optimizer's state"
 compatibility = pytest.mark.compatibility
 WAIT = 300  # seconds; a busy machine takes long to start processes
 
@@ -69,29 +71,30 @@ def run_checks(names: list[str], folder: Path, size: int = 2) -> list[dict[str, 
     finally:
         for process in running:
             process.kill()
-    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(size)]
+    return [json.loads((folder / f"result-{size}-{rank}.json").read_text()) for rank in range(size)]
+
+
+QUICK = (
+    *("ddp_dense", "ddp_atomic", "ddp_sparse", "ddp_of_torch_dense", "ddp_of_torch_sparse"),
+    *("ddp_fused", "ddp_of_torch_fused", "fsdp", "fsdp_atomic", "fsdp_sparse"),
+    *("fsdp_fused_before", "fsdp_fused_after", "trainer_runs", "a_fault_of_one_is_told_by_all"),
+)
 
 
 class Results:
-    """Of two processes that run all quick checks once, for the whole file."""
+    """Of processes that run some checks once, for the whole file."""
 
-    NAMES = (
-        *("ddp_dense", "ddp_sparse", "ddp_of_torch_dense", "ddp_of_torch_sparse", "ddp_fused"),
-        *("ddp_of_torch_fused", "fsdp", "fsdp_fused_before", "fsdp_fused_after", "trainer_runs"),
-        "a_fault_of_one_is_told_by_all",
-    )
-
-    def __init__(self, folder: Path, names: tuple[str, ...] = NAMES) -> None:
+    def __init__(self, folder: Path, names: tuple[str, ...], size: int = 2) -> None:
         self.folder = folder
-        self.found = run_checks(list(names), folder)
+        self.found = run_checks(list(names), folder, size)
 
     def __call__(self, name: str) -> Any:
-        """What both processes returned; what they raised is raised here."""
-        first, second = (found[name] for found in self.found)
+        """What all processes returned; what they raised is raised here."""
+        first, *others = (found[name] for found in self.found)
         if "error" in first:
-            assert second.get("error") == first["error"]
+            assert all(other.get("error") == first["error"] for other in others), first["trace"]
             raise RuntimeError(first["error"])
-        assert first == second
+        assert all(other == first for other in others)
         return first["value"]
 
 
@@ -103,7 +106,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
     lines = (folder / "train.ffm").read_text().splitlines()
     lines[250] += " 1:2"
     (folder / "broken.ffm").write_text("\n".join(lines))
-    return Results(folder)
+    return Results(folder, QUICK)
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["1 process", "3 processes"])
+def resumed(request: pytest.FixtureRequest, two: Results) -> Results:
+    """Of other numbers of processes, which go on from what two have saved."""
+    return Results(two.folder, ("fsdp_resumed", "trainer_resumed"), request.param)
 
 
 # ---------------------------------------------------------------- replicas and FSDP
@@ -121,6 +130,11 @@ def one_process(grad: str, make: Any, **options: Any) -> list[float]:
             "ddp_dense",
             "dense",
             marks=compatibility("DistributedDataParallel", group=GROUP, mode="dense"),
+        ),
+        pytest.param(
+            "ddp_atomic",
+            "atomic",
+            marks=compatibility("DistributedDataParallel", group=GROUP, mode="atomic"),
         ),
         pytest.param(
             "ddp_sparse",
@@ -158,20 +172,56 @@ def test_torchs_own_ddp_refuses_what_it_cannot_do(two: Results) -> None:
         two("ddp_of_torch_sparse")
 
 
-@compatibility("FSDP2 (`fully_shard`)", group=GROUP, mode="dense")
-def test_fsdp_and_its_checkpoint_in_one_process(two: Results) -> None:
+FSDP = "FSDP2 (`fully_shard`), the layers beside a network"
+
+
+def deep_ffm() -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of all steps in one process, and the state after the first ``SAVED``."""
+    model = checks.DeepFFM("dense")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    losses = checks.train(model, optimizer, steps=slice(checks.SAVED))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return losses + checks.train(model, optimizer, steps=slice(checks.SAVED, None)), state
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [
+        pytest.param(grad, marks=compatibility(FSDP, group=GROUP, mode=grad))
+        for grad in ("dense", "atomic")
+    ],
+)
+def test_fsdp_and_its_checkpoint_in_one_process(grad: str, two: Results) -> None:
     import torch.distributed.checkpoint as dcp
 
-    model = checks.new_model("dense", bias=False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    assert two("fsdp") == pytest.approx(checks.train(model, optimizer), abs=1e-5)
-    loaded = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
-    dcp.load(loaded, checkpoint_id=two.folder / "fsdp", no_dist=True)
-    for name, tensor in model.state_dict().items():
+    expected, state = deep_ffm()
+    assert two("fsdp" if grad == "dense" else "fsdp_atomic") == pytest.approx(expected, abs=1e-5)
+    assert expected[-1] != pytest.approx(expected[0], abs=1e-3)
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    dcp.load({"model": loaded}, checkpoint_id=two.folder / f"fsdp-{grad}", no_dist=True)
+    for name, tensor in state.items():
         torch.testing.assert_close(loaded[name], tensor, atol=1e-4, rtol=0)
 
 
-@compatibility("FSDP2 (`fully_shard`)", group=GROUP, mode="fused", refuses="fused optimizer")
+@compatibility("FSDP2, torch.distributed.checkpoint", group=GROUP, mode="dense", note=MOVES)
+@pytest.mark.slow
+def test_fsdp_goes_on_in_another_number_of_processes(resumed: Results) -> None:
+    """With the state of Adam: without it the two steps would be others."""
+    assert resumed("fsdp_resumed") == pytest.approx(deep_ffm()[0][checks.SAVED :], abs=1e-5)
+
+
+@compatibility(
+    FSDP,
+    group=GROUP,
+    mode="sparse",
+    refuses="fsdp::chunk_cat",
+    note="torch's reduction of gradients knows no sparse ones",
+)
+def test_fsdp_takes_no_sparse_gradient(two: Results) -> None:
+    two("fsdp_sparse")
+
+
+@compatibility(FSDP, group=GROUP, mode="fused", refuses="fused optimizer")
 def test_fsdp_refuses_a_fused_table(two: Results) -> None:
     two("fsdp_fused_before")
 
@@ -285,6 +335,20 @@ def test_two_processes_end_as_one_and_resume_as_one(two: Results) -> None:
     )
     # Checkpoints replace each other, and leave nothing beside them.
     assert len(list((two.folder / "each").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_what_two_processes_saved_others_go_on_with(resumed: Results, two: Results) -> None:
+    assert np.allclose(resumed("trainer_resumed"), two("trainer_runs"), atol=1e-9, rtol=0)
+
+
+@pytest.mark.slow
+def test_what_one_process_saved_two_go_on_with(tmp_path: Path) -> None:
+    write_data(tmp_path / "train.ffm", 300, 0)
+    write_data(tmp_path / "valid.ffm", 90, 1)
+    expected = checks.trainer_runs(0, 1, tmp_path)
+    found = Results(tmp_path, ("trainer_resumed",))("trainer_resumed")
+    assert np.allclose(found, expected, atol=1e-9, rtol=0)
 
 
 def test_a_fault_of_one_process_is_raised_in_all(two: Results) -> None:
@@ -421,6 +485,7 @@ TORCHREC = {
     "torchrec_row_wise_sgd": torch.optim.SGD,
     "torchrec_row_wise_adagrad": torch.optim.Adagrad,
     "torchrec_column_wise_sgd": torch.optim.SGD,
+    "torchrec_column_wise_adagrad": torch.optim.Adagrad,
     "torchrec_table_wise_adagrad": torch.optim.Adagrad,
 }
 
@@ -434,7 +499,7 @@ def two_with_torchrec(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def sharded(how: str) -> Any:
     return compatibility(
         f"TorchRec, {how}", group=GROUP, mode="fused",
-        note="by `ffm_ext.distributed.EmbeddingFFM`, with the optimizers of FBGEMM; tested where torchrec is installed",
+        note="by `ffm_ext.distributed.EmbeddingFFM`, with the optimizers of FBGEMM",
     )  # fmt: skip
 
 
@@ -446,6 +511,7 @@ def sharded(how: str) -> Any:
         pytest.param("torchrec_row_wise_sgd", marks=sharded("row-wise")),
         pytest.param("torchrec_row_wise_adagrad", marks=sharded("row-wise")),
         pytest.param("torchrec_column_wise_sgd", marks=sharded("column-wise")),
+        pytest.param("torchrec_column_wise_adagrad", marks=sharded("column-wise")),
         pytest.param("torchrec_table_wise_adagrad", marks=sharded("table-wise")),
     ],
 )
@@ -453,19 +519,40 @@ def test_sharded_tables_end_as_one(name: str, two_with_torchrec: Results) -> Non
     import torch.distributed.checkpoint as dcp
 
     model = checks.new_embedding_ffm()
-    optimizer = TORCHREC[name](model.parameters(), lr=0.1)  # type: ignore[abstract]
-    expected = checks.train_jagged(model, optimizer, 0, 1)
+    kind = TORCHREC[name]
+    optimizer = kind(model.parameters(), **checks.ARGUMENTS[kind])  # type: ignore[abstract, arg-type]
+    expected = checks.train_jagged(model, optimizer, steps=slice(checks.SAVED))
+    state = copy.deepcopy(model.state_dict())
+    expected += checks.train_jagged(model, optimizer, steps=slice(checks.SAVED, None))
     assert two_with_torchrec(name) == pytest.approx(expected, abs=1e-5)
     assert expected[-1] != pytest.approx(expected[0], abs=1e-3)
     # The parts of two processes are whole tables again in one.
     how = name.removeprefix("torchrec_").rsplit("_", 1)[0]
-    loaded = {key: torch.zeros_like(tensor) for key, tensor in model.state_dict().items()}
-    folder = two_with_torchrec.folder / f"torchrec-{how}-{TORCHREC[name].__name__}"
-    dcp.load(loaded, checkpoint_id=folder, no_dist=True)
-    # Adagrad's first step is the sign of a gradient, which rounding may turn where it is all but zero.
-    allowed = 1e-4 if TORCHREC[name] is torch.optim.SGD else 5e-3
-    for key, tensor in model.state_dict().items():
-        torch.testing.assert_close(loaded[key], tensor, atol=allowed, rtol=0)
+    loaded = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    folder = two_with_torchrec.folder / f"torchrec-{how}-{kind.__name__}"
+    dcp.load({"model": loaded}, checkpoint_id=folder, no_dist=True)
+    for key, tensor in state.items():
+        torch.testing.assert_close(loaded[key], tensor, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["1 process", "3 processes"])
+def resumed_with_torchrec(request: pytest.FixtureRequest, two_with_torchrec: Results) -> Results:
+    names = tuple(f"torchrec_{how}_resumed" for how in ("row_wise", "column_wise", "table_wise"))
+    return Results(two_with_torchrec.folder, names, request.param)
+
+
+@compatibility("TorchRec, torch.distributed.checkpoint", group=GROUP, mode="fused", note=MOVES)
+@needs_torchrec
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["row_wise", "column_wise", "table_wise"])
+def test_sharded_tables_go_on_in_another_number_of_processes(
+    how: str, resumed_with_torchrec: Results
+) -> None:
+    """With the sums of Adagrad: without them the two steps would be others."""
+    model = checks.new_embedding_ffm()
+    optimizer = torch.optim.Adagrad(model.parameters(), **checks.ARGUMENTS[torch.optim.Adagrad])
+    expected = checks.train_jagged(model, optimizer)[checks.SAVED :]
+    assert resumed_with_torchrec(f"torchrec_{how}_resumed") == pytest.approx(expected, abs=1e-5)
 
 
 @needs_torchrec
