@@ -291,22 +291,22 @@ def test_export(mode: str, form: str) -> None:
 
 
 @in_modes("autocast", ALL, note="the table keeps its dtype, sums and result too")
-def test_autocast(mode: str) -> None:
-    model = make_model(mode)
-    x, values = ids(), torch.rand(5, F, dtype=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast(mode: str, device: torch.device) -> None:
+    model = make_model(mode).to(device)
+    x, values = ids().to(device), torch.rand(5, F, dtype=torch.bfloat16, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         found = model(x, values)
         assert found.dtype == torch.float32
-        assert nn.Linear(5, 2)(found).dtype == torch.bfloat16
+        assert nn.Linear(5, 2, device=device)(found).dtype == torch.bfloat16
     torch.testing.assert_close(found, model(x, values))
 
 
 @pytest.mark.parametrize("mode", LEARNING)
-def test_training_under_autocast(mode: str) -> None:
+def test_training_under_autocast(mode: str, device: torch.device) -> None:
     """A head in bfloat16 behind the layer: the gradient of the table is float32, and that of the head's gradient."""
-    layer, head = make_layer(mode, output="dot"), nn.Linear(3, 1)
-    x, before = ids(), layer.weight.detach().clone()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    layer, head = make_layer(mode, output="dot").to(device), nn.Linear(3, 1, device=device)
+    x, before = ids().to(device), layer.weight.detach().clone()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         out = layer(x)
         out.retain_grad()
         loss = head(out).square().mean()
@@ -320,11 +320,11 @@ def test_training_under_autocast(mode: str) -> None:
 
 
 @in_modes("torch.amp.GradScaler", (*DENSE, "sparse"), fused="the loss was scaled by a GradScaler")
-def test_grad_scaler(mode: str) -> None:
-    layer = make_layer(mode)
+def test_grad_scaler(mode: str, device: torch.device) -> None:
+    layer = make_layer(mode).to(device)
     other = copy.deepcopy(layer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    x = ids()
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
+    x = ids().to(device)
     step = layer._fused or torch.optim.SGD(layer.parameters(), lr=0.1)
     scaler.scale(layer(x).square().sum()).backward()
     scaler.step(step)
@@ -533,9 +533,12 @@ def assigned(model: nn.Module) -> nn.Module:
     return other
 
 
-@pytest.mark.parametrize(
+all_copies = pytest.mark.parametrize(
     "copied", [copy.deepcopy, pickled, through_a_file, by_state_dict, assigned]
 )
+
+
+@all_copies
 @in_modes("copy.deepcopy, pickle, torch.save, state_dict", ALL)
 def test_a_copy_goes_on_as_the_original(
     mode: str, copied: Callable[[nn.Module], nn.Module]
@@ -563,6 +566,33 @@ def test_a_copy_goes_on_as_the_original(
         other(x).sum().backward()
         assert torch.equal(model.interaction.weight, before)
         assert not torch.equal(other.interaction.weight, before)
+
+
+@all_copies
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        (name, mode)
+        for name in ("FM", "drop-in")
+        for mode in LEARNING
+        if (name, mode) != ("FM", "fused")
+    ],
+)
+def test_a_copy_of_the_other_models_goes_on(
+    name: str, mode: str, copied: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = MODELS[name](grad=grad_of(mode))
+    if mode == "fused":
+        model.interaction.fuse_optimizer(optimizer())  # type: ignore[operator, union-attr]
+    x = torch.randint(2, (5, F))
+    model(x).sum().backward()
+    model.zero_grad()
+    other = copied(model)
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+    other(x).square().sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model(x).square().sum().backward()
+    assert_same_state(other, model)
 
 
 # ---------------------------------------------------------------- hooks, parametrizations, memory
