@@ -422,7 +422,8 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
         Args:
             X: see the top of :mod:`ffm_ext.sklearn`.
             y: ``[n]`` labels of two classes.
-            sample_weight: ``[n]``, at least 0; ``None`` = 1.
+            sample_weight: ``[n]``, at least 0; ``None`` = 1. A weight of 2 is a step of twice the size, or, in
+                ``mode="deterministic"``, the sample twice in its batch.
         """
         self._fit(X, y, sample_weight, partial=False)
         return self
@@ -512,7 +513,8 @@ class FFMRegressor(RegressorMixin, _BaseFFM):  # type: ignore[misc]
         Args:
             X: see the top of :mod:`ffm_ext.sklearn`.
             y: ``[n]`` numbers.
-            sample_weight: ``[n]``, at least 0; ``None`` = 1.
+            sample_weight: ``[n]``, at least 0; ``None`` = 1. A weight of 2 is a step of twice the size, or, in
+                ``mode="deterministic"``, the sample twice in its batch.
         """
         self._fit(X, y, sample_weight, partial=False)
         return self

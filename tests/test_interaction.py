@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +19,6 @@ from problems import (
     grad_output,
     make_problem,
     num_threads,
-    python,
 )
 
 import ffm_ext
@@ -200,19 +196,3 @@ def test_outputs_sum_to_each_other(device: torch.device) -> None:
         )
         torch.testing.assert_close(h.sum(2), d, rtol=0, atol=1e-12)
         torch.testing.assert_close(d.sum(1), y, rtol=0, atol=1e-12)
-
-
-@pytest.mark.skipif("FFM_EXT_ISA" in os.environ, reason="FFM_EXT_ISA is set: one ISA was asked for")
-def test_every_isa(isa: str) -> None:
-    """What the kernels compute, on the CPU paths that this process does not run."""
-    if isa == ffm_ext.build_info()["isa"]:
-        pytest.skip(f"this process runs {isa}")
-    files = [
-        str(Path(__file__).with_name(f"test_{name}.py")) for name in ("interaction", "determinism")
-    ]
-    tests = "(matches_reference and not threaded) or rounded_once or (same_bits and sum and F39)"
-    run = python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests, *files, FFM_EXT_ISA=isa
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r"\b[1-9]\d* passed", run.stdout), run.stdout

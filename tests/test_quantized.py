@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from problems import (
     grad_output,
     make_problem,
     num_threads,
-    python,
     with_entry,
 )
 from sklearn.metrics import roc_auc_score
@@ -192,19 +190,6 @@ def test_nothing_to_do() -> None:
     empty = replace(empty, offsets=torch.zeros(4).long())
     assert torch.equal(forward(empty, packed), torch.zeros(3))
     assert torch.equal(forward(empty, packed, "dot", True), torch.zeros(3, 15))
-
-
-@pytest.mark.skipif("FFM_EXT_ISA" in os.environ, reason="of all paths, this is the one asked for")
-def test_every_isa(isa: str) -> None:
-    """This file on the CPU paths that this process does not run."""
-    if isa == ffm_ext.build_info()["isa"]:
-        pytest.skip(f"{isa} is what this process runs")
-    this = str(Path(__file__))
-    run = python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not loses", this, FFM_EXT_ISA=isa
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r"\b[1-9]\d* passed", run.stdout), run.stdout
 
 
 # ---- Bad input.
