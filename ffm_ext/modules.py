@@ -344,9 +344,10 @@ class _Linear(nn.Module):
 
     def _sum(self, indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
         indices = _inside(indices, self.weight.shape[0])
-        if values is None and self.grad != "sparse" and indices.dim() == 2:
-            return self.weight[indices].sum((1, 2))
         sparse = self.grad == "sparse" and not is_exporting()
+        if values is None and indices.dim() == 2:
+            # A third of what embedding_bag takes for a few samples.
+            return nn.functional.embedding(indices, self.weight, sparse=sparse).sum((1, 2))
         if sparse and values is not None and torch.compiler.is_dynamo_compiling():
             # The sparse gradient of embedding_bag with per_sample_weights cannot be traced: the shapes that torch has
             # for it are wrong. That of embedding can.
@@ -486,8 +487,10 @@ class FFM(_Described):
         """
         if isinstance(x, Tensor) and self.offsets is not None:
             x = _global_ids("FFM", x, self.offsets)
-        # A quantized table has no dtype to follow; it converts values by itself.
-        dtype = next((parameter.dtype for parameter in self.parameters()), torch.float32)
+        dtype = torch.float32
+        if self.normalize or values is not None or isinstance(x, SparseBatch):
+            # That of the values. A quantized table has none to follow; it converts them by itself.
+            dtype = next((parameter.dtype for parameter in self.parameters()), dtype)
         if self.normalize:
             x, values = self._normalized(x, values, dtype)
         indices, _, entry_values, offsets = _entries("FFM", x, values, dtype)
