@@ -112,6 +112,19 @@ inline Vec<Sum<T>, N> widen(Vec<Bits<T>, N> v) {
 template <typename T, int N>
 inline Vec<Bits<T>, N> narrow(Vec<Sum<T>, N> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
+#if defined(__AVX512BW__)
+    if constexpr (N == 16) {
+      // A NaN keeps its bits: that of a sum or product has its highest mantissa bit set, and stays a NaN.
+      const __m512 x = bit_copy<__m512>(v);
+      const __m512i bits = bit_copy<__m512i>(v);
+      const __mmask16 is_number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+      const __mmask16 is_odd = _mm512_mask_test_epi32_mask(is_number, bits, _mm512_set1_epi32(0x10000));
+      const __m512i half_up = _mm512_mask_add_epi32(bits, is_number, bits, _mm512_set1_epi32(0x7fff));
+      const __m512i rounded = _mm512_mask_sub_epi32(half_up, is_odd, half_up, _mm512_set1_epi32(-1));
+      const auto halves = bit_copy<Vec<uint16_t, 32>>(rounded);
+      return __builtin_shufflevector(halves, halves, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    }
+#endif
     const Vec<uint32_t, N> bits = bit_copy<Vec<uint32_t, N>>(v);
     const Vec<uint32_t, N> rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
     const Vec<uint32_t, N> nan = bits >> 16 | 0x40u;  // rounding could turn a NaN into an infinity
