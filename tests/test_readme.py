@@ -50,7 +50,7 @@ def run_shown(heading: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str
         if kind == "py":
             exec(compile(text, heading, "exec"), {})
             continue
-        for line in text.splitlines():
+        for line in text.replace("\\\n", "").splitlines():
             program, *argv = shlex.split(line, comments=True)
             assert program == "ffm-ext"
             capsys.readouterr()
@@ -83,4 +83,4 @@ def test_flags_for_movielens(
     liked, rating = run_shown("MovieLens-100K", capsys)
     assert liked["samples"] == rating["samples"] == 20_000
     assert liked["logloss"] <= 0.558
-    assert rating["rmse"] <= 0.9265  # the best FFM of xLearn
+    assert rating["rmse"] <= 0.91
