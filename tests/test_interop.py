@@ -673,7 +673,9 @@ def test_the_loss_of_a_model(tmp_path: Path) -> None:
         save_model(model_of(), path, loss=loss)  # type: ignore[arg-type]
         assert model_loss(path) == loss
         assert_same(load_model(path), model_of())
-    with pytest.raises(ValueError, match=r"^save_model: loss = 'hinge' is not one of logistic, squ"):
+    with pytest.raises(
+        ValueError, match=r"^save_model: loss = 'hinge' is not one of logistic, squ"
+    ):
         save_model(model_of(), path, loss="hinge")  # type: ignore[arg-type]
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
