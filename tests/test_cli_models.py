@@ -104,11 +104,17 @@ def test_flags(flags, files, capsys):
 
 def test_json_and_auto_stop(files, capsys):
     tr, va = files
-    run("train", "--json", "-t", 60, "-r", 1.0, "--auto-stop", "--patience", 2, "-p", va, tr, "m")
+    flags = ("-t", 60, "-r", 1.0, "--auto-stop", "--patience", 2, "-p", va)
+    run("train", "--json", *flags, "--checkpoint", "c", tr, "m")
     *epochs, summary = map(json.loads, capsys.readouterr().out.splitlines())
     assert len(epochs) == summary["epochs"] < 60
     best = min(epoch["valid_loss"] for epoch in epochs)
     assert summary["valid_logloss"] == pytest.approx(best, abs=1e-6)
+    run("train", "--quiet", *flags, "--resume", "c", tr, "m")
+    assert re.fullmatch(
+        r"ffm-ext train: Trainer.fit: stopped in epoch \d+, .* without auto_stop it trains on\n",
+        capsys.readouterr().err,
+    )
 
 
 def test_unknown_features_count_in_the_norm(files, capsys):

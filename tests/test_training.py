@@ -340,7 +340,7 @@ def test_auto_stop_takes_the_weights_from_before_the_rise():
     assert 1 < len(history) < 50
     assert losses[-1] >= losses[-2] == min(losses)
     assert trainer.evaluate(valid) == pytest.approx(losses[-2], rel=1e-6)
-    with pytest.warns(UserWarning, match=f"stopped in epoch {len(losses)}.* auto_stop=False"):
+    with pytest.warns(UserWarning, match=f"stopped in epoch {len(losses)}.* without auto_stop"):
         trainer.fit(data, valid, epochs=51, auto_stop=True)
     assert len(trainer.fit(data, epochs=51)) == 51
 

@@ -10,8 +10,10 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -159,7 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     error: object = command.missing()
     if error is None:
         try:
-            command.run(args)
+            with warnings.catch_warnings():
+                warnings.showwarning = partial(_show_warning, args.command)
+                command.run(args)
             sys.stdout.flush()
             return 0
         except BrokenPipeError:
@@ -174,6 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             error = caught
     print(f"ffm-ext {args.command}: {error}", file=sys.stderr)
     return 1
+
+
+def _show_warning(command: str, message: Warning | str, *place: object) -> None:
+    """A line, without the place in the code that Python names."""
+    print(f"ffm-ext {command}: {message}", file=sys.stderr)
 
 
 def positive_int(text: str) -> int:
