@@ -11,9 +11,9 @@
 Modes:
 
 ``"exact"``
-    One sample after the other on one thread: libffm's arithmetic and order of updates, to float32 rounding. Where a field
-    has several entries, pair after pair, as libffm does it: time then grows with the square of their number, while that
-    of ``"deterministic"`` grows with the number.
+    One sample after the other on one thread: libffm's arithmetic and order of updates, to float32 rounding. Where a
+    field has several entries, pair after pair, as libffm does it: time then grows with the square of their number,
+    while that of ``"deterministic"`` grows with the number.
 ``"hogwild"``
     The same over threads that do not wait for each other (Niu et al., NIPS 2011): faster, and no two runs are alike.
     ``torch.use_deterministic_algorithms(True)`` refuses it.
