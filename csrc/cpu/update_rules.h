@@ -10,7 +10,7 @@ inline V inverse_sqrt(V v) {
   constexpr A kSmallest = std::is_same_v<A, float> ? A(0x1p-120) : A(0x1p-1000);
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<A, float> && N == 16) {
-    v = bit_copy<V>(_mm512_max_ps(bit_copy<__m512>(v), _mm512_set1_ps(kSmallest)));
+    v = bit_copy<V>(_mm512_maskz_max_ps(0xffff, bit_copy<__m512>(v), _mm512_set1_ps(kSmallest)));
   } else
 #endif
     v = v < kSmallest ? V{} + kSmallest : v;
