@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import (  # noqa: E402
     kernel_subjects,
+    memory,
     report,
     report_interaction,
     report_kernels,
@@ -298,3 +299,13 @@ def test_report_of_kernels() -> None:
     text = report.markdown(results)
     assert "| 2 : 1 | 2.00× | 1.25× | – | – |" in text
     assert "- absent (forward): missing: no absent (1×)" in text
+
+
+@pytest.mark.parametrize("num_features", [20_000, 200_000])
+@pytest.mark.parametrize("direction", workloads.DIRECTIONS)
+def test_peak_of_a_step_is_its_arrays(direction: workloads.Direction, num_features: int) -> None:
+    workload = workloads.Workload(num_features, 4, "uniform")
+    touched = workloads.make_batches(workload)[0].unique().numel()
+    wanted = memory.expected_bytes(workload, direction, touched)
+    rise = memory.measure(subjects.Fused, workload, direction)
+    assert 0.9 * wanted - 2**21 < rise < 1.05 * wanted + 2**21

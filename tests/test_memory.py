@@ -3,17 +3,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from problems import num_threads, python
 from torch.profiler import ProfilerActivity, profile
 from torch.torch_version import TorchVersion
 
-from benchmarks.memory import expected_bytes, measure
-from benchmarks.subjects import Fused
-from benchmarks.workloads import DIRECTIONS, Direction, Workload, make_batches
 from ffm_ext.functional import ffm_interaction
 from ffm_ext.reference import ffm_interaction as reference
 
@@ -100,17 +95,6 @@ def test_scratch_does_not_grow_with_the_batch() -> None:
     sums = 4000 * 39 * 39 * 16 * 4
     assert len(grown) == 8
     assert max(grown) < sums / 8, f"{grown} bytes, where the field sums would be {sums}"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/clear_refs")
-@pytest.mark.parametrize("num_features", [20_000, 200_000])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_peak_of_a_step_is_its_arrays(direction: Direction, num_features: int) -> None:
-    workload = Workload(num_features, K, "uniform")
-    touched = make_batches(workload)[0].unique().numel()
-    wanted = expected_bytes(workload, direction, touched)
-    rise = measure(Fused, workload, direction)
-    assert 0.9 * wanted - 2**21 < rise < 1.05 * wanted + 2**21
 
 
 def resident() -> int:
