@@ -225,7 +225,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
 def add_state(layer: torch.nn.Module, optimizer: Optimizer) -> None:
     """Give a layer the buffers that ``optimizer`` keeps for its table: ``optimizer_step`` and one for each state."""
-    layer.register_buffer("optimizer_step", torch.zeros((), dtype=torch.int64))
+    # On the CPU whatever the default device: the operators read it there.
+    layer.register_buffer("optimizer_step", torch.zeros((), dtype=torch.int64, device="cpu"))
     for name, tensor in optimizer.new_state(layer.weight, layer.embed_dim).items():  # type: ignore[arg-type]
         layer.register_buffer(f"optimizer_{name}", tensor)
 

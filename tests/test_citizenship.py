@@ -716,7 +716,8 @@ def test_meta_device_of_a_fused_layer(name: str, fused: ffm_ext.optim.Optimizer,
 
     model, handle = make("meta")
     other, _ = make("cpu")
-    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    real = [name for name, tensor in model.state_dict().items() if not tensor.is_meta]
+    assert [name.split(".")[-1] for name in real] == ["optimizer_step"]  # which is read on the CPU
     if way == "to_empty":
         model.to_empty(device="cpu")
         for tensor in model.state_dict().values():
