@@ -34,8 +34,8 @@ def test_memory(
     what = {**asdict(table), "table": table.name, "step": direction, "holder": kind.name}
     if reason := kind.missing():
         not_timed(request.config, what, reason)
-    touched = make_batches(table)[0].unique().numel()
     rise = benchmark.pedantic(measure, (kind, table, direction), rounds=1)  # type: ignore[no-untyped-call]
     if kind is Fused:
+        touched = make_batches(table)[0].unique().numel()
         what["expected_bytes"] = expected_bytes(table, direction, touched)
     benchmark.extra_info.update({**what, "bytes": rise})

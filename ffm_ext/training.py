@@ -48,13 +48,12 @@ from ._arguments import alert_not_deterministic, sum_dtype
 from ._files import atomic_write
 from .batch import SparseBatch
 from .data import SparseDataset, open_dataset
-from .interop import model_arguments, model_from_arguments
+from .interop import Loss, model_arguments, model_from_arguments
 from .modules import FFM, _entries, _global_ids
 from .optim import OPTIMIZERS, AdaGrad, Optimizer
 
 __all__ = ["Epoch", "History", "Progress", "Trainer"]
 
-Loss = Literal["logistic", "squared"]
 Mode = Literal["exact", "hogwild", "deterministic"]
 Data = SparseDataset | str | os.PathLike[str] | tuple[Any, ...]
 
@@ -183,7 +182,7 @@ class Trainer:
         # Within an epoch: shards that are done, samples of the next that are, and their losses.
         self._shard, self._sample = 0, 0
         self._loss, self._weight, self._seconds, self._samples = 0.0, 0.0, 0.0, 0
-        self._total = 0  # samples of the epoch
+        self._sizes: list[int] = []  # samples of each part of the epoch
         self._best: dict[str, Tensor] = {}
         self._best_loss, self._rises, self._stopped = math.inf, 0, False
         table = model.interaction.weight
@@ -297,12 +296,14 @@ class Trainer:
     ) -> None:
         if self.mode == "hogwild":
             alert_not_deterministic("Trainer: mode='hogwild' adds updates", "mode='deterministic'")
-        start, total = time.perf_counter() - self._seconds, self._num_samples(parts)
-        if (self._shard or self._sample) and self._total not in (0, total):
+        start, sizes = time.perf_counter() - self._seconds, self._part_sizes(parts)
+        total = sum(sizes)
+        if (self._shard or self._sample) and sizes != self._sizes:
             raise ValueError(
-                f"Trainer: the checkpoint is in the middle of an epoch of {self._total} samples, train has {total}"
+                f"{type(self).__name__}: the checkpoint is in the middle of an epoch of {sum(self._sizes)} samples, "
+                f"train has {total}, in {len(self._sizes)} and {len(sizes)} parts, or in others"
             )
-        self._total = total
+        self._sizes = sizes
         shards = self._order(len(parts), 0)
         saved = self._samples
         with self._threads():
@@ -380,8 +381,9 @@ class Trainer:
             return np.arange(n)
         return np.random.default_rng([self.seed, self.epoch, stream]).permutation(n)
 
-    def _num_samples(self, parts: list[_Part]) -> int:
-        return sum(len(part.labels) for part in parts)
+    def _part_sizes(self, parts: list[_Part]) -> list[int]:
+        """The samples of each part. A checkpoint from within an epoch goes on with data that is cut alike only."""
+        return [len(part.labels) for part in parts]
 
     def _steps(self, part: _Part, number: int) -> np.ndarray:
         """What this epoch goes through in a part, in order: its samples."""
@@ -733,7 +735,7 @@ class Trainer:
 
 _ARGUMENTS = ("loss", "mode", "batch_size", "num_threads", "shuffle", "seed")
 _POSITION = (
-    *("step", "shard", "sample", "total", "loss", "weight", "seconds", "samples"),
+    *("step", "shard", "sample", "sizes", "loss", "weight", "seconds", "samples"),
     *("best_loss", "rises", "stopped"),
 )
 _KEPT = ("model", "optimizer")

@@ -339,22 +339,25 @@ def test_what_a_run_cannot_start_from(files, capsys):
     assert model.interaction.weight.dtype == torch.bfloat16 and model.linear.weight is not None
 
 
-@pytest.mark.parametrize("asked", [["--checkpoint", "c"], []], ids=["checkpoint", "default"])
-def test_interrupted_training_resumes_to_the_same_bits(asked, files):
-    tr, va = files
-    flags = ["train", "-t", "400", "-p", va, "--mode", "deterministic"]
+def interrupted(*arguments):
+    """Exit status and stderr of a Python whose run of ``train --json`` got Ctrl-C after three epochs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "ffm_ext", *flags, *asked, "--json", tr, "broken"],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     for _ in range(3):
         assert process.stdout.readline().startswith('{"epoch": ')
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
+    return process.returncode, err
+
+
+@pytest.mark.parametrize("asked", [["--checkpoint", "c"], []], ids=["checkpoint", "default"])
+def test_interrupted_training_resumes_to_the_same_bits(asked, files):
+    tr, va = files
+    flags = ["train", "-t", "400", "-p", va, "--mode", "deterministic"]
+    status, err = interrupted("-m", "ffm_ext", *flags, *asked, "--json", tr, "broken")
     checkpoint = "c" if asked else "broken.checkpoint"
-    assert process.returncode == 130
+    assert status == 130
     assert err == f"\nstopped; go on with --resume {checkpoint}\n"
     assert 0 < Trainer.load(checkpoint).epoch < 400
     assert not Path("broken").exists()
@@ -365,11 +368,11 @@ def test_interrupted_training_resumes_to_the_same_bits(asked, files):
 
 
 def test_a_second_interruption_leaves_no_half_checkpoint(files, monkeypatch, capsys):
-    def interrupted(*_, **__):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "fit", interrupted)
-    monkeypatch.setattr(os, "fsync", interrupted)
+    monkeypatch.setattr(Trainer, "fit", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     assert cli.main(["train", files[0], "m"]) == 130
     assert "go on" not in capsys.readouterr().err
     assert {path.name for path in Path().iterdir()} == {"tr.ffm", "va.ffm"}
@@ -383,16 +386,7 @@ def test_interrupted_processes_claim_no_checkpoint_that_is_not_there(files):
     ):
         command = ["-m", "ffm_ext", "train", "-t", "100000", "--json", *asked, files[0], "m"]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-        process = subprocess.Popen(
-            [sys.executable, *launcher, *command],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(3):
-            assert process.stdout.readline().startswith('{"epoch": ')
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        _, err = interrupted(*launcher, *command)
         assert message in err.splitlines()
         assert sorted(path.name for path in Path().iterdir()) == [*asked[1:], "tr.ffm", "va.ffm"]
     assert DistributedTrainer.load("c").epoch >= 2

@@ -70,8 +70,6 @@ class DistributedTrainer(Trainer):
         self._group = group
         for parameter in model.parameters():
             self._members.broadcast(parameter.detach())
-        # How the training data is cut: a checkpoint goes on with the same batches only.
-        self._sizes: list[int] | None = None
         self._orders: list[np.ndarray] = []
 
     # ---------------------------------------------------------------- data
@@ -89,17 +87,10 @@ class DistributedTrainer(Trainer):
             )
         return [data]
 
-    def _num_samples(self, parts: list[Any]) -> int:
-        return sum(part.num_samples for part in parts)
+    def _part_sizes(self, parts: list[Any]) -> list[int]:
+        return [size for part in parts for size in part.sizes.tolist()]
 
     def _steps(self, part: Any, number: int) -> np.ndarray:
-        sizes = part.sizes.tolist()
-        if self._sample and self._sizes is not None and sizes != self._sizes:
-            raise ValueError(
-                f"DistributedTrainer: the checkpoint is in the middle of an epoch of {sum(self._sizes)} samples "
-                f"in {len(self._sizes)} ranges, data has {sum(sizes)} in {len(sizes)}, or others"
-            )
-        self._sizes = sizes
         self._orders = [self._order(int(part.sizes[i]), 1 + i) for i in part.ranges]
         return np.arange(part.num_steps(self.batch_size))
 
@@ -166,7 +157,6 @@ class DistributedTrainer(Trainer):
 
         folder, members = Path(path), self._members
         tensors, metadata = self._tensors_and_metadata()
-        metadata["sizes"] = json.dumps(self._sizes)
         metadata["tensors"] = json.dumps(
             {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()}
         )
@@ -228,7 +218,6 @@ class DistributedTrainer(Trainer):
         try:
             metadata = json.loads((newest / _INFO).read_text(encoding="utf-8"))
             shapes = json.loads(metadata["tensors"])
-            sizes = json.loads(metadata["sizes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where}: {newest / _INFO} is not whole ({error})") from error
         state: dict[str, Any] = {
@@ -246,7 +235,6 @@ class DistributedTrainer(Trainer):
             raise ValueError(f"{where}: {newest.name} is not whole ({error})") from error
         trainer = cls._from(where, state, metadata, group=group)
         assert isinstance(trainer, DistributedTrainer)
-        trainer._sizes = sizes
         return trainer
 
 
