@@ -137,6 +137,14 @@ def steps_of(
         ),
     )
 
+    from .gpu_roofs import RandomUpdate
+
+    updated = [batch.unique() for batch in ids]
+    updated = [rows[torch.randperm(rows.numel(), device="cuda")] for rows in updated]
+    update = RandomUpdate(weight)
+    count = touched * (2 * (row + F * embed_dim * 4) + 8)
+    yield "rows and states updated", count, lambda i: update(updated[i % len(ids)])
+
     def with_gradient(i: int) -> None:
         layer(ids[i % len(ids)]).backward(upstream)
         layer.weight.grad = None
@@ -164,7 +172,8 @@ def roofline(path: Path) -> None:
         ["dtype", "K", "step", "samples/s", "ms", "GB/s", "share"],
         f"B = {B}, N = {short(N)}, F = {F}, uniform ids. The copy moves {copy / 1e9:.0f} GB/s, read and written.",
         "Bytes: rows as often as they are named, once by forward and once by backward; a touched row and its state",
-        "written, and read again where it is updated.",
+        "written, and read again where it is updated. The roofs do nothing else: gather_sum reads the batch's rows,",
+        "'rows and states updated' reads and writes each that it names, and a state of it, in any order.",
     )
     ids = make_ids(N, F, B, 4)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.torch_version import TorchVersion
 
 from . import reference
@@ -30,7 +31,7 @@ from ._arguments import alert_not_deterministic
 from ._fake import new_grad_values
 from .optim import FusedOptimizer
 
-__all__ = ["interaction", "is_exporting"]
+__all__ = ["interaction", "is_exporting", "is_from_backward"]
 
 _ops = torch.ops.ffm_ext
 _library = torch.library.Library("ffm_ext", "FRAGMENT")
@@ -41,6 +42,22 @@ _TOO_OLD = (
     "ffm_interaction: torch.compile of a layer with a fused optimizer needs torch 2.12 or newer, this is "
     f"{torch.__version__}"
 )
+
+
+# Where the rows of sparse gradients lie that are still in use.
+_rows_made: set[StorageWeakRef] = set()
+
+
+def is_from_backward(rows: Tensor) -> bool:
+    """Whether these are the rows of a sparse gradient as it was made here: they rise."""
+    return StorageWeakRef(rows.untyped_storage()) in _rows_made
+
+
+def _remember(rows: Tensor) -> None:
+    for made in list(_rows_made):
+        if made.expired():
+            _rows_made.discard(made)
+    _rows_made.add(StorageWeakRef(rows.untyped_storage()))
 
 
 def is_exporting() -> bool:
@@ -257,11 +274,12 @@ class FFMFunction(torch.autograd.Function):
             rows, grad_rows, grad_values = _ops.ffm_backward_sparse(
                 grad_output, table, *lists, needs_values
             )
-            grad_weight = torch.sparse_coo_tensor(
+            _remember(rows)
+            # torch.sparse_coo_tensor(check_invariants=False) of torch 2.11 warns of what it was told.
+            grad_weight = torch.ops.aten._sparse_coo_tensor_unsafe(
                 rows[None],
                 grad_rows.view(rows.shape[0], *weight.shape[1:]),
                 weight.shape,
                 is_coalesced=True,
-                check_invariants=False,
             )
         return grad_weight, None, None, grad_values if needs_values else None, *(None,) * 8

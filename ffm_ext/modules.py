@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import GradMode, Output, check_contents, check_modes, checks_contents, outside
-from .autograd import interaction, is_exporting
+from .autograd import interaction, is_exporting, is_from_backward
 from .batch import SparseBatch
 from .functional import ffm_interaction
 from .memory import empty_table, keep_huge_pages
@@ -634,13 +634,14 @@ def initial_std(num_fields: int, embed_dim: int) -> float:
 def _keep_coalesced(weight: Tensor) -> None:
     """Say again that a sparse gradient is coalesced, which autograd forgets as it puts it into ``.grad``.
 
-    An optimizer would sort and copy it otherwise. Rows that rise are all that the flag means.
+    An optimizer would sort and copy it otherwise. Rows that rise are all that the flag means; looking at them is for
+    gradients that were added up or came from elsewhere, because on a GPU it waits for the backward pass.
     """
     grad = weight.grad
     if grad is None or not grad.is_sparse or grad.is_coalesced() or grad.is_meta:
         return
     rows = grad._indices()[0]
-    if bool((rows[1:] > rows[:-1]).all()):
+    if is_from_backward(rows) or bool((rows[1:] > rows[:-1]).all()):
         grad._coalesced_(True)
 
 

@@ -209,6 +209,39 @@ def test_graphs_of_a_fused_step() -> None:
     assert torch.equal(*tables)
 
 
+def test_graphs_refuse_the_sparse_gradient() -> None:
+    """Its size is known to the device alone. The capture ends with an error, and the process goes on."""
+    code = """
+import torch, ffm_ext
+layer = ffm_ext.FFMInteraction(50, 7, 8, device="cuda")
+ids = torch.randint(50, (64, 7), device="cuda")
+layer(ids).sum().backward()
+try:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        layer(ids).sum().backward()
+except RuntimeError as error:
+    print("refused:", " ".join(str(error).split()))
+layer.weight.grad = None
+layer(ids).sum().backward()
+print("goes on:", bool(layer.weight.grad._values().isfinite().all()))
+"""
+    run = python("-c", code)
+    assert run.returncode == 0, run.stderr
+    assert re.search("refused: .*captur", run.stdout), run.stdout
+    assert "goes on: True" in run.stdout
+
+
+def test_a_layer_says_that_its_gradient_is_coalesced_without_waiting() -> None:
+    layer = FFMInteraction(50, 7, 8, device="cuda")
+    ids = torch.randint(50, (64, 7), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(ids).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert layer.weight.grad is not None and layer.weight.grad.is_coalesced()
+
+
 def test_the_count_of_updates_stays_on_the_cpu() -> None:
     layer = FFMInteraction(11, 3, 4)
     layer.fuse_optimizer(optim.Adam())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import ffm_ext
 from ffm_ext import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine, SparseBatch
+from ffm_ext.autograd import is_from_backward
 
 OPTIMIZERS: dict[str, Callable[[object], torch.optim.Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.5),
@@ -125,6 +126,7 @@ def test_gradients_stay_coalesced(device: torch.device) -> None:
             grad = grad.coalesce()
         assert grad.is_coalesced()
         rows = grad.indices()[0]
+        assert is_from_backward(rows) == (passes == 1)
         assert (rows[1:] > rows[:-1]).all()
         torch.testing.assert_close(grad.to_dense(), dense.weight.grad)
 
