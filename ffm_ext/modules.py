@@ -335,11 +335,18 @@ class _Linear(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(
-        self, score: Tensor, indices: Tensor, values: Tensor | None, offsets: Tensor | None
+        self,
+        score: Tensor,
+        indices: Tensor,
+        values: Tensor | None,
+        offsets: Tensor | None,
+        norms: Tensor | float | None = None,
     ) -> Tensor:
+        """``score [B]`` and the terms of these entries, divided by the ``norms [B]`` of their samples."""
         if self.weight is not None:
             check_replicas(self)
-            score = score + self._sum(indices, values, offsets)
+            terms = self._sum(indices, values, offsets)
+            score = score + (terms if norms is None else (terms / norms).to(terms.dtype))
         return score if self.bias is None else score + self.bias
 
     def _sum(self, indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
@@ -491,10 +498,19 @@ class FFM(_Described):
         if self.normalize or values is not None or isinstance(x, SparseBatch):
             # That of the values. A quantized table has none to follow; it converts them by itself.
             dtype = next((parameter.dtype for parameter in self.parameters()), dtype)
-        if self.normalize:
+        given = x.values if isinstance(x, SparseBatch) else values
+        # float16 may not hold the sum of a sample whose values are all 1 before it is divided.
+        if self.normalize and (given is not None or dtype == torch.float16):
             x, values = self._normalized(x, values, dtype)
         indices, _, entry_values, offsets = _entries("FFM", x, values, dtype)
-        return self.linear(self.interaction(x, values), indices, entry_values, offsets)
+        score = self.interaction(x, values)
+        if not self.normalize or entry_values is not None:
+            return self.linear(score, indices, entry_values, offsets)
+        # The squared norms, [B] or one for all, divide scores as well as values, and the kernel needs no values then.
+        squares: Tensor | float = self.interaction.num_fields
+        if offsets is not None:
+            squares = offsets.diff().clamp(min=1).double()
+        return self.linear((score / squares).to(dtype), indices, None, offsets, squares**0.5)
 
     def _normalized(
         self, x: Tensor | SparseBatch, values: Tensor | None, dtype: torch.dtype

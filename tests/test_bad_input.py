@@ -180,6 +180,33 @@ case = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("tensor", "position", "bad", "error", "text"),
+    [
+        (
+            "indices",
+            7,
+            11,
+            IndexError,
+            "indices[7] = 11 is out of range for a table of 11 features",
+        ),
+        ("fields", 20, 3, IndexError, "fields[20] = 3 is out of range for 3 fields"),
+        ("offsets", 7, 20, ValueError, "offsets[7] = 20 must be the number of entries, 21"),
+    ],
+)
+def test_a_list_that_is_nearly_a_matrix(
+    ids: torch.dtype, tensor: str, position: int, bad: int, error: type[Exception], text: str
+) -> None:
+    fields, offsets = torch.arange(3).repeat(7), torch.arange(8) * 3
+    listed = Problem(ONE_HOT.weight, ONE_HOT.indices.flatten(), fields, None, offsets).to(ids=ids)
+    assert torch.equal(
+        call("ffm_forward", listed), call("ffm_forward", replace(ONE_HOT, values=None))
+    )
+    with raises(error, f"ffm_forward: {text}"):
+        call("ffm_forward", with_entry(listed, tensor, position, bad))
+
+
 @case
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator(

@@ -263,7 +263,7 @@ def test_normalized_score_is_libffms(form: str, dtype: torch.dtype, device: torc
     assert (error <= 4 * torch.finfo(dtype).eps * (bound + 1e-30)).all()
 
 
-@pytest.mark.parametrize("form", ["one-hot values", "csr values", "csr"])
+@pytest.mark.parametrize("form", FORMS)
 def test_normalize_scales_pairs_by_r_and_the_linear_term_by_its_root(form: str) -> None:
     problem = make_problem(form, 3, 4, dtype=torch.float64)
     r = inverse_squares(problem)
@@ -327,6 +327,15 @@ def test_normalisation_neither_overflows_nor_vanishes() -> None:
         found = model(problem.indices[:1], (values * scale).to(dtype))
         assert expected != 0
         torch.testing.assert_close(found, expected)
+
+
+def test_a_normalized_sample_fits_float16_where_its_sum_does_not() -> None:
+    model = FFM(4, num_features=1, num_fields=2, bias=False, linear=False, normalize=True).half()
+    nn.init.constant_(model.interaction.weight, 4)
+    fields = torch.arange(2).repeat_interleave(100)
+    batch = SparseBatch(torch.zeros(200).int(), fields, None, torch.tensor([0, 200]))
+    assert model.interaction(batch).isinf().all()
+    assert model(batch).item() == pytest.approx(100 * 100 * 4 * 4**2 / 200, rel=2e-3)
 
 
 def test_normalize_names_a_bad_value_where_it_is(device: torch.device) -> None:

@@ -5,9 +5,11 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "../batch.h"
 #include "parallel.h"
@@ -18,10 +20,13 @@ namespace ffm {
 constexpr int64_t kGrainElements = 1 << 15;
 
 inline bool all_in_range(const Ids& ids, int64_t n, int64_t limit) {
-  auto scan = [&](const auto* data) {
+  auto scan = [&]<typename Id>(const Id* data) {
+    // Compared in their own width, many at a time; as unsigned numbers, negative ones are too large as well.
+    using Unsigned = std::make_unsigned_t<Id>;
+    constexpr uint64_t kAll = static_cast<Unsigned>(std::numeric_limits<Id>::max()) + uint64_t{1};
+    const auto bound = static_cast<Unsigned>(std::min(static_cast<uint64_t>(limit), kAll));
     bool bad = false;
-    for (int64_t i = 0; i < n; ++i)
-      bad |= static_cast<uint64_t>(static_cast<int64_t>(data[i])) >= static_cast<uint64_t>(limit);
+    for (int64_t i = 0; i < n; ++i) bad |= static_cast<Unsigned>(data[i]) >= bound;
     return !bad;
   };
   return ids.is_int64 ? scan(static_cast<const int64_t*>(ids.data)) : scan(static_cast<const int32_t*>(ids.data));
@@ -90,6 +95,22 @@ inline void check_contents(const char* op, const Problem& p) {
     if (field < p.num_entries) fail_field(op, p, field, p.fields[field]);
   }
   if (p.values) check_values(op, p);
+}
+
+// Whether every sample lists one entry of each field, in the order of the fields: a matrix [B, F] without saying so.
+inline bool is_matrix(const Problem& p) {
+  const int64_t F = p.num_fields;
+  if (!p.fields || p.num_entries != p.batch_size * F) return false;
+  auto scan = [&]<typename Id>(const Id* fields) {
+    for (int64_t b = 0; b < p.batch_size; ++b, fields += F) {
+      bool other = p.offsets[b] != b * F;
+      for (int64_t f = 0; f < F; ++f) other |= fields[f] != static_cast<Id>(f);
+      if (other) return false;
+    }
+    return true;
+  };
+  return p.fields.is_int64 ? scan(static_cast<const int64_t*>(p.fields.data))
+                           : scan(static_cast<const int32_t*>(p.fields.data));
 }
 
 // The samples of a part of a range of samples, such that parts hold about the same number of entries.

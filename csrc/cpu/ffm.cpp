@@ -127,8 +127,12 @@ Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTe
                    bool within_field) {
   const char* op = "ffm_forward";
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
-  const Problem& p = batch.problem;
+  Problem p = batch.problem;
+  // The samples of a matrix take less time to load. Its errors speak of the list that was given.
+  const bool is_list = !is_matrix(p);
+  if (!is_list) p.fields = {};
   check_contents(op, p);
+  if (!is_list) p.offsets = {};
   Tensor out = new_result(weight, batch.output_shape());
   const ForwardKernels& kernels = forward_kernels();
   const int64_t parts = sample_parts(p, 0, p.batch_size);
