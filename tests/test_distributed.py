@@ -23,6 +23,10 @@ import pytest
 import torch
 from problems import python
 from test_training import samples
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 
 import ffm_ext
 from ffm_ext import data, interop, optim
@@ -375,6 +379,27 @@ def test_a_checkpoint_wants_its_own_data_and_a_whole_folder(tmp_path: Path) -> N
     (step / "trainer.json").write_text("{")
     with pytest.raises(ValueError, match=r"trainer\.json is not whole"):
         DistributedTrainer.load(tmp_path / "checkpoint")
+
+
+def test_ctrl_c_while_a_checkpoint_is_read_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stays Ctrl-C, whatever torch makes of it, and leaves the older checkpoint."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    write_data(tmp_path / "train.ffm", 100, 0)
+    made = checks.trainer(tmp_path)
+    made.fit(tmp_path / "train.ffm", epochs=1, checkpoint=tmp_path / "checkpoint")
+    with monkeypatch.context() as patch:
+        patch.setattr(HuggingFaceStorageWriter, "write_data", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            made.fit(tmp_path / "train.ffm", epochs=2, checkpoint=tmp_path / "checkpoint")
+        patch.setattr(HuggingFaceStorageReader, "read_data", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            DistributedTrainer.load(tmp_path / "checkpoint")
+    assert DistributedTrainer.load(tmp_path / "checkpoint").epoch == 1
 
 
 def test_arguments(tmp_path: Path) -> None:

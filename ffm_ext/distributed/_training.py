@@ -181,6 +181,7 @@ class DistributedTrainer(Trainer):
                 no_dist=members.size == 1,
             )
         except CheckpointException as error:
+            _raise_interrupt(error.failures)
             raise OSError(f"DistributedTrainer.save: {os.fspath(path)}: {error}") from error
 
         def finish() -> None:
@@ -232,10 +233,17 @@ class DistributedTrainer(Trainer):
                 no_dist=members.size == 1,
             )
         except CheckpointException as error:
+            _raise_interrupt(error.failures)
             raise ValueError(f"{where}: {newest.name} is not whole ({error})") from error
         trainer = cls._from(where, state, metadata, group=group)
         assert isinstance(trainer, DistributedTrainer)
         return trainer
+
+
+def _raise_interrupt(failures: dict[int, Any]) -> None:
+    """A Ctrl-C in any process, of which ``torch.distributed.checkpoint`` makes a failure like others, stops all."""
+    if any(isinstance(error, KeyboardInterrupt) for error, _ in failures.values()):
+        raise KeyboardInterrupt
 
 
 def newest_checkpoint(path: str | os.PathLike[str]) -> Path | None:
