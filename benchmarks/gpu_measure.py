@@ -116,7 +116,8 @@ def steps_of(
     item = DTYPES[dtype]
     row = F * embed_dim * item
     rows = B * F
-    touched = statistics.mean(batch.unique().numel() for batch in ids)
+    updated = [batch.unique() for batch in ids]
+    touched = statistics.mean(rows.numel() for rows in updated)
     lists, out = rows * 8, B * item
 
     layer = FFMInteraction(N, F, embed_dim, dtype=dtype, device="cuda")
@@ -139,7 +140,6 @@ def steps_of(
 
     from .gpu_roofs import RandomUpdate
 
-    updated = [batch.unique() for batch in ids]
     updated = [rows[torch.randperm(rows.numel(), device="cuda")] for rows in updated]
     update = RandomUpdate(weight)
     count = touched * (2 * (row + F * embed_dim * 4) + 8)

@@ -97,20 +97,28 @@ inline void check_contents(const char* op, const Problem& p) {
   if (p.values) check_values(op, p);
 }
 
-// Whether every sample lists one entry of each field, in the order of the fields: a matrix [B, F] without saying so.
-inline bool is_matrix(const Problem& p) {
-  const int64_t F = p.num_fields;
-  if (!p.fields || p.num_entries != p.batch_size * F) return false;
+// One entry a field, in the order of the fields.
+inline bool is_plain(const Problem& p, int64_t b) {
+  if (!p.fields) return true;
+  const int64_t F = p.num_fields, first = p.entries_begin(b);
+  if (p.entries_begin(b + 1) != first + F) return false;
   auto scan = [&]<typename Id>(const Id* fields) {
-    for (int64_t b = 0; b < p.batch_size; ++b, fields += F) {
-      bool other = p.offsets[b] != b * F;
-      for (int64_t f = 0; f < F; ++f) other |= fields[f] != static_cast<Id>(f);
-      if (other) return false;
-    }
-    return true;
+    bool other = false;
+    for (int64_t f = 0; f < F; ++f) other |= fields[first + f] != static_cast<Id>(f);
+    return !other;
   };
   return p.fields.is_int64 ? scan(static_cast<const int64_t*>(p.fields.data))
                            : scan(static_cast<const int32_t*>(p.fields.data));
+}
+
+// Whether the samples of a list are plain, all of them: a matrix [B, F] without saying so. Offsets may hold anything.
+inline bool is_matrix(const Problem& p) {
+  const int64_t F = p.num_fields;
+  if (!p.fields || p.num_entries != p.batch_size * F) return false;
+  for (int64_t b = 0; b < p.batch_size; ++b) {
+    if (p.offsets[b] != b * F || !is_plain(p, b)) return false;
+  }
+  return true;
 }
 
 // The samples of a part of a range of samples, such that parts hold about the same number of entries.

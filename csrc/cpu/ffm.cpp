@@ -129,10 +129,10 @@ Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTe
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
   Problem p = batch.problem;
   // The samples of a matrix take less time to load. Its errors speak of the list that was given.
-  const bool is_list = !is_matrix(p);
-  if (!is_list) p.fields = {};
+  const bool lists_a_matrix = is_matrix(p);
+  if (lists_a_matrix) p.fields = {};
   check_contents(op, p);
-  if (!is_list) p.offsets = {};
+  if (lists_a_matrix) p.offsets = {};
   Tensor out = new_result(weight, batch.output_shape());
   const ForwardKernels& kernels = forward_kernels();
   const int64_t parts = sample_parts(p, 0, p.batch_size);

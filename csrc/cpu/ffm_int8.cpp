@@ -198,17 +198,6 @@ class FieldSumsBlock {
   std::unique_ptr<AlignedBuffer> forward_scratch_;
 };
 
-// One entry a field, in the order of the fields.
-bool is_plain(const Problem& p, int64_t b) {
-  if (!p.fields) return true;
-  const int64_t first = p.entries_begin(b);
-  if (p.entries_begin(b + 1) - first != p.num_fields) return false;
-  for (int64_t f = 0; f < p.num_fields; ++f) {
-    if (p.fields[first + f] != f) return false;
-  }
-  return true;
-}
-
 Tensor ffm_forward_int8(const Tensor& packed, const Tensor& indices, const OptionalTensor& fields,
                         const OptionalTensor& values, const OptionalTensor& offsets, int64_t num_fields,
                         int64_t embed_dim, const std::string& output, bool within_field) {
