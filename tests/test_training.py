@@ -2,6 +2,7 @@
 """The single-pass engine against libffm's formulas, against libffm itself, and against interruptions."""
 
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
@@ -30,6 +31,11 @@ def samples(kind, n=200, seed=0):
         if kind == "one-hot":
             ids = rng.randint(0, per, F) + np.arange(F) * per
             values = np.ones(F)
+        elif kind == "shared rows":
+            # Two fields may name one row: what a pair moves is then read by another one.
+            ids, values = rng.randint(0, per, F), rng.rand(F) + 0.1
+            made.append([(f, int(a), float(x)) for f, (a, x) in enumerate(zip(ids, values))])
+            continue
         elif kind == "missing fields":
             fields = np.flatnonzero(rng.rand(F) < 0.6)
             ids = rng.randint(0, per, len(fields)) + fields * per
@@ -112,7 +118,7 @@ class Reference:
         return weight * loss
 
 
-@pytest.mark.parametrize("kind", ["one-hot", "missing fields", "multi-hot"])
+@pytest.mark.parametrize("kind", ["one-hot", "shared rows", "missing fields", "multi-hot"])
 @pytest.mark.parametrize("loss", ["logistic", "squared"])
 @pytest.mark.parametrize("options", [{}, {"bias": True, "linear": True}, {"normalize": False}])
 @pytest.mark.parametrize("embed_dim", [3, 4, 16])
@@ -273,6 +279,95 @@ def test_every_optimizer_learns(optimizer, mode, dtype):
     history = trainer.fit((torch.from_numpy(ids), labels), epochs=6)
     assert history[-1].train_loss < 0.75 * history[0].train_loss
     assert [epoch.samples for epoch in history] == [4000] * 6
+
+
+@pytest.mark.parametrize("optimizer", list(optim.OPTIMIZERS.values()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("embed_dim", [3, 4, 8, 16])
+@pytest.mark.parametrize("kind", ["one-hot", "values", "missing fields"])
+def test_a_sample_moves_what_its_pairs_share(optimizer, dtype, embed_dim, kind):
+    # Pairs are met many at a time, in squares of up to 16 fields that overlap at the end. Here: each vector that is in
+    # a pair, one after the other, by the operator that updates rows. All others keep their bits, and reach nothing:
+    # an entry's vector for its own field, which nobody has, is no number.
+    # Adam's step does not shrink with the gradient: of a gradient of rounding errors it would make a whole step.
+    rates = optimizer(
+        lr=0.02, weight_decay=1e-2, **({"eps": 0.05} if optimizer is optim.Adam else {})
+    )
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for num_fields in (1, 2, 5, 8, 13, 16, 19, 39):
+        rng = np.random.RandomState(num_fields)
+        n, samples = 3 * num_fields, 4
+        ids = rng.randint(0, 3, (samples, num_fields)) + 3 * np.arange(num_fields)
+        fields = np.tile(np.arange(num_fields), (samples, 1))
+        has = rng.rand(*ids.shape) < (0.6 if kind == "missing fields" else 2)
+        values = (
+            None
+            if kind == "one-hot"
+            else torch.from_numpy(rng.rand(*ids.shape)[has] + 0.5).to(dtype)
+        )
+        offsets = torch.from_numpy(np.append(0, has.sum(1).cumsum()))
+        labels = torch.from_numpy((rng.rand(samples) < 0.5).astype(np.float32))
+
+        # Rows of single vectors, a table as large as the one that is trained.
+        vectors = torch.from_numpy(rng.uniform(-0.5, 0.5, (n * num_fields, 1, embed_dim))).to(dtype)
+        vectors[np.arange(n) * num_fields + np.arange(n) // 3] = float("nan")
+        states = list(rates.new_state(vectors.flatten(1), embed_dim).values())
+        states = [
+            s.unflatten(1, (1, -1)) if s.shape[1] > 1 or embed_dim == 1 else s for s in states
+        ]
+        table = vectors.clone().view(n, num_fields, embed_dim)
+        table_states = [s.clone().reshape(n, num_fields, *s.shape[2:]) for s in states]
+
+        for b in range(samples):
+            row = ids[b][has[b]], fields[b][has[b]]
+            x = np.ones(len(row[0]))
+            if values is not None:
+                x = values[int(offsets[b]) : int(offsets[b + 1])].double().numpy()
+            pairs = list(itertools.combinations(range(len(x)), 2))
+            one = np.array([row[0][i] * num_fields + row[1][j] for i, j in pairs], dtype=np.int64)
+            two = np.array([row[0][j] * num_fields + row[1][i] for i, j in pairs], dtype=np.int64)
+            product = np.array([x[i] * x[j] for i, j in pairs]).reshape(-1, 1, 1)
+            w = vectors.double().numpy()
+            score = float((w[one] * w[two] * product).sum())
+            sign = 1 if labels[b] > 0 else -1
+            slope = -sign / (1 + np.exp(sign * score))
+            moved = np.concatenate([one, two])
+            order = np.argsort(moved)
+            gradient = slope * np.concatenate([w[two], w[one]]) * np.concatenate([product, product])
+            torch.ops.ffm_ext.ffm_update_(
+                vectors,
+                states,
+                torch.from_numpy(moved[order]),
+                torch.from_numpy(gradient[order]).to(wide).to(dtype),
+                rates.name,
+                rates.settings(),
+                b + 1,
+                None,
+            )
+        torch.ops.ffm_ext.ffm_train_(
+            *(table, table_states, None, [], None, []),
+            torch.from_numpy(ids[has]),
+            torch.from_numpy(fields[has]),
+            values,
+            offsets,
+            *(labels, None, None, "logistic", False, False),
+            *(rates.name, rates.settings(), 1, None, False),
+        )
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)
+        torch.testing.assert_close(
+            table.flatten(0, 1), vectors[:, 0], rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+        for found, wanted in zip(table_states, states):
+            torch.testing.assert_close(
+                found.flatten(),
+                wanted.flatten(),
+                rtol=10 * tolerance,
+                atol=tolerance,
+                equal_nan=True,
+            )
+        touched = np.unique(ids[has])
+        untouched = np.setdiff1d(np.arange(n), touched)
+        assert torch.equal(table[untouched].isnan(), vectors.view_as(table)[untouched].isnan())
 
 
 def test_deterministic_has_the_same_bits_for_any_number_of_threads():

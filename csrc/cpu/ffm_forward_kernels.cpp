@@ -91,8 +91,14 @@ void gather_sum(const Problem& p, T* out, int64_t begin, int64_t end) {
       const T* const row = entries.row(e);
       int64_t i = 0;
       for (; i + 2 * L <= row_size; i += 2 * L) {
-        wide[0] += load<L>(row + i);
-        wide[1] += load<L>(row + i + L);
+        if constexpr (std::is_same_v<T, BFloat16>) {
+          const auto [even, odd] = halves_of_bfloat16(load_bits<2 * L>(row + i));
+          wide[0] += even;
+          wide[1] += odd;
+        } else {
+          wide[0] += load<L>(row + i);
+          wide[1] += load<L>(row + i + L);
+        }
       }
       for (; i + L <= row_size; i += L) wide[0] += load<L>(row + i);
       for (; i < row_size; ++i) rest += load(row + i);

@@ -23,10 +23,11 @@ namespace {
 
 #include "vec.h"
 // after vec.h, which they use
-#include "field_gradients.h"
 #include "field_sums.h"
 #include "pair_sum.h"
 #include "update_rules.h"
+// after update_rules.h
+#include "pair_updates.h"
 
 // Loss of a score, and its derivative.
 template <typename A>
@@ -57,16 +58,13 @@ class Trainer {
         optimizer_(t.optimizer),
         s_(p, arena),
         entries_(s_.entries()),
-        d_(take_gradient_rows<A>(p, arena, p.num_fields)),
-        stride_(gradient_stride<A>(p)),
-        pair_(arena.take<A>(2 * p.embed_dim)),
-        K_(p.embed_dim),
-        kept_(arena.take<T>(p.embed_dim)),
-        kept_states_(arena.take<A>(2 * p.embed_dim)),
-        num_states_(num_states(t.optimizer.kind)),
-        state_width_(is_vector_wise(t.optimizer.kind) ? 1 : p.embed_dim),
-        update_row_(choose_update<T>(t.optimizer.kind)),
-        update_linear_(choose_update<A>(t.optimizer.kind)) {}
+        learnt_(arena.take<LearntEntry<T>>(std::max<int64_t>(2, p.num_fields))),
+        rows_(arena.take<int64_t>(p.num_fields + kLanes<int64_t>)),
+        gradients_(arena.take<A>(2 * (p.embed_dim + kLanes<A>))),
+        update_linear_(choose_update<A>(t.optimizer.kind)) {
+    // Behind the last row: no row.
+    for (int i = 0; rows_ && i < kLanes<int64_t>; ++i) rows_[p.num_fields + i] = -1;
+  }
 
   // The loss of the sample with the entries [first, last), weighted.
   template <typename Step>
@@ -90,10 +88,12 @@ class Trainer {
     const A slope = weight * loss.slope;
 
     optimizer_.set_step(step);
-    if (has_several()) {
-      update_pairs(first, last, slope * r);
-    } else {
-      update_rows(first, last, slope * r, on_step);
+    switch (optimizer_.kind) {
+      case OptimizerKind::kSgd: update<Elementwise<T, Sgd, kEmbedDim>>(first, last, slope * r); break;
+      case OptimizerKind::kAdaGrad: update<Elementwise<T, AdaGrad, kEmbedDim>>(first, last, slope * r); break;
+      case OptimizerKind::kVectorAdaGrad: update<VectorWise<T, kEmbedDim>>(first, last, slope * r); break;
+      case OptimizerKind::kAdam: update<Elementwise<T, Adam, kEmbedDim>>(first, last, slope * r); break;
+      case OptimizerKind::kFtrl: update<Elementwise<T, Ftrl, kEmbedDim>>(first, last, slope * r); break;
     }
     if (t_.linear.weight) {
       const A one = 1;
@@ -113,67 +113,53 @@ class Trainer {
 
  private:
   A linear_weight(int64_t e) const { return static_cast<const A*>(t_.linear.weight)[p_.indices[e]]; }
-  bool has_several() const {
-    bool several = false;
-    for (int64_t i = 0; i < s_.num_active(); ++i) several |= s_.count(s_.active(i)) > 1;
-    return several;
+
+  // In place: what is put together in registers and then copied would wait for its own stores.
+  void learn(int64_t e, LearntEntry<T>& entry) const {
+    const int64_t row = p_.indices[e];
+    entry.weight = static_cast<T*>(t_.table.weight) + row * t_.table.row_size;
+    for (int i = 0; i < 2; ++i) {
+      entry.states[i] =
+          t_.table.states[i] ? static_cast<A*>(t_.table.states[i]) + row * t_.table.state_row_size : nullptr;
+    }
+    entry.x = entries_.value(e);
+    new (&entry.rounding) Rounding(optimizer_, row);
   }
 
-  template <typename Step>
-  void update_rows(int64_t first, int64_t last, A slope, const Step& on_step) {
-    const int64_t K = kEmbedDim ? kEmbedDim : p_.embed_dim;
-    s_.with_rows([&](auto rows) { all_field_gradients<kEmbedDim>(p_, s_, slope, rows, d_, stride_, on_step); });
+  // Whether every field has one entry, and no two have the same row: then the entries lie in learnt_, by field.
+  bool load_fields(int64_t first, int64_t last) {
+    if (!s_.is_dense() || last - first != p_.num_fields) return false;
     for (int64_t e = first; e < last; ++e) {
-      const int64_t f = entries_.field(e, first), row = p_.indices[e];
-      const A x = entries_.value(e);
-      const A* const d = d_ + f * stride_;
-      // What does not meet the entry does not move: its own field, and those without entries. Its own is put back,
-      // which is cheaper than to leave it out.
-      keep(row, f);
-      for (int64_t i = 0; i < s_.num_active();) {
-        const int64_t begin = s_.active(i);
-        int64_t end = s_.is_dense() ? p_.num_fields : begin + 1;
-        i += end - begin;
-        for (; i < s_.num_active() && s_.active(i) == end; ++i) ++end;
-        update_row_(t_.table, optimizer_, row, x, d + begin * K, begin * K, (end - begin) * K);
+      const int64_t f = entries_.field(e, first);
+      learn(e, learnt_[f]);
+      rows_[f] = p_.indices[e];
+    }
+    using Rows = Vec<int64_t, kLanes<int64_t>>;
+    Rows is_repeated = {};
+    for (int64_t f = 0; f < p_.num_fields; ++f) {
+      for (int64_t g = f + 1; g < p_.num_fields; g += kLanes<int64_t>) {
+        is_repeated |= load<kLanes<int64_t>>(rows_ + g) == Rows{} + rows_[f];
       }
-      put_back(row, f);
     }
+    return sum<int64_t, kLanes<int64_t>>(is_repeated) == 0;
   }
 
-  // The K-vector of field f in a row, and its states.
-  void keep(int64_t row, int64_t f) {
-    copy_vector(kept_, static_cast<const T*>(t_.table.weight) + row * t_.table.row_size + f * K_, K_);
-    for (int i = 0; i < num_states_; ++i) copy_vector(kept_states_ + i * K_, state(i, row, f), state_width_);
-  }
-  void put_back(int64_t row, int64_t f) {
-    copy_vector(static_cast<T*>(t_.table.weight) + row * t_.table.row_size + f * K_, kept_, K_);
-    for (int i = 0; i < num_states_; ++i) copy_vector(state(i, row, f), kept_states_ + i * K_, state_width_);
-  }
-  A* state(int i, int64_t row, int64_t f) const {
-    return static_cast<A*>(t_.table.states[i]) + row * t_.table.state_row_size + f * state_width_;
-  }
-  template <typename U>
-  static void copy_vector(U* to, const U* from, int64_t n) {
-    if (kEmbedDim > 0 && n == kEmbedDim) {
-      __builtin_memcpy(to, from, kEmbedDim * sizeof(U));
-    } else {
-      for (int64_t k = 0; k < n; ++k) to[k] = from[k];
+  template <typename Form>
+  void update(int64_t first, int64_t last, A slope) {
+    const PairUpdates<T, Form, kEmbedDim> updates(optimizer_, p_.embed_dim, gradients_);
+    if (load_fields(first, last)) {
+      updates.update_fields(learnt_, p_.num_fields, slope, entries_.has_values() ? s_.wide_scale() : nullptr);
+      return;
     }
-  }
-
-  void update_pairs(int64_t first, int64_t last, A slope) {
-    const int64_t K = kEmbedDim ? kEmbedDim : p_.embed_dim;
     for (int64_t i = first; i < last; ++i) {
+      LearntEntry<T>&a = learnt_[0], &b = learnt_[1];
+      learn(i, a);
       const int64_t f = entries_.field(i, first);
       for (int64_t j = i + 1; j < last; ++j) {
         const int64_t g = entries_.field(j, first);
         if (f == g && !p_.within_field) continue;
-        const A x = entries_.value(i) * entries_.value(j);
-        scale_into(pair_, x, entries_.row(j) + f * K, K);
-        scale_into(pair_ + K, x, entries_.row(i) + g * K, K);
-        update_row_(t_.table, optimizer_, p_.indices[i], slope, pair_, g * K, K);
-        update_row_(t_.table, optimizer_, p_.indices[j], slope, pair_ + K, f * K, K);
+        learn(j, b);
+        updates.update_pair(a, f, b, g, slope);
       }
     }
   }
@@ -183,15 +169,9 @@ class Trainer {
   Optimizer optimizer_;
   FieldSums<T> s_;
   const Entries<T>& entries_;
-  A* d_;
-  int64_t stride_;
-  A* pair_;
-  int64_t K_;
-  T* kept_;
-  A* kept_states_;
-  int num_states_;
-  int64_t state_width_;
-  UpdateRow<T> update_row_;
+  LearntEntry<T>* learnt_;
+  int64_t* rows_;
+  A* gradients_;
   UpdateRow<A> update_linear_;
 };
 
@@ -219,7 +199,7 @@ double train(const Problem& p, const Training& t, const float* labels, const flo
     const int64_t first = p.entries_begin(b), last = p.entries_begin(b + 1);
     FieldSums<T>& s = trainer.sums();
     s.load_sample(first, last);
-    ahead.at_sample(b, s.num_active() * (s.num_active() - 1) / 2 + s.num_active());
+    ahead.at_sample(b, s.num_active() * (s.num_active() - 1) / 2);
     loss += trainer.train(first, last, A(labels[b]), weights ? A(weights[b]) : A(1), step + b, on_step);
     ahead.after_sample();
   }
@@ -227,8 +207,14 @@ double train(const Problem& p, const Training& t, const float* labels, const flo
 }
 
 size_t train_bytes(const Problem& p) {
-  // And for a few K-vectors, each on cache lines of its own.
-  return field_sums_bytes(p, p.num_fields) + 3 * (2 * p.embed_dim * sizeof(double) + kCacheLine);
+  size_t bytes = 0;
+  dispatch_dtype(p.dtype, [&](auto scalar) {
+    using T = typename decltype(scalar)::type;
+    Arena arena(nullptr);
+    Trainer<T, 0>(p, {}, arena);
+    bytes = arena.used();
+  });
+  return bytes;
 }
 
 double dispatch_train(const Problem& p, const Training& t, const float* labels, const float* weights, int64_t step,

@@ -4,29 +4,44 @@
 
 #include "field_sums.h"
 
+// All pairs of F fields, kFields of them with kFields others at a time, F >= kFields: tile(f, g) for those that lie
+// whole beside each other; the last ones, where F is no multiple, overlap those before them: last(f, g, done), of which
+// the first `done` have been met; diagonal(f, done) for fields among themselves, of which the first `done` have met.
+template <int kFields, typename Tile, typename Last, typename Diagonal>
+__attribute__((always_inline)) inline void for_tiles(int64_t F, const Tile& tile, const Last& last,
+                                                     const Diagonal& diagonal) {
+  const int64_t whole = F / kFields * kFields, g_last = F - kFields, done = whole - g_last;
+  for (int64_t f = 0; f < whole; f += kFields) {
+    for (int64_t g = f + kFields; g < whole; g += kFields) tile(f, g);
+    if (whole < F) last(f, g_last, done);
+    diagonal(f, 0);
+  }
+  if (whole < F) diagonal(g_last, done);
+}
+
 // Sum over the pairs of a sample, in registers until its end. R is what its rows are stored in; see dispatch_registers.
 // kScaled: fields have values.
 template <typename R, int kEmbedDim, int kRest, bool kScaled>
 class PairSum {
  public:
   using A = Sum<R>;
-  static constexpr int L = kLanes<A>;
-  static constexpr int kPairs = kPairsPerRegister<kEmbedDim, L>;
 
   // All pairs of the fields that have entries. step(n) is called after every few rows, with the number of their pairs.
   template <typename T, typename Step>
   void add_pairs(const FieldSums<T>& s, const R* const* rows, int64_t embed_dim, const Step& step) {
     const int64_t K = kEmbedDim ? kEmbedDim : embed_dim, m = s.num_active();
     int64_t i = 0;
-    if constexpr (kPairs > 1) {
-      for (; s.is_dense() && i + kPairs <= m; i += kPairs) {
-        int64_t j = i + kPairs;
-        for (; j + kPairs <= m; j += kPairs) add_tile(s, rows, i, j);
-        for (int64_t f = i; f < i + kPairs; ++f) {
-          for (int64_t g = f + 1; g < i + kPairs; ++g) add_pair(s, rows, f, g, K);
+    if constexpr (kFields > 1 && kKeepsNarrow) {
+      if (s.is_dense() && m >= kFields) return add_tiles(s, rows, step);
+    } else if constexpr (kFields > 1) {
+      for (; s.is_dense() && i + kFields <= m; i += kFields) {
+        int64_t j = i + kFields;
+        for (; j + kFields <= m; j += kFields) add_tile(s, rows, i, j, AllLanes{});
+        for (int64_t f = i; f < i + kFields; ++f) {
+          for (int64_t g = f + 1; g < i + kFields; ++g) add_pair(s, rows, f, g, K);
           for (int64_t g = j; g < m; ++g) add_pair(s, rows, f, g, K);
         }
-        step(kPairs * (m - i) - kPairs * (kPairs + 1) / 2);
+        step(kFields * (m - i) - kFields * (kFields + 1) / 2);
       }
     }
     for (; i < m; ++i) {
@@ -46,17 +61,54 @@ class PairSum {
   }
 
  private:
-  // The pairs of kPairs fields from f on with as many from g on: rows are read a register at a time, those of g are
-  // then transposed.
-  template <typename T>
-  void add_tile(const FieldSums<T>& s, const R* const* rows, int64_t f, int64_t g) {
-    constexpr int K = kEmbedDim, N = kPairs * K;
-    decltype(factors<L>(rows[0], N)) right[kPairs];
-    for (int r = 0; r < kPairs; ++r) right[r] = factors<L>(rows[g + r] + f * K, N);
+  // bfloat16 products need no factors of their own width, as long as neighbours may go into one sum.
+  static constexpr bool kKeepsNarrow = std::is_same_v<R, BFloat16> && !kScaled;
+  // Factors in a register, and the fields whose K-vectors lie in it.
+  static constexpr bool kIsSmall = kEmbedDim > 0 && kEmbedDim < kLanes<A>;
+  static constexpr int L = kIsSmall && kKeepsNarrow ? 2 * kLanes<A> : kLanes<A>;
+  static constexpr int kFields = kIsSmall ? L / kEmbedDim : 1;
+
+  using Lane = int16_t;
+  using Lanes = Vec<Lane, L>;
+  struct AllLanes {};
+
+  // All pairs in tiles: where half as many registers hold a row, pairs by themselves would take as long as the rest.
+  template <typename T, typename Step>
+  void add_tiles(const FieldSums<T>& s, const R* const* rows, const Step& step) {
+    const int64_t F = s.num_active();
+    const Lanes field = []<int... I>(std::integer_sequence<int, I...>) {
+      return Lanes{(I / kEmbedDim)...};
+    }(std::make_integer_sequence<int, L>{});
+    const auto at_least = [&](int64_t first) { return field >= static_cast<Lane>(first); };
+    for_tiles<kFields>(
+        F, [&](int64_t f, int64_t g) { add_tile(s, rows, f, g, AllLanes{}); },
+        [&](int64_t f, int64_t g, int64_t done) { add_tile(s, rows, f, g, [&](int64_t) { return at_least(done); }); },
+        [&](int64_t f, int64_t done) {
+          add_tile(s, rows, f, f, [&](int64_t r) { return at_least(r >= done ? r + 1 : kFields); });
+          step(kFields * std::max<int64_t>(0, F - f - kFields) + kFields * (kFields - 1) / 2);
+        });
+  }
+
+  // The pairs of kFields fields from f on with as many from g on, of which lanes(r) are those of field f + r that
+  // count: rows are read a register at a time, those of g are then transposed.
+  template <typename T, typename LanesOf>
+  __attribute__((always_inline)) void add_tile(const FieldSums<T>& s, const R* const* rows, int64_t f, int64_t g,
+                                               const LanesOf& lanes) {
+    constexpr int K = kEmbedDim, N = kFields * K;
+    using Factors = decltype(factors<L>(rows[0], N));
+    // Of both factors: 0 times what is not finite is not 0.
+    const auto counted = [&](Factors v, int r) __attribute__((always_inline)) {
+      if constexpr (std::is_same_v<LanesOf, AllLanes>)
+        return v;
+      else
+        return bit_copy<Factors>(bit_copy<Lanes>(v) & lanes(r));
+    };
+    Factors right[kFields];
+    for (int r = 0; r < kFields; ++r) right[r] = factors<L>(rows[g + r] + f * K, N);
     transpose<K>(right);
-    for (int r = 0; r < kPairs; ++r) {
+    for (int r = 0; r < kFields; ++r) {
       if constexpr (kScaled) right[r] *= s.scale(f + r) * load_first<L>(s.wide_scale() + g * K, N);
-      add(wide_[r % kSums], factors<L>(rows[f + r] + g * K, N), right[r], A(1));
+      add(wide_[r % kSums], counted(factors<L>(rows[f + r] + g * K, N), r), counted(right[r], r), A(1));
     }
   }
 
@@ -74,9 +126,6 @@ class PairSum {
       add(rest_[kFirstSum / (kSums / 2)], factors<kRest>(a + k, K - k), factors<kRest>(b + k, K - k), x);
     }
   }
-
-  // bfloat16 products need no factors of their own width, as long as neighbours may go into one sum.
-  static constexpr bool kKeepsNarrow = std::is_same_v<R, BFloat16> && !kScaled;
 
   // The first n of N factors at p, as they are multiplied.
   template <int N>

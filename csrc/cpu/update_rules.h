@@ -10,7 +10,7 @@ inline V inverse_sqrt(V v) {
   constexpr A kSmallest = std::is_same_v<A, float> ? A(0x1p-120) : A(0x1p-1000);
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<A, float> && N == 16) {
-    v = bit_copy<V>(_mm512_maskz_max_ps(0xffff, bit_copy<__m512>(v), _mm512_set1_ps(kSmallest)));
+    v = bit_copy<V>(_mm512_maskz_max_ps(kAllLanes, bit_copy<__m512>(v), _mm512_set1_ps(kSmallest)));
   } else
 #endif
     v = v < kSmallest ? V{} + kSmallest : v;
@@ -18,7 +18,7 @@ inline V inverse_sqrt(V v) {
   [[maybe_unused]] const auto refine = [v](V y) { return y * (A(1.5) - (A(0.5) * v * y) * y); };
   if constexpr (std::is_same_v<A, float>) {
 #if defined(__AVX512F__)
-    if constexpr (N == 16) return refine(bit_copy<V>(_mm512_maskz_rsqrt14_ps(0xffff, bit_copy<__m512>(v))));
+    if constexpr (N == 16) return refine(bit_copy<V>(_mm512_maskz_rsqrt14_ps(kAllLanes, bit_copy<__m512>(v))));
 #endif
 #if defined(__AVX__)
     if constexpr (N == 8) return refine(bit_copy<V>(_mm256_rsqrt_ps(bit_copy<__m256>(v))));
@@ -54,10 +54,11 @@ template <int N>
 inline Vec<uint32_t, N> round_at_random(Vec<float, N> v, Vec<uint32_t, N> random) {
 #if defined(__AVX512DQ__)
   if constexpr (N == 16) {
-    constexpr int kInfinityOrNan = 0x99;
-    const __mmask16 is_finite = ~_mm512_fpclass_ps_mask(bit_copy<__m512>(v), kInfinityOrNan);
+    // What is added to an infinity does not reach its upper half.
+    const __m512 x = bit_copy<__m512>(v);
     const __m512i bits = bit_copy<__m512i>(v);
-    return bit_copy<Vec<uint32_t, N>>(_mm512_mask_add_epi32(bits, is_finite, bits, bit_copy<__m512i>(random)));
+    const __mmask16 is_number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    return bit_copy<Vec<uint32_t, N>>(_mm512_mask_add_epi32(bits, is_number, bits, bit_copy<__m512i>(random)));
   }
 #endif
   return round_at_random(bit_copy<Vec<uint32_t, N>>(v), random);
@@ -75,7 +76,7 @@ __attribute__((always_inline)) inline void store_weights(T* p, const Vec<Sum<T>,
                                                          int64_t i, int64_t n) {
   // Of `count` elements from register r on.
   const auto meant = [n](int r, int count) {
-    return std::clamp<int64_t>(kPart == Part::kLast ? n - (R - r) * N + count : n - r * N, 0, count);
+    return within(kPart == Part::kLast ? n - (R - r) * N + count : n - r * N, count);
   };
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (rounding.is_stochastic()) {
@@ -162,7 +163,7 @@ __attribute__((always_inline)) inline void update_vectors(T* weight, Sum<T>* sum
   constexpr auto kAll = std::make_integer_sequence<int, N>{};
   Vec<A, N> w[R], g[R], squares[R];
   for (int r = 0; r < R; ++r) {
-    const int64_t count = kPart == Part::kFirst ? std::clamp<int64_t>(n - r * N, 0, N) : N;
+    const int64_t count = kPart == Part::kFirst ? within(n - r * N, N) : N;
     w[r] = load_first<N>(weight + r * N, count);
     g[r] = x * load_first<N>(d + r * N, count) + rates.weight_decay * w[r];
     squares[r] = g[r] * g[r];

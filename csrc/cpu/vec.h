@@ -79,20 +79,25 @@ inline uint16_t narrow_float16(float f) {
 }
 #endif
 
+#if defined(__AVX512F__)
+// Masks for intrinsics whose unmasked form has an operand that GCC 12 warns is undefined.
+constexpr __mmask16 kAllLanes = 0xffff;
+#endif
+
 template <typename T, int N>
 inline Vec<Sum<T>, N> widen(Vec<Bits<T>, N> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
 #if defined(__AVX512F__)
-    // GCC 12 takes the conversion of 16 apart, and warns of the undefined operand in its unmasked intrinsic.
+    // GCC 12 takes the conversion of 16 apart.
     if constexpr (N == 16) {
-      const __m512i wide = _mm512_maskz_cvtepu16_epi32(static_cast<__mmask16>(-1), bit_copy<__m256i>(v));
+      const __m512i wide = _mm512_maskz_cvtepu16_epi32(kAllLanes, bit_copy<__m256i>(v));
       return bit_copy<Vec<float, N>>(bit_copy<Vec<uint32_t, N>>(wide) << 16);
     }
 #endif
     return bit_copy<Vec<float, N>>(__builtin_convertvector(v, Vec<uint32_t, N>) << 16);
   } else if constexpr (std::is_same_v<T, Float16>) {
 #if defined(__AVX512F__)
-    if constexpr (N == 16) return bit_copy<Vec<float, N>>(_mm512_cvtph_ps(bit_copy<__m256i>(v)));
+    if constexpr (N == 16) return bit_copy<Vec<float, N>>(_mm512_maskz_cvtph_ps(kAllLanes, bit_copy<__m256i>(v)));
 #endif
 #if defined(__F16C__)
     if constexpr (N == 8) return bit_copy<Vec<float, N>>(_mm256_cvtph_ps(bit_copy<__m128i>(v)));
@@ -109,29 +114,39 @@ inline Vec<Sum<T>, N> widen(Vec<Bits<T>, N> v) {
   }
 }
 
+// float32 -> bfloat16, to nearest even, in the upper half of each word.
+template <int N>
+inline Vec<uint32_t, N> round_bfloat16(Vec<float, N> v) {
+#if defined(__AVX512BW__)
+  if constexpr (N == 16) {
+    // A NaN keeps its bits: that of a sum or product has its highest mantissa bit set, and stays a NaN.
+    const __m512 x = bit_copy<__m512>(v);
+    const __m512i bits = bit_copy<__m512i>(v);
+    const __mmask16 is_number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    const __mmask16 is_odd = _mm512_mask_test_epi32_mask(is_number, bits, _mm512_set1_epi32(0x10000));
+    const __m512i half_up = _mm512_mask_add_epi32(bits, is_number, bits, _mm512_set1_epi32(0x7fff));
+    return bit_copy<Vec<uint32_t, N>>(_mm512_mask_sub_epi32(half_up, is_odd, half_up, _mm512_set1_epi32(-1)));
+  }
+#endif
+  const Vec<uint32_t, N> bits = bit_copy<Vec<uint32_t, N>>(v);
+  const Vec<uint32_t, N> nan = bits | 0x400000u;  // rounding could turn a NaN into an infinity
+  return (bits & 0x7fffffffu) > 0x7f800000u ? nan : bits + 0x7fffu + (bits >> 16 & 1);
+}
+
 template <typename T, int N>
 inline Vec<Bits<T>, N> narrow(Vec<Sum<T>, N> v) {
   if constexpr (std::is_same_v<T, BFloat16>) {
+    const Vec<uint32_t, N> rounded = round_bfloat16<N>(v);
 #if defined(__AVX512BW__)
     if constexpr (N == 16) {
-      // A NaN keeps its bits: that of a sum or product has its highest mantissa bit set, and stays a NaN.
-      const __m512 x = bit_copy<__m512>(v);
-      const __m512i bits = bit_copy<__m512i>(v);
-      const __mmask16 is_number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
-      const __mmask16 is_odd = _mm512_mask_test_epi32_mask(is_number, bits, _mm512_set1_epi32(0x10000));
-      const __m512i half_up = _mm512_mask_add_epi32(bits, is_number, bits, _mm512_set1_epi32(0x7fff));
-      const __m512i rounded = _mm512_mask_sub_epi32(half_up, is_odd, half_up, _mm512_set1_epi32(-1));
       const auto halves = bit_copy<Vec<uint16_t, 32>>(rounded);
       return __builtin_shufflevector(halves, halves, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     }
 #endif
-    const Vec<uint32_t, N> bits = bit_copy<Vec<uint32_t, N>>(v);
-    const Vec<uint32_t, N> rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
-    const Vec<uint32_t, N> nan = bits >> 16 | 0x40u;  // rounding could turn a NaN into an infinity
-    return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Vec<uint16_t, N>);
+    return __builtin_convertvector(rounded >> 16, Vec<uint16_t, N>);
   } else if constexpr (std::is_same_v<T, Float16>) {
 #if defined(__AVX512F__)
-    if constexpr (N == 16) return bit_copy<Vec<uint16_t, N>>(_mm512_cvtps_ph(bit_copy<__m512>(v), 0));
+    if constexpr (N == 16) return bit_copy<Vec<uint16_t, N>>(_mm512_maskz_cvtps_ph(kAllLanes, bit_copy<__m512>(v), 0));
 #endif
 #if defined(__F16C__)
     if constexpr (N == 8) return bit_copy<Vec<uint16_t, N>>(_mm256_cvtps_ph(bit_copy<__m256>(v), 0));
@@ -250,6 +265,9 @@ inline Vec<Sum<T>, N> load_first(const T* p, int64_t n) {
   return widen<T, N>(load_first_bits<N>(p, n));
 }
 
+// n, brought into [0, most]. Not std::clamp: GCC may leave that a function, for the linker to take from another ISA.
+inline int64_t within(int64_t n, int64_t most) { return n < 0 ? 0 : n < most ? n : most; }
+
 // Which elements of some registers are meant.
 enum class Part { kAll, kFirst, kLast };
 
@@ -352,14 +370,23 @@ inline A sum(Vec<A, N> v) {
 
 // The loops over n contiguous elements that everything but the pairs is made of.
 
-// sums + the products of bfloat16 a and b, those of two neighbours into one sum. A pair of bfloat16 is 32 bits, and its
-// halves are floats by a shift and by a mask.
+// bfloat16 numbers at even places and those at odd ones, as floats: a pair of bfloat16 is 32 bits, and its halves are
+// floats by a shift and by a mask.
+template <typename Floats>
+struct Halves {
+  Floats even, odd;
+};
+template <typename Bits16>
+inline auto halves_of_bfloat16(Bits16 v) {
+  using Words = Vec<uint32_t, sizeof(v) / 4>;
+  using Floats = Vec<float, sizeof(v) / 4>;
+  return Halves<Floats>{bit_copy<Floats>(bit_copy<Words>(v) << 16), bit_copy<Floats>(bit_copy<Words>(v) & 0xffff0000u)};
+}
+// sums + the products of a and b, those of two neighbours into one sum.
 template <typename Floats, typename Bits16>
 inline Floats add_bfloat16_products(Floats sums, Bits16 a, Bits16 b) {
-  using Words = Vec<uint32_t, sizeof(Floats) / 4>;
-  const auto low = [](Bits16 v) { return bit_copy<Floats>(bit_copy<Words>(v) << 16); };
-  const auto high = [](Bits16 v) { return bit_copy<Floats>(bit_copy<Words>(v) & 0xffff0000u); };
-  return sums + low(a) * low(b) + high(a) * high(b);
+  const auto left = halves_of_bfloat16(a), right = halves_of_bfloat16(b);
+  return sums + left.even * right.even + left.odd * right.odd;
 }
 
 // dst = x * src

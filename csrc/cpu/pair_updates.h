@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: MIT
+// The update of a sample, pair by pair. Included after vec.h and update_rules.h, inside the namespace of an ISA.
+//
+// A pair of entries reads and moves two K-vectors, and no other pair of the sample reads or moves them, as long as
+// every field has one entry at most and no row comes twice. So the pairs of a few fields with a few others are met at
+// once, and what they need of the table is read, moved and stored in registers: no gradient is kept anywhere.
+#pragma once
+
+// An entry of a sample as it is learnt.
+template <typename T>
+struct LearntEntry {
+  T* weight;  // its row
+  Sum<T>* states[2];
+  Sum<T> x;
+  Rounding rounding;
+};
+
+// What an optimizer does with K-vectors that lie in registers is a class of its own, with
+//   kElements       the numbers of a row that fill one of its registers,
+//   kVectorLanes    how many lanes of a register of sums a K-vector takes,
+//   move_registers  moves R rows of registers, weights at the places [i, i + kElements) of their rows, against the
+//                   gradients slope * x * partners,
+//   move_vector     moves one K-vector at place i against a gradient in memory.
+// moves(r) masks the lanes of row r that may move; the others keep their weights and states.
+struct AllMove {};
+
+// yes or no, by masks of all bits or none: a mask that was a vector is not made one of bits first.
+template <typename Mask, typename V>
+inline V select(Mask mask, V yes, V no) {
+  return bit_copy<V>((bit_copy<Mask>(yes) & mask) | (bit_copy<Mask>(no) & ~mask));
+}
+
+// Optimizers whose elements do not know of each other.
+template <typename T, template <typename> typename Rule, int K>
+class Elementwise {
+ public:
+  using A = Sum<T>;
+  static constexpr int kElements = ::ffm::FFM_ISA::kLanes<A>, kVectorLanes = K;
+  using Packed = Vec<Bits<T>, kElements>;
+
+  explicit Elementwise(const Optimizer& o) : rule_(o) {}
+
+  template <int R, typename Moves>
+  __attribute__((always_inline)) void move_registers(const LearntEntry<T>* entries, int64_t i, A slope,
+                                                     const A* wide_scale, const Packed (&weights)[R],
+                                                     const Packed (&partners)[R], const Moves& moves) const {
+    constexpr int N = kElements;
+    for (int r = 0; r < R; ++r) {
+      const LearntEntry<T>& entry = entries[r];
+      Vec<A, N> w = widen<T, N>(weights[r]), g = slope * entry.x * widen<T, N>(partners[r]), s0 = {}, s1 = {};
+      if (wide_scale) g *= load<N>(wide_scale + i);
+      if constexpr (kStates > 0) s0 = load<N>(entry.states[0] + i);
+      if constexpr (kStates > 1) s1 = load<N>(entry.states[1] + i);
+      if constexpr (std::is_same_v<Moves, AllMove>) {
+        rule_.update(w, s0, s1, g);
+      } else {
+        const Vec<A, N> old_w = w, old_s0 = s0, old_s1 = s1;
+        rule_.update(w, s0, s1, g);
+        const auto mask = moves(r);
+        w = select(mask, w, old_w);
+        s0 = select(mask, s0, old_s0);
+        s1 = select(mask, s1, old_s1);
+      }
+      store_weights<N>(entry.weight + i, {w}, entry.rounding, i, N);
+      if constexpr (kStates > 0) store<N>(entry.states[0] + i, s0);
+      if constexpr (kStates > 1) store<N>(entry.states[1] + i, s1);
+    }
+  }
+
+  template <int N>
+  __attribute__((always_inline)) void move_vector(const LearntEntry<T>& entry, int64_t i, const A* gradient,
+                                                  int64_t embed_dim) const {
+    for (int64_t k = 0; k < embed_dim; k += N) {
+      const int64_t n = std::min<int64_t>(N, embed_dim - k), at = i + k;
+      Vec<A, N> w = load_first<N>(entry.weight + at, n), s0 = {}, s1 = {};
+      if constexpr (kStates > 0) s0 = load_first<N>(entry.states[0] + at, n);
+      if constexpr (kStates > 1) s1 = load_first<N>(entry.states[1] + at, n);
+      rule_.update(w, s0, s1, load_first<N>(gradient + k, n));
+      store_weights<N>(entry.weight + at, {w}, entry.rounding, at, n);
+      if constexpr (kStates > 0) store_part<N, Part::kFirst>(entry.states[0] + at, s0, n);
+      if constexpr (kStates > 1) store_part<N, Part::kFirst>(entry.states[1] + at, s1, n);
+    }
+  }
+
+ private:
+  static constexpr int kStates = Rule<A>::kStates;
+  const Rule<A> rule_;
+};
+
+// AdaGrad with one sum for each K-vector: that of the mean of g^2 over its K elements. The sums of several registers
+// are brought into one, where one inverse root serves them all. A register of bfloat16 is two of floats, those of even
+// and of odd places: a shift and a mask, and a vector's own sum is shorter by one step.
+template <typename T, int K>
+class VectorWise {
+ public:
+  using A = Sum<T>;
+  static constexpr int L = ::ffm::FFM_ISA::kLanes<A>, kParts = std::is_same_v<T, BFloat16> ? 2 : 1;
+  static constexpr int kElements = kParts * L, kVectorLanes = K / kParts;
+  using Packed = Vec<Bits<T>, kElements>;
+
+  explicit VectorWise(const Optimizer& o) : rates_(o) {}
+
+  template <int R, typename Moves>
+  __attribute__((always_inline)) void move_registers(const LearntEntry<T>* entries, int64_t i, A slope,
+                                                     const A* wide_scale, const Packed (&weights)[R],
+                                                     const Packed (&partners)[R], const Moves& moves) const {
+    constexpr int P = kVectorLanes, V = L / P, G = std::min(R, P), kCopies = P / G, kSums = L / kCopies;
+    constexpr auto kAll = std::make_integer_sequence<int, L>{};
+    Parts scale;
+    if (wide_scale) scale = parts_of_scale(wide_scale + i);
+    for (int first = 0; first < R; first += G) {
+      Parts w[G], g[G];
+      Vec<A, L> squares[G];
+      for (int r = 0; r < G; ++r) {
+        w[r] = parts(weights[first + r]);
+        g[r] = parts(partners[first + r]);
+        for (int h = 0; h < kParts; ++h) {
+          g[r].of[h] *= slope * entries[first + r].x;
+          if (wide_scale) g[r].of[h] *= scale.of[h];
+          g[r].of[h] += rates_.weight_decay * w[r].of[h];
+          // Without a gradient nothing moves: the sum stays as it is, and the weight, which needs no rounding.
+          if constexpr (!std::is_same_v<Moves, AllMove>) g[r].of[h] = select(moves(first + r), g[r].of[h], Vec<A, L>{});
+          squares[r] = h == 0 ? g[r].of[h] * g[r].of[h] : squares[r] + g[r].of[h] * g[r].of[h];
+        }
+      }
+      Vec<A, L> sum = sum_vectors<A, L, P>(squares) * (A(1) / K);
+      const Vec<A, kSums> before = load_states<G, V>(entries + first, i / K);
+      [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        sum += Vec<A, L>(__builtin_shufflevector(before, before, (I / kCopies)...));
+      }(kAll);
+      [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        store_states<G, V>(entries + first, i / K, __builtin_shufflevector(sum, sum, (I * kCopies)...));
+      }(std::make_integer_sequence<int, kSums>{});
+      const Vec<A, L> rate = rates_.lr * inverse_sqrt(sum);
+      [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
+        const auto move = [&]<int r, int... I>(std::integer_sequence<int, r>, std::integer_sequence<int, I...>)
+                              __attribute__((always_inline)) {
+                                const auto own = __builtin_shufflevector(rate, rate, ((V * r + I / P) * kCopies)...);
+                                for (int h = 0; h < kParts; ++h) w[r].of[h] -= g[r].of[h] * own;
+                              };
+        (move(std::integer_sequence<int, J>{}, kAll), ...);
+      }(std::make_integer_sequence<int, G>{});
+      for (int r = 0; r < G; ++r) store_packed(entries[first + r], i, w[r]);
+    }
+  }
+
+  template <int N>
+  __attribute__((always_inline)) void move_vector(const LearntEntry<T>& entry, int64_t i, const A* gradient,
+                                                  int64_t embed_dim) const {
+    const auto decayed = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+      return load_first<N>(gradient + k, n) + rates_.weight_decay * load_first<N>(entry.weight + i + k, n);
+    };
+    Vec<A, N> squares = {};
+    for (int64_t k = 0; k < embed_dim; k += N) {
+      const Vec<A, N> g = decayed(k, std::min<int64_t>(N, embed_dim - k));
+      squares += g * g;
+    }
+    A& total = entry.states[0][i / embed_dim];
+    total += sum<A, N>(squares) / static_cast<A>(embed_dim);
+    const A rate = rates_.lr * inverse_sqrt(Vec<A, 4>{total})[0];
+    for (int64_t k = 0; k < embed_dim; k += N) {
+      const int64_t n = std::min<int64_t>(N, embed_dim - k);
+      const Vec<A, N> w = load_first<N>(entry.weight + i + k, n) - rate * decayed(k, n);
+      store_weights<N>(entry.weight + i + k, {w}, entry.rounding, i + k, n);
+    }
+  }
+
+ private:
+  struct Parts {
+    Vec<A, L> of[kParts];
+  };
+
+  static Parts parts(Packed v) {
+    if constexpr (kParts == 1) {
+      return {widen<T, L>(v)};
+    } else {
+      const auto [even, odd] = halves_of_bfloat16(v);
+      return {even, odd};
+    }
+  }
+  static Parts parts_of_scale(const A* scale) {
+    if constexpr (kParts == 1) {
+      return {load<L>(scale)};
+    } else {
+      // Neighbours of a K-vector have the same.
+      const Vec<A, L> low = load<L>(scale), high = load<L>(scale + L);
+      return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        const Vec<A, L> even = __builtin_shufflevector(low, high, (2 * I)...);
+        return Parts{even, even};
+      }(std::make_integer_sequence<int, L>{});
+    }
+  }
+
+  template <int G, int V>
+  __attribute__((always_inline)) static Vec<A, G * V> load_states(const LearntEntry<T>* entries, int64_t i) {
+    if constexpr (G == 1) {
+      return load<V>(entries->states[0] + i);
+    } else {
+      return concat<A, G / 2 * V>(load_states<G / 2, V>(entries, i), load_states<G / 2, V>(entries + G / 2, i),
+                                  std::make_integer_sequence<int, G * V>{});
+    }
+  }
+  template <int G, int V>
+  __attribute__((always_inline)) static void store_states(const LearntEntry<T>* entries, int64_t i,
+                                                          Vec<A, G * V> sums) {
+    [&]<int... R>(std::integer_sequence<int, R...>) __attribute__((always_inline)) {
+      const auto store_row = [&]<int r, int... I>(std::integer_sequence<int, r>,
+                                                  std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        store<V>(entries[r].states[0] + i, Vec<A, V>(__builtin_shufflevector(sums, sums, (r * V + I)...)));
+      };
+      (store_row(std::integer_sequence<int, R>{}, std::make_integer_sequence<int, V>{}), ...);
+    }(std::make_integer_sequence<int, G>{});
+  }
+
+  __attribute__((always_inline)) static void store_packed(const LearntEntry<T>& entry, int64_t i, const Parts& w) {
+    if constexpr (kParts == 1) {
+      store_weights<L>(entry.weight + i, {w.of[0]}, entry.rounding, i, L);
+    } else {
+      Vec<uint32_t, L> even, odd;
+      if (entry.rounding.is_stochastic()) {
+        const Vec<uint32_t, L> random = random_bits<L>(entry.rounding, i);
+        even = round_at_random<L>(w.of[0], random >> 16);
+        odd = round_at_random<L>(w.of[1], random & 0xffffu);
+      } else {
+        even = round_bfloat16<L>(w.of[0]);
+        odd = round_bfloat16<L>(w.of[1]);
+      }
+      const Vec<uint32_t, L> words = even >> 16 | (odd & 0xffff0000u);
+      __builtin_memcpy(entry.weight + i, &words, sizeof(words));
+    }
+  }
+
+  const Sgd<A> rates_;
+};
+
+template <typename T, typename Form, int kEmbedDim>
+class PairUpdates {
+ public:
+  using A = Sum<T>;
+
+  // gradients: scratch for two K-vectors, each filled up to whole registers.
+  PairUpdates(const Optimizer& o, int64_t embed_dim, A* gradients)
+      : form_(o), embed_dim_(embed_dim), gradients_(gradients) {}
+
+  // The pair of a, which is of field f, and b, of field g: one after the other, and may be the same vector.
+  __attribute__((always_inline)) void update_pair(const LearntEntry<T>& a, int64_t f, const LearntEntry<T>& b,
+                                                  int64_t g, A slope) const {
+    constexpr int N = kEmbedDim > 0 && kEmbedDim < kLanes<A> ? kEmbedDim : kLanes<A>;
+    const int64_t K = kEmbedDim ? kEmbedDim : embed_dim_;
+    const A x = slope * (a.x * b.x);
+    A* const of_a = gradients_;
+    A* const of_b = gradients_ + (K + N - 1) / N * N;
+    for (int64_t k = 0; k < K; k += N) {
+      const int64_t n = std::min<int64_t>(N, K - k);
+      store<N>(of_a + k, x * load_first<N>(b.weight + f * K + k, n));
+      store<N>(of_b + k, x * load_first<N>(a.weight + g * K + k, n));
+    }
+    form_.template move_vector<N>(a, g * K, of_a, K);
+    form_.template move_vector<N>(b, f * K, of_b, K);
+  }
+
+  // All pairs of the fields 0 .. F - 1, entry f being field f's. wide_scale: the x of entry g, K times for each g, or
+  // none where all are 1.
+  void update_fields(const LearntEntry<T>* entries, int64_t F, A slope, const A* wide_scale) const {
+    if constexpr (kFields > 1) {
+      if (F >= kFields) {
+        for_tiles<kFields>(
+            F, [&](int64_t f, int64_t g) { update_tile(entries, f, g, AllMove{}, AllMove{}, slope, wide_scale); },
+            [&](int64_t f, int64_t g, int64_t done) { update_last(entries, f, g, done, slope, wide_scale); },
+            [&](int64_t f, int64_t done) { update_diagonal(entries, f, done, slope, wide_scale); });
+        return;
+      }
+    }
+    for (int64_t f = 0; f < F; ++f) {
+      for (int64_t g = f + 1; g < F; ++g) update_pair(entries[f], f, entries[g], g, slope);
+    }
+  }
+
+ private:
+  static constexpr int kFields = kEmbedDim > 0 && kEmbedDim < Form::kElements ? Form::kElements / kEmbedDim : 1;
+  static constexpr int kVectorLanes = kFields > 1 ? Form::kVectorLanes : 1;
+  using Packed = typename Form::Packed;
+  using Lane = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  using Mask = Vec<Lane, kLanes<A>>;
+
+  // Which of the fields of a register a lane is of.
+  static Mask field_of_lane() {
+    return []<int... I>(std::integer_sequence<int, I...>) {
+      return Mask{(I / kVectorLanes)...};
+    }(std::make_integer_sequence<int, kLanes<A>>{});
+  }
+
+  static void load_square(const LearntEntry<T>* entries, int64_t i, Packed (&rows)[kFields]) {
+    for (int r = 0; r < kFields; ++r) rows[r] = load_bits<Form::kElements>(entries[r].weight + i);
+  }
+
+  template <typename Right, typename Below>
+  __attribute__((always_inline)) void update_tile(const LearntEntry<T>* entries, int64_t f, int64_t g,
+                                                  const Right& right, const Below& below, A slope,
+                                                  const A* wide_scale) const {
+    const int64_t K = kEmbedDim;
+    Packed a[kFields], b[kFields], from_a[kFields], from_b[kFields];
+    load_square(entries + f, g * K, a);
+    load_square(entries + g, f * K, b);
+    for (int r = 0; r < kFields; ++r) from_a[r] = a[r], from_b[r] = b[r];
+    transpose<kEmbedDim>(from_a);
+    transpose<kEmbedDim>(from_b);
+    form_.move_registers(entries + f, g * K, slope, wide_scale, a, from_b, right);
+    form_.move_registers(entries + g, f * K, slope, wide_scale, b, from_a, below);
+  }
+
+  // The last fields, of which the first `done` have met those of f.
+  __attribute__((noinline)) void update_last(const LearntEntry<T>* entries, int64_t f, int64_t g, int64_t done, A slope,
+                                             const A* wide_scale) const {
+    const Mask is_new = field_of_lane() >= static_cast<Lane>(done);
+    update_tile(
+        entries, f, g, [&](int) { return is_new; }, [&](int r) { return r >= done ? Mask{} == 0 : Mask{}; }, slope,
+        wide_scale);
+  }
+
+  // Fields among themselves, of which the first `done` have met already.
+  __attribute__((noinline)) void update_diagonal(const LearntEntry<T>* entries, int64_t f, int64_t done, A slope,
+                                                 const A* wide_scale) const {
+    const int64_t i = f * kEmbedDim;
+    Packed rows[kFields], partners[kFields];
+    load_square(entries + f, i, rows);
+    for (int r = 0; r < kFields; ++r) partners[r] = rows[r];
+    transpose<kEmbedDim>(partners);
+    const Mask field = field_of_lane(), is_new = field >= static_cast<Lane>(done);
+    form_.move_registers(entries + f, i, slope, wide_scale, rows, partners,
+                         [&](int r) { return r >= done ? is_new & (field != static_cast<Lane>(r)) : Mask{}; });
+  }
+
+  const Form form_;
+  int64_t embed_dim_;
+  A* gradients_;
+};
