@@ -316,6 +316,7 @@ def test_a_sample_moves_what_its_pairs_share(optimizer, dtype, embed_dim, kind):
             s.unflatten(1, (1, -1)) if s.shape[1] > 1 or embed_dim == 1 else s for s in states
         ]
         table = vectors.clone().view(n, num_fields, embed_dim)
+        before = table.clone()
         table_states = [s.clone().reshape(n, num_fields, *s.shape[2:]) for s in states]
 
         for b in range(samples):
@@ -365,6 +366,17 @@ def test_a_sample_moves_what_its_pairs_share(optimizer, dtype, embed_dim, kind):
                 atol=tolerance,
                 equal_nan=True,
             )
+        in_a_pair = torch.zeros(len(vectors), dtype=torch.bool)
+        for b in range(samples):
+            for row, g in itertools.product(range(num_fields), repeat=2):
+                if row != g and has[b, row] and has[b, g]:
+                    in_a_pair[ids[b, row] * num_fields + fields[b, g]] = True
+        torch.testing.assert_close(
+            *(kept.flatten(0, 1)[~in_a_pair] for kept in (table, before)),
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+        )
         touched = np.unique(ids[has])
         untouched = np.setdiff1d(np.arange(n), touched)
         assert torch.equal(table[untouched].isnan(), vectors.view_as(table)[untouched].isnan())

@@ -148,26 +148,26 @@ void backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end
     }
     s.with_rows([&](auto rows) {
       if constexpr (kOutput == Output::kSum) {
-        if (s.is_in_order() && keeps_all) {
-          const auto step = [&](int64_t work) { ahead.step(work); };
-          all_field_gradients<kEmbedDim>(p, s, Terms::at(terms.within(0), 0), rows, d, stride, step);
-          for (int64_t e = first; e < last; ++e) put(e, entries.value(e), d + (e - first) * stride);
-          return;
-        }
         if (s.is_in_order()) {
+          const auto put_field = [&](int64_t f, const A* gradient) {
+            put(first + f, entries.value(first + f), gradient);
+          };
           dispatch_registers<kEmbedDim, kLanes<A>>(K, [&](auto embed_dim, auto rest) {
             constexpr int kFields = kPairsPerRegister<embed_dim(), kLanes<A>>;
             const A grad_output = Terms::at(terms.within(0), 0);
             int64_t f = 0;
-            const auto put_fields = [&](auto fields) {
-              field_gradients<embed_dim(), rest(), fields()>(s, grad_output, rows, f, p.num_fields, K, d, stride);
-              for (int64_t r = 0; r < fields(); ++r) put(first + f + r, entries.value(first + f + r), d + r * stride);
+            const auto work_on = [&](auto fields) {
+              A* const d_fields = d + (keeps_all ? f * stride : 0);
+              field_gradients<embed_dim(), rest(), fields()>(s, grad_output, rows, f, p.num_fields, K, d_fields,
+                                                             stride);
+              for (int64_t r = 0; r < fields() && !keeps_all; ++r) put_field(f + r, d_fields + r * stride);
               ahead.step(fields());
               f += fields();
             };
-            while (f + kFields <= p.num_fields) put_fields(std::integral_constant<int, kFields>{});
-            while (f < p.num_fields) put_fields(std::integral_constant<int, 1>{});
+            while (f + kFields <= p.num_fields) work_on(std::integral_constant<int, kFields>{});
+            while (f < p.num_fields) work_on(std::integral_constant<int, 1>{});
           });
+          for (int64_t f = 0; f < p.num_fields && keeps_all; ++f) put_field(f, d + f * stride);
           return;
         }
       }

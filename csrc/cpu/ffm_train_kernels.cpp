@@ -4,8 +4,8 @@
 //
 // The arithmetic is libffm's: with r = 1 / sum x^2 (or 1) and t the score, every pair of entries i, j has the gradients
 //   dL/dt r x_i x_j w[j, f_i] + weight_decay w[i, f_j]  of  w[i, f_j],  and the mirror of it,
-// and nothing else of their rows moves. Where every field has one entry at most, every K-vector is in one pair, so all
-// pairs may move at once; where a field has several, pairs move one after the other.
+// and nothing else of their rows moves. Where every field has one entry and no row comes twice, every K-vector is in
+// one pair, so many pairs move at once (pair_updates.h); else they move one after the other.
 
 #include <algorithm>
 #include <bit>

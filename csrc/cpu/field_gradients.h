@@ -60,37 +60,3 @@ void field_gradients(const FieldSums<T>& s, Sum<T> grad_output, const R* const* 
     for (int64_t k = 0; k < K; ++k) d[r * stride + (f + r) * K + k] = 0;
   }
 }
-
-// dL/dS of every field of a sample that has entries, field f's in d + f * stride: all that the gradients of its rows
-// are made of, so that the rows may change afterwards. What d holds of fields without entries stays as it is.
-template <int kEmbedDim, typename T, typename R, typename Step>
-void all_field_gradients(const Problem& p, const FieldSums<T>& s, Sum<T> grad_output, const R* const* rows, Sum<T>* d,
-                         int64_t stride, const Step& step) {
-  using A = Sum<T>;
-  const int64_t F = p.num_fields, K = kEmbedDim ? kEmbedDim : p.embed_dim;
-  if (!s.is_dense()) {
-    struct Same {
-      A value;
-      A pair(int64_t, int64_t) const { return value; }
-      A at(A term, int64_t) const { return term; }
-    };
-    for (int64_t i = 0; i < s.num_active(); ++i) {
-      const int64_t f = s.active(i);
-      field_gradient<Output::kSum>(s, Same{grad_output}, rows, f, K, d + f * stride);
-      step(1);
-    }
-    return;
-  }
-  dispatch_registers<kEmbedDim, kLanes<A>>(K, [&](auto embed_dim, auto rest) {
-    constexpr int kFields = kPairsPerRegister<embed_dim(), kLanes<A>>;
-    int64_t f = 0;
-    for (; f + kFields <= F; f += kFields) {
-      field_gradients<embed_dim(), rest(), kFields>(s, grad_output, rows, f, F, K, d + f * stride, stride);
-      step(kFields);
-    }
-    for (; f < F; ++f) {
-      field_gradients<embed_dim(), rest(), 1>(s, grad_output, rows, f, F, K, d + f * stride, stride);
-      step(1);
-    }
-  });
-}

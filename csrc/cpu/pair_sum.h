@@ -4,6 +4,9 @@
 
 #include "field_sums.h"
 
+// Where a tile's lanes all count, in place of a function that masks those of a row.
+struct AllLanes {};
+
 // All pairs of F fields, kFields of them with kFields others at a time, F >= kFields: tile(f, g) for those that lie
 // whole beside each other; the last ones, where F is no multiple, overlap those before them: last(f, g, done), of which
 // the first `done` have been met; diagonal(f, done) for fields among themselves, of which the first `done` have met.
@@ -66,19 +69,16 @@ class PairSum {
   // Factors in a register, and the fields whose K-vectors lie in it.
   static constexpr bool kIsSmall = kEmbedDim > 0 && kEmbedDim < kLanes<A>;
   static constexpr int L = kIsSmall && kKeepsNarrow ? 2 * kLanes<A> : kLanes<A>;
-  static constexpr int kFields = kIsSmall ? L / kEmbedDim : 1;
+  static constexpr int kFields = kPairsPerRegister<kEmbedDim, L>;
 
   using Lane = int16_t;
   using Lanes = Vec<Lane, L>;
-  struct AllLanes {};
 
   // All pairs in tiles: where half as many registers hold a row, pairs by themselves would take as long as the rest.
   template <typename T, typename Step>
   void add_tiles(const FieldSums<T>& s, const R* const* rows, const Step& step) {
     const int64_t F = s.num_active();
-    const Lanes field = []<int... I>(std::integer_sequence<int, I...>) {
-      return Lanes{(I / kEmbedDim)...};
-    }(std::make_integer_sequence<int, L>{});
+    const Lanes field = run_of_lane<Lane, L, kEmbedDim>();
     const auto at_least = [&](int64_t first) { return field >= static_cast<Lane>(first); };
     for_tiles<kFields>(
         F, [&](int64_t f, int64_t g) { add_tile(s, rows, f, g, AllLanes{}); },

@@ -6,6 +6,8 @@
 // once, and what they need of the table is read, moved and stored in registers: no gradient is kept anywhere.
 #pragma once
 
+#include "pair_sum.h"
+
 // An entry of a sample as it is learnt.
 template <typename T>
 struct LearntEntry {
@@ -22,7 +24,6 @@ struct LearntEntry {
 //                   gradients slope * x * partners,
 //   move_vector     moves one K-vector at place i against a gradient in memory.
 // moves(r) masks the lanes of row r that may move; the others keep their weights and states.
-struct AllMove {};
 
 // yes or no, by masks of all bits or none: a mask that was a vector is not made one of bits first.
 template <typename Mask, typename V>
@@ -51,7 +52,7 @@ class Elementwise {
       if (wide_scale) g *= load<N>(wide_scale + i);
       if constexpr (kStates > 0) s0 = load<N>(entry.states[0] + i);
       if constexpr (kStates > 1) s1 = load<N>(entry.states[1] + i);
-      if constexpr (std::is_same_v<Moves, AllMove>) {
+      if constexpr (std::is_same_v<Moves, AllLanes>) {
         rule_.update(w, s0, s1, g);
       } else {
         const Vec<A, N> old_w = w, old_s0 = s0, old_s1 = s1;
@@ -119,7 +120,8 @@ class VectorWise {
           if (wide_scale) g[r].of[h] *= scale.of[h];
           g[r].of[h] += rates_.weight_decay * w[r].of[h];
           // Without a gradient nothing moves: the sum stays as it is, and the weight, which needs no rounding.
-          if constexpr (!std::is_same_v<Moves, AllMove>) g[r].of[h] = select(moves(first + r), g[r].of[h], Vec<A, L>{});
+          if constexpr (!std::is_same_v<Moves, AllLanes>)
+            g[r].of[h] = select(moves(first + r), g[r].of[h], Vec<A, L>{});
           squares[r] = h == 0 ? g[r].of[h] * g[r].of[h] : squares[r] + g[r].of[h] * g[r].of[h];
         }
       }
@@ -265,7 +267,7 @@ class PairUpdates {
     if constexpr (kFields > 1) {
       if (F >= kFields) {
         for_tiles<kFields>(
-            F, [&](int64_t f, int64_t g) { update_tile(entries, f, g, AllMove{}, AllMove{}, slope, wide_scale); },
+            F, [&](int64_t f, int64_t g) { update_tile(entries, f, g, AllLanes{}, AllLanes{}, slope, wide_scale); },
             [&](int64_t f, int64_t g, int64_t done) { update_last(entries, f, g, done, slope, wide_scale); },
             [&](int64_t f, int64_t done) { update_diagonal(entries, f, done, slope, wide_scale); });
         return;
@@ -277,18 +279,14 @@ class PairUpdates {
   }
 
  private:
-  static constexpr int kFields = kEmbedDim > 0 && kEmbedDim < Form::kElements ? Form::kElements / kEmbedDim : 1;
+  static constexpr int kFields = kPairsPerRegister<kEmbedDim, Form::kElements>;
   static constexpr int kVectorLanes = kFields > 1 ? Form::kVectorLanes : 1;
   using Packed = typename Form::Packed;
   using Lane = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   using Mask = Vec<Lane, kLanes<A>>;
 
   // Which of the fields of a register a lane is of.
-  static Mask field_of_lane() {
-    return []<int... I>(std::integer_sequence<int, I...>) {
-      return Mask{(I / kVectorLanes)...};
-    }(std::make_integer_sequence<int, kLanes<A>>{});
-  }
+  static Mask field_of_lane() { return run_of_lane<Lane, kLanes<A>, kVectorLanes>(); }
 
   static void load_square(const LearntEntry<T>* entries, int64_t i, Packed (&rows)[kFields]) {
     for (int r = 0; r < kFields; ++r) rows[r] = load_bits<Form::kElements>(entries[r].weight + i);

@@ -268,6 +268,14 @@ inline Vec<Sum<T>, N> load_first(const T* p, int64_t n) {
 // n, brought into [0, most]. Not std::clamp: GCC may leave that a function, for the linker to take from another ISA.
 inline int64_t within(int64_t n, int64_t most) { return n < 0 ? 0 : n < most ? n : most; }
 
+// The number of a lane's run, where runs of kRun lanes lie side by side.
+template <typename Lane, int N, int kRun>
+inline Vec<Lane, N> run_of_lane() {
+  return []<int... I>(std::integer_sequence<int, I...>) {
+    return Vec<Lane, N>{(I / kRun)...};
+  }(std::make_integer_sequence<int, N>{});
+}
+
 // Which elements of some registers are meant.
 enum class Part { kAll, kFirst, kLast };
 

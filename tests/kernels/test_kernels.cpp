@@ -225,7 +225,7 @@ void test_training(const Batch<T>& given) {
     Batch<T> batch = given;
     Problem& p = batch.problem;
     p.weight = batch.weight.data();
-    // A feature that a sample names twice is one that the kernel takes differently in second order.
+    // A feature that a field of a sample names twice is one that the kernel takes differently in second order.
     std::vector<int64_t> apart(p.num_entries);
     bool is_compared = kind == OptimizerKind::kAdaGrad;
     for (int64_t b = 0; b < p.batch_size; ++b) {
