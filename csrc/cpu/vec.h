@@ -235,9 +235,10 @@ inline Vec<Bits<T>, N> load_first_bits(const T* p, int64_t n) {
   using V = Vec<Bits<T>, N>;
   if (__builtin_constant_p(n) && n == N) return load_bits<N>(p);
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-  const uint32_t mask = (1u << n) - 1;
+  const uint64_t mask = (uint64_t{1} << n) - 1;
   if constexpr (sizeof(T) == 2 && N == 8) return bit_copy<V>(_mm_maskz_loadu_epi16(mask, p));
   if constexpr (sizeof(T) == 2 && N == 16) return bit_copy<V>(_mm256_maskz_loadu_epi16(mask, p));
+  if constexpr (sizeof(T) == 2 && N == 32) return bit_copy<V>(_mm512_maskz_loadu_epi16(mask, p));
   if constexpr (sizeof(T) == 4 && N == 4) return bit_copy<V>(_mm_maskz_loadu_epi32(mask, p));
   if constexpr (sizeof(T) == 4 && N == 8) return bit_copy<V>(_mm256_maskz_loadu_epi32(mask, p));
   if constexpr (sizeof(T) == 4 && N == 16) return bit_copy<V>(_mm512_maskz_loadu_epi32(mask, p));
