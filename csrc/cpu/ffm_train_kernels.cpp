@@ -71,8 +71,11 @@ class Trainer {
   A train(int64_t first, int64_t last, A label, A weight, int64_t step, const Step& on_step) {
     A r = 1;
     if (t_.normalize) {
-      A squares = 0;
-      for (int64_t e = first; e < last; ++e) squares += entries_.value(e) * entries_.value(e);
+      A squares = static_cast<A>(last - first);
+      if (entries_.has_values()) {
+        squares = 0;
+        for (int64_t e = first; e < last; ++e) squares += entries_.value(e) * entries_.value(e);
+      }
       r = squares > 0 ? 1 / squares : 0;
     }
     const A root = std::sqrt(r);
@@ -115,7 +118,7 @@ class Trainer {
   A linear_weight(int64_t e) const { return static_cast<const A*>(t_.linear.weight)[p_.indices[e]]; }
 
   // In place: what is put together in registers and then copied would wait for its own stores.
-  void learn(int64_t e, LearntEntry<T>& entry) const {
+  void learn(int64_t e, A slope, LearntEntry<T>& entry) const {
     const int64_t row = p_.indices[e];
     entry.weight = static_cast<T*>(t_.table.weight) + row * t_.table.row_size;
     for (int i = 0; i < 2; ++i) {
@@ -123,15 +126,16 @@ class Trainer {
           t_.table.states[i] ? static_cast<A*>(t_.table.states[i]) + row * t_.table.state_row_size : nullptr;
     }
     entry.x = entries_.value(e);
+    entry.slope = slope * entry.x;
     new (&entry.rounding) Rounding(optimizer_, row);
   }
 
   // Whether every field has one entry, and no two have the same row: then the entries lie in learnt_, by field.
-  bool load_fields(int64_t first, int64_t last) {
+  bool load_fields(int64_t first, int64_t last, A slope) {
     if (!s_.is_dense() || last - first != p_.num_fields) return false;
     for (int64_t e = first; e < last; ++e) {
       const int64_t f = entries_.field(e, first);
-      learn(e, learnt_[f]);
+      learn(e, slope, learnt_[f]);
       rows_[f] = p_.indices[e];
     }
     using Rows = Vec<int64_t, kLanes<int64_t>>;
@@ -147,19 +151,19 @@ class Trainer {
   template <typename Form>
   void update(int64_t first, int64_t last, A slope) {
     const PairUpdates<T, Form, kEmbedDim> updates(optimizer_, p_.embed_dim, gradients_);
-    if (load_fields(first, last)) {
-      updates.update_fields(learnt_, p_.num_fields, slope, entries_.has_values() ? s_.wide_scale() : nullptr);
+    if (load_fields(first, last, slope)) {
+      updates.update_fields(learnt_, p_.num_fields, entries_.has_values() ? s_.wide_scale() : nullptr);
       return;
     }
     for (int64_t i = first; i < last; ++i) {
       LearntEntry<T>&a = learnt_[0], &b = learnt_[1];
-      learn(i, a);
+      learn(i, slope, a);
       const int64_t f = entries_.field(i, first);
       for (int64_t j = i + 1; j < last; ++j) {
         const int64_t g = entries_.field(j, first);
         if (f == g && !p_.within_field) continue;
-        learn(j, b);
-        updates.update_pair(a, f, b, g, slope);
+        learn(j, slope, b);
+        updates.update_pair(a, f, b, g);
       }
     }
   }

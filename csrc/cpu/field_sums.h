@@ -62,8 +62,13 @@ class FieldSums {
         within_(arena.take<A>(p.row_size())),
         sums_(p.fields ? arena.take<A>(p.num_fields * sum_stride()) : nullptr) {
     if (table_rows_ == nullptr) return;
-    for (int64_t f = 0; f < p.num_fields; ++f) count_[f] = 0;
-    for (int64_t i = 0; i < p.row_size(); ++i) within_[i] = 0;
+    // Without a list of fields, samples differ in their rows alone.
+    is_in_order_ = !p.fields;
+    num_active_ = p.fields ? 0 : p.num_fields;
+    for (int64_t f = 0; f < p.num_fields; ++f) {
+      count_[f] = p.fields ? 0 : 1;
+      active_[f] = f;
+    }
   }
 
   const Entries<T>& entries() const { return entries_; }
@@ -88,7 +93,9 @@ class FieldSums {
   // Whether every field has one entry, and the entries come in the order of the fields.
   bool is_in_order() const { return is_in_order_; }
 
-  // How many entries field f has, its own sum S[f, f, :] where they are several, and the products of their pairs, [K].
+  // Whether a field has several entries.
+  bool is_summed() const { return is_summed_; }
+  // How many entries field f has; where they are several, its own sum S[f, f, :] and the products of their pairs, [K].
   int64_t count(int64_t f) const { return count_[f]; }
   const A* own_sum(int64_t f) const { return sum_rows_[f] + f * p_.embed_dim; }
   const A* within(int64_t f) const { return within_ + f * p_.embed_dim; }
@@ -97,13 +104,7 @@ class FieldSums {
     if (p_.fields) {
       load_ragged(begin, end);
     } else {
-      num_active_ = p_.num_fields;
-      is_in_order_ = true;
-      for (int64_t f = 0; f < num_active_; ++f) {
-        set_row(f, begin + f);
-        count_[f] = 1;
-        active_[f] = f;
-      }
+      for (int64_t f = 0; f < p_.num_fields; ++f) set_row(f, begin + f);
     }
     if (entries_.has_values() && is_dense()) {
       for (int64_t f = 0, i = 0; f < p_.num_fields; ++f) {
@@ -199,9 +200,7 @@ class FieldSums {
     for (int64_t f = 0; f < p_.num_fields; ++f) {
       if (count_[f] == 0) continue;
       active_[num_active_++] = f;
-      if (count_[f] > 1) continue;
-      for (int64_t k = 0; k < K; ++k) within_[f * K + k] = 0;
-      if (kIsNarrow<T> && is_summed_) start_sum(f);
+      if (kIsNarrow<T> && is_summed_ && count_[f] == 1) start_sum(f);
     }
   }
 

@@ -169,9 +169,10 @@ __attribute__((always_inline)) inline Sum<T> sum_pairs(const Problem& p, const F
     pairs.add_pairs(s, rows, K, step);
     return pairs.total();
   });
-  if (p.within_field) {
+  if (p.within_field && s.is_summed()) {
     for (int64_t i = 0; i < s.num_active(); ++i) {
-      for (int64_t k = 0; k < K; ++k) y += s.within(s.active(i))[k];
+      const int64_t f = s.active(i);
+      for (int64_t k = 0; s.count(f) > 1 && k < K; ++k) y += s.within(f)[k];
     }
   }
   return y;

@@ -14,6 +14,7 @@ struct LearntEntry {
   T* weight;  // its row
   Sum<T>* states[2];
   Sum<T> x;
+  Sum<T> slope;  // dL/dt r x: of its own gradient, what all partners have in common
   Rounding rounding;
 };
 
@@ -21,7 +22,7 @@ struct LearntEntry {
 //   kElements       the numbers of a row that fill one of its registers,
 //   kVectorLanes    how many lanes of a register of sums a K-vector takes,
 //   move_registers  moves R rows of registers, weights at the places [i, i + kElements) of their rows, against the
-//                   gradients slope * x * partners,
+//                   gradients slope * partners,
 //   move_vector     moves one K-vector at place i against a gradient in memory.
 // moves(r) masks the lanes of row r that may move; the others keep their weights and states.
 
@@ -42,14 +43,15 @@ class Elementwise {
   explicit Elementwise(const Optimizer& o) : rule_(o) {}
 
   template <int R, typename Moves>
-  __attribute__((always_inline)) void move_registers(const LearntEntry<T>* entries, int64_t i, A slope,
-                                                     const A* wide_scale, const Packed (&weights)[R],
-                                                     const Packed (&partners)[R], const Moves& moves) const {
+  __attribute__((always_inline)) void move_registers(const LearntEntry<T>* entries, int64_t i, const A* wide_scale,
+                                                     const Packed (&weights)[R], const Packed (&partners)[R],
+                                                     const Moves& moves) const {
     constexpr int N = kElements;
     for (int r = 0; r < R; ++r) {
       const LearntEntry<T>& entry = entries[r];
-      Vec<A, N> w = widen<T, N>(weights[r]), g = slope * entry.x * widen<T, N>(partners[r]), s0 = {}, s1 = {};
+      Vec<A, N> w = widen<T, N>(weights[r]), g = widen<T, N>(partners[r]), s0 = {}, s1 = {};
       if (wide_scale) g *= load<N>(wide_scale + i);
+      g *= entry.slope;
       if constexpr (kStates > 0) s0 = load<N>(entry.states[0] + i);
       if constexpr (kStates > 1) s1 = load<N>(entry.states[1] + i);
       if constexpr (std::is_same_v<Moves, AllLanes>) {
@@ -102,9 +104,9 @@ class VectorWise {
   explicit VectorWise(const Optimizer& o) : rates_(o) {}
 
   template <int R, typename Moves>
-  __attribute__((always_inline)) void move_registers(const LearntEntry<T>* entries, int64_t i, A slope,
-                                                     const A* wide_scale, const Packed (&weights)[R],
-                                                     const Packed (&partners)[R], const Moves& moves) const {
+  __attribute__((always_inline)) void move_registers(const LearntEntry<T>* entries, int64_t i, const A* wide_scale,
+                                                     const Packed (&weights)[R], const Packed (&partners)[R],
+                                                     const Moves& moves) const {
     constexpr int P = kVectorLanes, V = L / P, G = std::min(R, P), kCopies = P / G, kSums = L / kCopies;
     constexpr auto kAll = std::make_integer_sequence<int, L>{};
     Parts scale;
@@ -116,9 +118,8 @@ class VectorWise {
         w[r] = parts(weights[first + r]);
         g[r] = parts(partners[first + r]);
         for (int h = 0; h < kParts; ++h) {
-          g[r].of[h] *= slope * entries[first + r].x;
           if (wide_scale) g[r].of[h] *= scale.of[h];
-          g[r].of[h] += rates_.weight_decay * w[r].of[h];
+          g[r].of[h] = entries[first + r].slope * g[r].of[h] + rates_.weight_decay * w[r].of[h];
           // Without a gradient nothing moves: the sum stays as it is, and the weight, which needs no rounding.
           if constexpr (!std::is_same_v<Moves, AllLanes>)
             g[r].of[h] = select(moves(first + r), g[r].of[h], Vec<A, L>{});
@@ -133,7 +134,8 @@ class VectorWise {
       [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
         store_states<G, V>(entries + first, i / K, __builtin_shufflevector(sum, sum, (I * kCopies)...));
       }(std::make_integer_sequence<int, kSums>{});
-      const Vec<A, L> rate = rates_.lr * inverse_sqrt(sum);
+      // Weights of 8 or 11 bits need no rate of 24.
+      const Vec<A, L> rate = rates_.lr * inverse_sqrt<!kIsNarrow<T>>(sum);
       [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
         const auto move = [&]<int r, int... I>(std::integer_sequence<int, r>, std::integer_sequence<int, I...>)
                               __attribute__((always_inline)) {
@@ -246,10 +248,10 @@ class PairUpdates {
 
   // The pair of a, which is of field f, and b, of field g: one after the other, and may be the same vector.
   __attribute__((always_inline)) void update_pair(const LearntEntry<T>& a, int64_t f, const LearntEntry<T>& b,
-                                                  int64_t g, A slope) const {
+                                                  int64_t g) const {
     constexpr int N = kEmbedDim > 0 && kEmbedDim < kLanes<A> ? kEmbedDim : kLanes<A>;
     const int64_t K = kEmbedDim ? kEmbedDim : embed_dim_;
-    const A x = slope * (a.x * b.x);
+    const A x = a.slope * b.x;
     A* const of_a = gradients_;
     A* const of_b = gradients_ + (K + N - 1) / N * N;
     for (int64_t k = 0; k < K; k += N) {
@@ -263,18 +265,18 @@ class PairUpdates {
 
   // All pairs of the fields 0 .. F - 1, entry f being field f's. wide_scale: the x of entry g, K times for each g, or
   // none where all are 1.
-  void update_fields(const LearntEntry<T>* entries, int64_t F, A slope, const A* wide_scale) const {
+  void update_fields(const LearntEntry<T>* entries, int64_t F, const A* wide_scale) const {
     if constexpr (kFields > 1) {
       if (F >= kFields) {
         for_tiles<kFields>(
-            F, [&](int64_t f, int64_t g) { update_tile(entries, f, g, AllLanes{}, AllLanes{}, slope, wide_scale); },
-            [&](int64_t f, int64_t g, int64_t done) { update_last(entries, f, g, done, slope, wide_scale); },
-            [&](int64_t f, int64_t done) { update_diagonal(entries, f, done, slope, wide_scale); });
+            F, [&](int64_t f, int64_t g) { update_tile(entries, f, g, AllLanes{}, AllLanes{}, wide_scale); },
+            [&](int64_t f, int64_t g, int64_t done) { update_last(entries, f, g, done, wide_scale); },
+            [&](int64_t f, int64_t done) { update_diagonal(entries, f, done, wide_scale); });
         return;
       }
     }
     for (int64_t f = 0; f < F; ++f) {
-      for (int64_t g = f + 1; g < F; ++g) update_pair(entries[f], f, entries[g], g, slope);
+      for (int64_t g = f + 1; g < F; ++g) update_pair(entries[f], f, entries[g], g);
     }
   }
 
@@ -294,8 +296,7 @@ class PairUpdates {
 
   template <typename Right, typename Below>
   __attribute__((always_inline)) void update_tile(const LearntEntry<T>* entries, int64_t f, int64_t g,
-                                                  const Right& right, const Below& below, A slope,
-                                                  const A* wide_scale) const {
+                                                  const Right& right, const Below& below, const A* wide_scale) const {
     const int64_t K = kEmbedDim;
     Packed a[kFields], b[kFields], from_a[kFields], from_b[kFields];
     load_square(entries + f, g * K, a);
@@ -303,21 +304,21 @@ class PairUpdates {
     for (int r = 0; r < kFields; ++r) from_a[r] = a[r], from_b[r] = b[r];
     transpose<kEmbedDim>(from_a);
     transpose<kEmbedDim>(from_b);
-    form_.move_registers(entries + f, g * K, slope, wide_scale, a, from_b, right);
-    form_.move_registers(entries + g, f * K, slope, wide_scale, b, from_a, below);
+    form_.move_registers(entries + f, g * K, wide_scale, a, from_b, right);
+    form_.move_registers(entries + g, f * K, wide_scale, b, from_a, below);
   }
 
   // The last fields, of which the first `done` have met those of f.
-  __attribute__((noinline)) void update_last(const LearntEntry<T>* entries, int64_t f, int64_t g, int64_t done, A slope,
+  __attribute__((noinline)) void update_last(const LearntEntry<T>* entries, int64_t f, int64_t g, int64_t done,
                                              const A* wide_scale) const {
     const Mask is_new = field_of_lane() >= static_cast<Lane>(done);
     update_tile(
-        entries, f, g, [&](int) { return is_new; }, [&](int r) { return r >= done ? Mask{} == 0 : Mask{}; }, slope,
+        entries, f, g, [&](int) { return is_new; }, [&](int r) { return r >= done ? Mask{} == 0 : Mask{}; },
         wide_scale);
   }
 
   // Fields among themselves, of which the first `done` have met already.
-  __attribute__((noinline)) void update_diagonal(const LearntEntry<T>* entries, int64_t f, int64_t done, A slope,
+  __attribute__((noinline)) void update_diagonal(const LearntEntry<T>* entries, int64_t f, int64_t done,
                                                  const A* wide_scale) const {
     const int64_t i = f * kEmbedDim;
     Packed rows[kFields], partners[kFields];
@@ -325,7 +326,7 @@ class PairUpdates {
     for (int r = 0; r < kFields; ++r) partners[r] = rows[r];
     transpose<kEmbedDim>(partners);
     const Mask field = field_of_lane(), is_new = field >= static_cast<Lane>(done);
-    form_.move_registers(entries + f, i, slope, wide_scale, rows, partners,
+    form_.move_registers(entries + f, i, wide_scale, rows, partners,
                          [&](int r) { return r >= done ? is_new & (field != static_cast<Lane>(r)) : Mask{}; });
   }
 

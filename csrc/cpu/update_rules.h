@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // How rows of a table are updated. Included after vec.h, inside the namespace of an ISA.
 
-// 1 / sqrt(v) for v >= 0, to the last bit or two; a large finite number where v is 0.
-template <typename V>
+// 1 / sqrt(v) for v >= 0, to the last bit or two, or, unless kRefined, to 14 bits; a large finite number where
+// v is 0.
+template <bool kRefined = true, typename V>
 inline V inverse_sqrt(V v) {
   using A = std::remove_cvref_t<decltype(v[0])>;
   constexpr int N = sizeof(V) / sizeof(A);
@@ -18,7 +19,10 @@ inline V inverse_sqrt(V v) {
   [[maybe_unused]] const auto refine = [v](V y) { return y * (A(1.5) - (A(0.5) * v * y) * y); };
   if constexpr (std::is_same_v<A, float>) {
 #if defined(__AVX512F__)
-    if constexpr (N == 16) return refine(bit_copy<V>(_mm512_maskz_rsqrt14_ps(kAllLanes, bit_copy<__m512>(v))));
+    if constexpr (N == 16) {
+      const V y = bit_copy<V>(_mm512_maskz_rsqrt14_ps(kAllLanes, bit_copy<__m512>(v)));
+      return kRefined ? refine(y) : y;
+    }
 #endif
 #if defined(__AVX__)
     if constexpr (N == 8) return refine(bit_copy<V>(_mm256_rsqrt_ps(bit_copy<__m256>(v))));
