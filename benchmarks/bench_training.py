@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""How fast, and how well, a sample at a time trains: a few epochs of each engine on the same data."""
+"""How fast, and how well, a sample at a time trains: a few epochs of each engine on the same data.
+
+The engines take turns, in several passes: what disturbs the machine disturbs them all.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     suite = suite_of(metafunc.config)
     cases = [
         pytest.param(
-            (threads, table, engine),
-            id=f"t{threads}-{table.name}-{engine.name}".replace(" ", "-").replace(",", ""),
+            (threads, table, number, engine),
+            id=f"t{threads}-{table.name}-{number}-{engine.name}".replace(" ", "-").replace(",", ""),
         )
         for threads in suite.threads
         for table in suite.training
+        for number in range(suite.passes)
         for engine in ENGINES
     ]
     metafunc.parametrize("case", cases)
@@ -36,12 +40,12 @@ def load(table: Workload, effort: float) -> TrainingWorkload:
 
 
 def test_training(
-    case: tuple[int, Workload, type[Engine]],
+    case: tuple[int, Workload, int, type[Engine]],
     benchmark: BenchmarkFixture,
     request: pytest.FixtureRequest,
 ) -> None:
-    threads, table, engine = case
-    what = {"engine": engine.name, "threads": threads, "table": table.name}
+    threads, table, number, engine = case
+    what = {"engine": engine.name, "threads": threads, "table": table.name, "pass": number}
     reason = engine.missing()
     if reason:
         not_timed(request.config, what, reason)

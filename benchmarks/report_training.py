@@ -6,53 +6,76 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from .tables import Record, Section, Table, reasons
+from .tables import Record, Section, Table, cell, measured, reasons
 from .workloads import short
 
+LINE = ("threads", "table", "engine")
 BASELINE = "libffm"
 
 
 def collect(runs: Sequence[Record], not_timed: Sequence[Record]) -> list[Record]:
-    """A record for every engine, with samples a second (median over epochs) where it ran."""
-    records = []
+    """A record for every engine: samples a second, and how many times libffm's in each pass."""
+    lines: dict[tuple[object, ...], Record] = {}
     for run in runs:
-        info = dict(run["extra_info"])
-        seconds = max(statistics.median(info["epoch_seconds"]), 1e-9)
-        records.append({**info, "samples_per_second": info["samples"] / seconds})
-    return records + list(not_timed)
+        info = run["extra_info"]
+        line = lines.setdefault(
+            tuple(info[name] for name in LINE),
+            {name: info[name] for name in (*LINE, "samples")} | {"passes": {}},
+        )
+        # Tenths of a second may be none, where little is trained.
+        line["passes"][info["pass"]] = [max(seconds, 1e-9) for seconds in info["epoch_seconds"]]
+        line["valid_logloss"] = info["valid_logloss"]
+    for line in lines.values():
+        line |= measured([seconds for epochs in line["passes"].values() for seconds in epochs])
+        line["samples_per_second"] = line["samples"] / line["seconds"]
+        other = lines.get((line["threads"], line["table"], BASELINE))
+        line["ratios"] = [
+            _speed(line, number) / _speed(other, number)
+            for number in line["passes"]
+            if other and number in other["passes"]
+        ]
+    for what in not_timed:
+        lines[tuple(what[name] for name in LINE)] = dict(what)
+    return list(lines.values())
+
+
+def _speed(line: Record, number: int) -> float:
+    """Samples a second of one pass."""
+    return float(line["samples"]) / statistics.median(line["passes"][number])
 
 
 def sections(records: Sequence[Record]) -> list[Section]:
     """One table; none where nothing was trained."""
     if not records:
         return []
-    baseline = {
-        (r["threads"], r["table"]): r["samples_per_second"]
-        for r in records
-        if r["engine"] == BASELINE and "reason" not in r
-    }
     body = []
     for r in sorted(records, key=lambda r: (r["threads"], r["table"])):
-        cells = [str(r["threads"]), r["table"], r["engine"]]
+        speed = cell(r, lambda r: short(r["samples_per_second"]))
+        cells = [str(r["threads"]), r["table"], r["engine"], speed]
         if "reason" in r:
-            body.append([*cells, r["reason"].partition(":")[0], "–", "–", "–"])
+            body.append([*cells, "–", "–", "–"])
             continue
-        other = baseline.get((r["threads"], r["table"]))
+        ratios, losses = r["ratios"], r["valid_logloss"]
+        times = "–"
+        if ratios:
+            times = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         body.append(
             [
                 *cells,
-                short(r["samples_per_second"]),
-                f"{r['samples_per_second'] / other:.2f}" if other else "–",
-                str(len(r["valid_logloss"])),
-                "–" if r["valid_logloss"][-1] is None else f"{r['valid_logloss'][-1]:.5f}",
+                times,
+                str(sum(len(epochs) for epochs in r["passes"].values())),
+                "–" if losses[-1] is None else f"{losses[-1]:.5f}",
             ]
         )
     header = ["threads", "table", "engine", "samples/s", "× libffm", "epochs", "valid logloss"]
     table = Table(header, body, left=("table", "engine"), section=2)
     notes = [
-        "Training: seconds of training alone, as each engine counts them, median over the epochs; AdaGrad, lr 0.2, "
-        "λ 2e-5, normalised samples, one feature a field. libffm prints tenths of a second. With two threads ffm_ext "
-        "is in its hogwild mode, as libffm always is. modern-fm: one pass over a tenth of the samples.",
+        "Training: seconds of training alone, as each engine counts them; AdaGrad, lr 0.2, λ 2e-5, normalised samples, "
+        "one feature a field. The engines take turns, a few epochs from the first table each: samples/s is the median "
+        "over the epochs of all turns, ± half the interquartile range; × libffm compares the medians of a turn, and is "
+        "the median over turns, with the least and the most; valid logloss is that after a turn. libffm prints tenths "
+        "of a second. With two threads ffm_ext is in its hogwild mode, as libffm always is. modern-fm: one pass over a "
+        "tenth of the samples a turn.",
         *reasons((f"{r['table']}, {r['engine']}", r) for r in records),
     ]
     return [Section("Training a sample at a time", [table], notes)]

@@ -26,6 +26,7 @@ from benchmarks import (  # noqa: E402
     report,
     report_interaction,
     report_kernels,
+    report_training,
     subjects,
     workloads,
 )
@@ -238,6 +239,43 @@ def test_report() -> None:
     assert "absent: missing: No module named 'absent' (1×)" in text
     assert slug(machine) == "example-9000-2-cores"
     assert machine["isa"] in report.title(results)
+
+
+def test_report_of_training_compares_turns() -> None:
+    def run(engine: str, number: int, epochs: list[float], samples: int = 1_000) -> dict[str, Any]:
+        info = {"threads": 1, "table": "T", "engine": engine, "pass": number, "samples": samples}
+        return {
+            "extra_info": {
+                **info,
+                "epoch_seconds": epochs,
+                "valid_logloss": [0.6, 0.5 - number / 10],
+            }
+        }
+
+    runs = [
+        # The machine is three times as slow in the second turn; libffm has a moment of its own in the third.
+        *(run("ours", number, [s, s]) for number, s in enumerate((0.1, 0.3, 0.1))),
+        *(run("libffm", number, [s, s]) for number, s in enumerate((0.2, 0.6, 0.5))),
+        *(run("slow", number, [s], 100) for number, s in enumerate((0.2, 0.6, 0.2))),
+    ]
+    absent = {
+        "threads": 1,
+        "table": "T",
+        "engine": "absent",
+        "pass": 0,
+        "reason": "missing: no absent",
+    }
+    records = {
+        r["engine"]: r for r in report_training.collect(runs, [absent, {**absent, "pass": 1}])
+    }
+    assert records["ours"]["ratios"] == pytest.approx([2, 2, 5])
+    assert records["slow"]["ratios"] == pytest.approx([0.1, 0.1, 0.25])
+    assert records["ours"]["samples_per_second"] == pytest.approx(1e4)
+    (section,) = report_training.sections(list(records.values()))
+    cells = {row[2]: row[3:] for row in section.tables[0].body}
+    assert cells["ours"] == ["10k ±100%", "2.00 (2.00 to 5.00)", "6", "0.30000"]
+    assert cells["absent"] == ["missing", "–", "–", "–"]
+    assert any("absent: missing: no absent" in note for note in section.notes)
 
 
 def test_roof_counts_reads_and_writes() -> None:
