@@ -115,7 +115,8 @@ def test_offsets_are_64_bit() -> None:
         weight.grad = None
         found = ffm_interaction(weight, ids.to(dtype))
         expected = reference(small, torch.arange(2 * F).view(2, F), grad="dense")
-        torch.testing.assert_close(found, expected)
+        # Some 10,000 products of either sign, in another order: scores of about 100, with what float32 rounds of that.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
         (found * torch.tensor([1.0, 2.0])).sum().backward()
         small.grad = None
         (expected * torch.tensor([1.0, 2.0])).sum().backward()
