@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The arithmetic of the optimizers: structs whose update(w, s0, s1, g) takes weights, both states and the gradient, all
 // as registers of one kind: vectors of the CPU, or single numbers. Included inside a namespace that has square_root and
-// inverse_sqrt of such registers.
+// twice_inverse_sqrt of such registers.
 
 template <typename A>
 struct Sgd {
@@ -18,14 +18,14 @@ struct Sgd {
 template <typename A>
 struct AdaGrad {
   static constexpr int kStates = 1;
-  explicit AdaGrad(const Optimizer& o) : lr(o.lr), weight_decay(o.weight_decay) {}
+  explicit AdaGrad(const Optimizer& o) : half_lr(o.lr / 2), weight_decay(o.weight_decay) {}
   template <typename V>
   FFM_HOST_DEVICE void update(V& w, V& sum, V&, V g) const {
     g += weight_decay * w;
     sum += g * g;
-    w -= lr * g * inverse_sqrt(sum);
+    w -= half_lr * g * twice_inverse_sqrt(sum);
   }
-  A lr, weight_decay;
+  A half_lr, weight_decay;
 };
 
 // Kingma, Ba, "Adam", ICLR 2015; rows that a batch does not touch stay as they are, and eps is that of

@@ -111,6 +111,25 @@ def test_same_bits_where_gradients_are_streamed() -> None:
         assert_same_bits(found[threads, grad], found[1, "dense"], f"{grad}, {threads} threads")
 
 
+@pytest.mark.parametrize("num_features", [3, 1_000, 100_000, 1_000_000])
+def test_same_rows_where_threads_group_them(num_features: int, dtype: torch.dtype) -> None:
+    """A thread groups the rows of 2^13 entries or more, and of no fewer than the table has words of 64 rows."""
+    torch.manual_seed(0)
+    weight = torch.randn(num_features, 2, 1).to(dtype).requires_grad_()
+    # Few ids come often, and some are only of the last entries.
+    indices = (torch.rand(20_480, 2) ** 8 * (num_features - 1)).long()
+    indices[-5:] = num_features - 1
+    seed = torch.randn(len(indices), dtype=dtype)
+    first = None
+    for threads in THREADS:
+        with num_threads(threads):
+            out = ffm_interaction(weight, indices, grad="sparse")
+            (gradient,) = torch.autograd.grad(out, weight, seed)
+        assert torch.equal(gradient.indices()[0], indices.unique())
+        first = gradient if first is None else first
+        assert_same_bits(gradient.values(), first.values(), f"{threads} threads")
+
+
 @forms
 def test_gradients_in_any_order(form: str, dtype: torch.dtype, device: torch.device) -> None:
     """On a CPU the dense gradient; on CUDA one that is as accurate, unless determinism is asked for."""

@@ -60,13 +60,10 @@ void forward(const Problem& p, T* out, int64_t begin, int64_t end, void* scratch
           }
           if (p.within_field) {
             T* const term = terms + (P + f) * width;
-            const bool has_pairs = s.count(f) > 1;
             if constexpr (kDot) {
-              A d = 0;
-              for (int64_t k = 0; has_pairs && k < K; ++k) d += s.within(f)[k];
-              store(term, d);
+              store(term, s.sum_within(f));
             } else {
-              for (int64_t k = 0; k < K; ++k) store(term + k, has_pairs ? s.within(f)[k] : A(0));
+              for (int64_t k = 0; k < K; ++k) store(term + k, s.count(f) > 1 ? s.within(f)[k] : A(0));
             }
           }
         }

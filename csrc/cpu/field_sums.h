@@ -99,6 +99,12 @@ class FieldSums {
   int64_t count(int64_t f) const { return count_[f]; }
   const A* own_sum(int64_t f) const { return sum_rows_[f] + f * p_.embed_dim; }
   const A* within(int64_t f) const { return within_ + f * p_.embed_dim; }
+  // The sum of those products: 0 where a field has one entry.
+  A sum_within(int64_t f) const {
+    A sum = 0;
+    for (int64_t k = 0; count_[f] > 1 && k < p_.embed_dim; ++k) sum += within(f)[k];
+    return sum;
+  }
 
   void load_sample(int64_t begin, int64_t end) {
     if (p_.fields) {

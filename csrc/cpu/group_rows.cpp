@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: MIT
 #include "group_rows.h"
 
+#include <algorithm>
 #include <bit>
 #include <utility>
 #include <vector>
+
+#include "parallel.h"
 
 namespace ffm {
 namespace {
@@ -11,33 +14,67 @@ namespace {
 // Up to so many rows of the table an entry, a bit for each of them is cheaper than sorting the entries.
 constexpr int64_t kMaxRowsPerEntry = 1024;
 
-// A bit a row: an entry is the first of its row where the bit is not set yet; the number of bits before that of its
-// row is its slot.
+// Entries that are worth a thread.
+constexpr int64_t kGrainEntries = 1 << 13;
+
+// A bit a row: an entry is the first of its row where no bit is set before it; the number of bits before that of its
+// row is its slot. Each part of the entries sets bits of its own, which are then joined, in the order of the parts.
 void group_by_bits(const Ids& indices, int64_t num_entries, int64_t num_features, RowGroups& groups) {
   struct Word {
     uint64_t bits;
     int64_t bits_before;
   };
-  std::vector<Word> words((num_features + 63) / 64, Word{0, 0});
-  for (int64_t e = 0; e < num_entries; ++e) {
-    const int64_t row = indices[e];
-    const uint64_t bit = uint64_t{1} << (row % 64);
-    uint64_t& bits = words[row / 64].bits;
-    groups.put[e] = bits & bit ? Put::kAdd : Put::kStore;
-    bits |= bit;
-  }
-  for (size_t i = 0; i < words.size(); ++i) {
-    words[i].bits_before = groups.num_rows;
-    for (uint64_t bits = words[i].bits; bits != 0; bits &= bits - 1) {
-      groups.rows[groups.num_rows++] = static_cast<int64_t>(i) * 64 + std::countr_zero(bits);
+  const int64_t num_words = (num_features + 63) / 64;
+  // No more words than entries, so that joining them takes no longer than setting their bits.
+  const int64_t parts =
+      std::clamp<int64_t>(num_entries / std::max<int64_t>(1, num_words), 1, num_parts(num_entries, kGrainEntries));
+  const auto words = std::make_unique_for_overwrite<Word[]>(num_words);
+  // The rows of each part's entries, and later those of the parts before it.
+  const auto marks = std::make_unique<uint64_t[]>(parts * num_words);
+  const auto for_entries = [&](const auto& fn) {
+    parallel_parts(parts, [&](int64_t part) {
+      fn(marks.get() + part * num_words, num_entries * part / parts, num_entries * (part + 1) / parts);
+    });
+  };
+  for_entries([&](uint64_t* own, int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e) {
+      const int64_t row = indices[e];
+      const uint64_t bit = uint64_t{1} << (row % 64);
+      uint64_t& bits = own[row / 64];
+      groups.put[e] = bits & bit ? Put::kAdd : Put::kStore;
+      bits |= bit;
     }
-  }
-  for (int64_t e = 0; e < num_entries; ++e) {
-    const int64_t row = indices[e];
-    const Word& word = words[row / 64];
-    const uint64_t before = (uint64_t{1} << (row % 64)) - 1;
-    groups.slots[e] = word.bits_before + std::popcount(word.bits & before);
-  }
+  });
+  const auto words_begin = [=](int64_t part) { return num_words * part / parts; };
+  std::vector<int64_t> first_slots(parts + 1, 0);
+  parallel_parts(parts, [&](int64_t part) {
+    int64_t count = 0;
+    for (int64_t i = words_begin(part); i < words_begin(part + 1); ++i) {
+      uint64_t bits = 0;
+      for (int64_t p = 0; p < parts; ++p) bits |= std::exchange(marks[p * num_words + i], bits);
+      words[i] = {bits, count};
+      count += std::popcount(bits);
+    }
+    first_slots[part + 1] = count;
+  });
+  for (int64_t part = 0; part < parts; ++part) first_slots[part + 1] += first_slots[part];
+  groups.num_rows = first_slots[parts];
+  parallel_parts(parts, [&](int64_t part) {
+    for (int64_t i = words_begin(part); i < words_begin(part + 1); ++i) {
+      words[i].bits_before += first_slots[part];
+      int64_t* row = groups.rows.get() + words[i].bits_before;
+      for (uint64_t bits = words[i].bits; bits != 0; bits &= bits - 1) *row++ = i * 64 + std::countr_zero(bits);
+    }
+  });
+  for_entries([&](const uint64_t* earlier, int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e) {
+      const int64_t row = indices[e];
+      const Word& word = words[row / 64];
+      const uint64_t bit = uint64_t{1} << (row % 64);
+      groups.slots[e] = word.bits_before + std::popcount(word.bits & (bit - 1));
+      if (earlier[row / 64] & bit) groups.put[e] = Put::kAdd;
+    }
+  });
 }
 
 // Radix sort, least significant digit first: stable, so the entries of a row keep their order.
@@ -78,17 +115,29 @@ RowGroups group_rows(const Ids& indices, int64_t num_entries, int64_t num_featur
 }
 
 SharedRows shared_rows(const RowGroups& groups, int64_t num_entries) {
-  std::vector<int64_t> number(groups.num_rows, 0);
-  for (int64_t e = 0; e < num_entries; ++e) ++number[groups.slots[e]];
+  const int64_t parts = num_parts(num_entries, kGrainEntries);
+  const auto for_entries = [&](const auto& fn) {
+    parallel_parts(parts, [&](int64_t part) {
+      for (int64_t e = num_entries * part / parts; e < num_entries * (part + 1) / parts; ++e) fn(e);
+    });
+  };
+  // -1 where a row has one entry.
+  std::vector<int64_t> number(groups.num_rows, -1);
+  for_entries([&](int64_t e) {
+    if (groups.put[e] != Put::kAdd) return;
+    __atomic_store_n(&number[groups.slots[e]], 0, __ATOMIC_RELAXED);  // others may do so too
+  });
   SharedRows shared;
-  for (int64_t& n : number) n = n > 1 ? shared.count++ : -1;
+  for (int64_t& n : number) {
+    if (n == 0) n = shared.count++;
+  }
   shared.slots = std::make_unique_for_overwrite<int64_t[]>(num_entries);
   shared.first_entries = std::make_unique_for_overwrite<int64_t[]>(shared.count);
-  for (int64_t e = 0; e < num_entries; ++e) {
+  for_entries([&](int64_t e) {
     const int64_t slot = number[groups.slots[e]];
     shared.slots[e] = slot;
     if (slot >= 0 && groups.put[e] == Put::kStore) shared.first_entries[slot] = e;
-  }
+  });
   return shared;
 }
 

@@ -170,10 +170,7 @@ __attribute__((always_inline)) inline Sum<T> sum_pairs(const Problem& p, const F
     return pairs.total();
   });
   if (p.within_field && s.is_summed()) {
-    for (int64_t i = 0; i < s.num_active(); ++i) {
-      const int64_t f = s.active(i);
-      for (int64_t k = 0; s.count(f) > 1 && k < K; ++k) y += s.within(f)[k];
-    }
+    for (int64_t i = 0; i < s.num_active(); ++i) y += s.sum_within(s.active(i));
   }
   return y;
 }

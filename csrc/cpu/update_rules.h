@@ -1,28 +1,38 @@
 // SPDX-License-Identifier: MIT
 // How rows of a table are updated. Included after vec.h, inside the namespace of an ISA.
 
-// 1 / sqrt(v) for v >= 0, to the last bit or two, or, unless kRefined, to 14 bits; a large finite number where
-// v is 0.
-template <bool kRefined = true, typename V>
-inline V inverse_sqrt(V v) {
+// v, or a small number where v is less: its inverse root is finite.
+template <typename V>
+inline V with_inverse_sqrt(V v) {
   using A = std::remove_cvref_t<decltype(v[0])>;
-  constexpr int N = sizeof(V) / sizeof(A);
   // Not the smallest normal number: its half is slow, and there are zeros in lanes behind the end of a row.
   constexpr A kSmallest = std::is_same_v<A, float> ? A(0x1p-120) : A(0x1p-1000);
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<A, float> && N == 16) {
-    v = bit_copy<V>(_mm512_maskz_max_ps(kAllLanes, bit_copy<__m512>(v), _mm512_set1_ps(kSmallest)));
-  } else
+  if constexpr (std::is_same_v<V, Vec<float, 16>>) {
+    return bit_copy<V>(_mm512_maskz_max_ps(kAllLanes, bit_copy<__m512>(v), _mm512_set1_ps(kSmallest)));
+  }
 #endif
-    v = v < kSmallest ? V{} + kSmallest : v;
+  return v < kSmallest ? V{} + kSmallest : v;
+}
+#if defined(__AVX512F__)
+// 1 / sqrt(v), to 14 bits.
+inline Vec<float, 16> estimated_inverse_sqrt(Vec<float, 16> v) {
+  return bit_copy<Vec<float, 16>>(_mm512_maskz_rsqrt14_ps(kAllLanes, bit_copy<__m512>(v)));
+}
+#endif
+
+// 2 / sqrt(v) for v >= 0, to the last bit or two; a large finite number where v is 0. It is a multiplication shorter
+// than its half.
+template <typename V>
+inline V twice_inverse_sqrt(V v) {
+  using A = std::remove_cvref_t<decltype(v[0])>;
+  constexpr int N = sizeof(V) / sizeof(A);
+  v = with_inverse_sqrt(v);
   // An estimate of 12 bits or more, and a step of Newton's.
-  [[maybe_unused]] const auto refine = [v](V y) { return y * (A(1.5) - (A(0.5) * v * y) * y); };
+  [[maybe_unused]] const auto refine = [v](V y) { return y * (A(3) - (v * y) * y); };
   if constexpr (std::is_same_v<A, float>) {
 #if defined(__AVX512F__)
-    if constexpr (N == 16) {
-      const V y = bit_copy<V>(_mm512_maskz_rsqrt14_ps(kAllLanes, bit_copy<__m512>(v)));
-      return kRefined ? refine(y) : y;
-    }
+    if constexpr (N == 16) return refine(estimated_inverse_sqrt(v));
 #endif
 #if defined(__AVX__)
     if constexpr (N == 8) return refine(bit_copy<V>(_mm256_rsqrt_ps(bit_copy<__m256>(v))));
@@ -31,12 +41,20 @@ inline V inverse_sqrt(V v) {
     if constexpr (N == 4) return refine(bit_copy<V>(_mm_rsqrt_ps(bit_copy<__m128>(v))));
 #endif
 #if defined(__aarch64__)
-    if constexpr (N == 4) return refine(refine(bit_copy<V>(vrsqrteq_f32(bit_copy<float32x4_t>(v)))));
+    if constexpr (N == 4) return refine(A(0.5) * refine(bit_copy<V>(vrsqrteq_f32(bit_copy<float32x4_t>(v)))));
 #endif
   }
   V y;
-  for (int i = 0; i < N; ++i) y[i] = A(1) / std::sqrt(v[i]);
+  for (int i = 0; i < N; ++i) y[i] = A(2) / std::sqrt(v[i]);
   return y;
+}
+// Unless kRefined, 14 bits of it are enough.
+template <bool kRefined = true, typename V>
+inline V inverse_sqrt(V v) {
+#if defined(__AVX512F__)
+  if constexpr (!kRefined && std::is_same_v<V, Vec<float, 16>>) return estimated_inverse_sqrt(with_inverse_sqrt(v));
+#endif
+  return std::remove_cvref_t<decltype(v[0])>(0.5) * twice_inverse_sqrt(v);
 }
 template <typename V>
 inline V square_root(V v) {

@@ -13,6 +13,10 @@ constexpr int kUnitThreads = 256;
 __device__ __forceinline__ float inverse_sqrt(float v) { return rsqrtf(v < 0x1p-126f ? 0x1p-126f : v); }
 __device__ __forceinline__ double inverse_sqrt(double v) { return 1 / sqrt(v < 0x1p-1022 ? 0x1p-1022 : v); }
 template <typename A>
+__device__ __forceinline__ A twice_inverse_sqrt(A v) {
+  return 2 * inverse_sqrt(v);
+}
+template <typename A>
 __device__ __forceinline__ A square_root(A v) {
   return v * inverse_sqrt(v);
 }
