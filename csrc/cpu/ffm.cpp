@@ -53,10 +53,10 @@ int64_t block_part_begin(const Problem& p, const Block& block, int64_t part, int
 void stage_entries(const Problem& p, const RowGroups& groups, int64_t parts, std::vector<Block>& blocks,
                    int64_t* stage_slots) {
   const int64_t num_blocks = static_cast<int64_t>(blocks.size()), shares = std::min(parts, num_blocks);
-  parallel_parts(shares, [&](int64_t share) {
+  parallel_ranges(shares, num_blocks, [&](int64_t, int64_t first_block, int64_t last_block) {
     // The part that touched a row first, counted through all blocks.
     std::vector<int64_t> first_part(groups.num_rows, -1);
-    for (int64_t i = num_blocks * share / shares; i < num_blocks * (share + 1) / shares; ++i) {
+    for (int64_t i = first_block; i < last_block; ++i) {
       Block& block = blocks[i];
       block.staged.resize(parts);
       for (int64_t part = 0; part < parts; ++part) {
@@ -116,9 +116,8 @@ void run_backward(const Problem& p, Gradient grad, const RowGroups& groups) {
   run_samples(p, grad, &groups);
   const BackwardKernels& kernels = backward_kernels();
   const int64_t parts = num_parts(shared.count * p.row_size(), kGrainElements);
-  parallel_parts(parts, [&](int64_t part) {
-    kernels.finish_sums(p, grad, shared.first_entries.get(), shared.count * part / parts,
-                        shared.count * (part + 1) / parts);
+  parallel_ranges(parts, shared.count, [&](int64_t, int64_t begin, int64_t end) {
+    kernels.finish_sums(p, grad, shared.first_entries.get(), begin, end);
   });
 }
 
@@ -153,9 +152,8 @@ Tensor new_grad_rows(const Batch& batch, int64_t rows) {
 void zero_other_rows(const Problem& p, const RowGroups& groups, void* grad_rows) {
   const int64_t row_bytes = p.row_size() * element_bytes(p.dtype);
   const int64_t parts = num_parts((p.num_features - groups.num_rows) * p.row_size(), kGrainElements);
-  parallel_parts(parts, [&](int64_t part) {
+  parallel_ranges(parts, groups.num_rows, [&](int64_t part, int64_t begin, int64_t end) {
     // Before each of its touched rows, and, the last part, behind all of them.
-    const int64_t begin = groups.num_rows * part / parts, end = groups.num_rows * (part + 1) / parts;
     for (int64_t r = begin; r < end + (part + 1 == parts); ++r) {
       const int64_t from = r == 0 ? 0 : groups.rows[r - 1] + 1;
       const int64_t to = r == groups.num_rows ? p.num_features : groups.rows[r];

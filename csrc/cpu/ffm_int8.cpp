@@ -86,10 +86,10 @@ Tensor ffm_quantize(const Tensor& weight) {
   }
   const int64_t parts = num_parts(N * p.row_size(), kGrainElements);
   std::vector<int64_t> bad(parts, -1);
-  parallel_parts(parts, [&](int64_t part) {
+  parallel_ranges(parts, N, [&](int64_t part, int64_t begin, int64_t end) {
     dispatch_dtype(p.dtype, [&](auto scalar) {
       using T = typename TorchScalar<typename decltype(scalar)::type>::type;
-      bad[part] = quantize_rows<T>(p, data, N * part / parts, N * (part + 1) / parts);
+      bad[part] = quantize_rows<T>(p, data, begin, end);
     });
   });
   for (int64_t i : bad) {
@@ -112,8 +112,7 @@ Tensor ffm_dequantize(const Tensor& packed, int64_t num_fields, int64_t embed_di
   float* const data = static_cast<float*>(weight.mutable_data_ptr());
   const Int8Kernels& kernels = int8_kernels();
   const int64_t parts = num_parts(N * p.row_size(), kGrainElements);
-  parallel_parts(parts, [&](int64_t part) {
-    const int64_t begin = N * part / parts, end = N * (part + 1) / parts;
+  parallel_ranges(parts, N, [&](int64_t, int64_t begin, int64_t end) {
     kernels.dequantize(p, data + begin * p.row_size(), begin, end);
   });
   return weight;

@@ -148,8 +148,7 @@ Tensor ffm_train_(const Tensor& weight, const std::vector<Tensor>& states, const
       parallel ? std::min(std::max<int64_t>(1, n), num_parts(entries * p.row_size(), kGrainElements)) : 1;
   const Scratch scratch(parts, kernels.scratch_bytes(p));
   std::vector<double> losses(parts, 0);
-  parallel_parts(parts, [&](int64_t part) {
-    const int64_t begin = n * part / parts, end = n * (part + 1) / parts;
+  parallel_ranges(parts, n, [&](int64_t part, int64_t begin, int64_t end) {
     if (!numbers) {
       losses[part] = kernels.train(p, training, label, sample_weight, step, begin, end, scratch.of(part));
       return;
@@ -198,9 +197,8 @@ void ffm_update_(const Tensor& weight, const std::vector<Tensor>& states, const 
   }
   const TrainKernels& kernels = train_kernels();
   const int64_t parts = num_parts(n * p.row_size(), kGrainElements);
-  parallel_parts(parts, [&](int64_t part) {
-    kernels.update_rows(given.update, p.dtype, ids_of_rows, given.gradient.const_data_ptr(), n * part / parts,
-                        n * (part + 1) / parts);
+  parallel_ranges(parts, n, [&](int64_t, int64_t begin, int64_t end) {
+    kernels.update_rows(given.update, p.dtype, ids_of_rows, given.gradient.const_data_ptr(), begin, end);
   });
 }
 

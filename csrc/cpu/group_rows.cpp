@@ -31,12 +31,8 @@ void group_by_bits(const Ids& indices, int64_t num_entries, int64_t num_features
   const auto words = std::make_unique_for_overwrite<Word[]>(num_words);
   // The rows of each part's entries, and later those of the parts before it.
   const auto marks = std::make_unique<uint64_t[]>(parts * num_words);
-  const auto for_entries = [&](const auto& fn) {
-    parallel_parts(parts, [&](int64_t part) {
-      fn(marks.get() + part * num_words, num_entries * part / parts, num_entries * (part + 1) / parts);
-    });
-  };
-  for_entries([&](uint64_t* own, int64_t begin, int64_t end) {
+  parallel_ranges(parts, num_entries, [&](int64_t part, int64_t begin, int64_t end) {
+    uint64_t* const own = marks.get() + part * num_words;
     for (int64_t e = begin; e < end; ++e) {
       const int64_t row = indices[e];
       const uint64_t bit = uint64_t{1} << (row % 64);
@@ -45,11 +41,10 @@ void group_by_bits(const Ids& indices, int64_t num_entries, int64_t num_features
       bits |= bit;
     }
   });
-  const auto words_begin = [=](int64_t part) { return num_words * part / parts; };
   std::vector<int64_t> first_slots(parts + 1, 0);
-  parallel_parts(parts, [&](int64_t part) {
+  parallel_ranges(parts, num_words, [&](int64_t part, int64_t begin, int64_t end) {
     int64_t count = 0;
-    for (int64_t i = words_begin(part); i < words_begin(part + 1); ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       uint64_t bits = 0;
       for (int64_t p = 0; p < parts; ++p) bits |= std::exchange(marks[p * num_words + i], bits);
       words[i] = {bits, count};
@@ -59,20 +54,21 @@ void group_by_bits(const Ids& indices, int64_t num_entries, int64_t num_features
   });
   for (int64_t part = 0; part < parts; ++part) first_slots[part + 1] += first_slots[part];
   groups.num_rows = first_slots[parts];
-  parallel_parts(parts, [&](int64_t part) {
-    for (int64_t i = words_begin(part); i < words_begin(part + 1); ++i) {
+  parallel_ranges(parts, num_words, [&](int64_t part, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
       words[i].bits_before += first_slots[part];
       int64_t* row = groups.rows.get() + words[i].bits_before;
       for (uint64_t bits = words[i].bits; bits != 0; bits &= bits - 1) *row++ = i * 64 + std::countr_zero(bits);
     }
   });
-  for_entries([&](const uint64_t* earlier, int64_t begin, int64_t end) {
+  parallel_ranges(parts, num_entries, [&](int64_t part, int64_t begin, int64_t end) {
+    const uint64_t* const earlier = marks.get() + part * num_words;
     for (int64_t e = begin; e < end; ++e) {
       const int64_t row = indices[e];
       const Word& word = words[row / 64];
       const uint64_t bit = uint64_t{1} << (row % 64);
       groups.slots[e] = word.bits_before + std::popcount(word.bits & (bit - 1));
-      if (earlier[row / 64] & bit) groups.put[e] = Put::kAdd;
+      if (part > 0 && earlier[row / 64] & bit) groups.put[e] = Put::kAdd;
     }
   });
 }
@@ -117,8 +113,8 @@ RowGroups group_rows(const Ids& indices, int64_t num_entries, int64_t num_featur
 SharedRows shared_rows(const RowGroups& groups, int64_t num_entries) {
   const int64_t parts = num_parts(num_entries, kGrainEntries);
   const auto for_entries = [&](const auto& fn) {
-    parallel_parts(parts, [&](int64_t part) {
-      for (int64_t e = num_entries * part / parts; e < num_entries * (part + 1) / parts; ++e) fn(e);
+    parallel_ranges(parts, num_entries, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; ++e) fn(e);
     });
   };
   // -1 where a row has one entry.

@@ -57,6 +57,12 @@ void parallel_parts(int64_t parts, const Fn& fn) {
   });
 }
 
+// [0, n) cut into even ranges: calls fn(part, begin, end) for every part, side by side.
+template <typename Fn>
+void parallel_ranges(int64_t parts, int64_t n, const Fn& fn) {
+  parallel_parts(parts, [&](int64_t part) { fn(part, n * part / parts, n * (part + 1) / parts); });
+}
+
 // Scratch for each part of the work on a batch.
 class Scratch {
  public:

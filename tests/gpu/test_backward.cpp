@@ -9,8 +9,9 @@
 namespace ffm {
 namespace {
 
-double twice_inverse_sqrt(double v) { return 2 / std::sqrt(std::max(v, 0x1p-126)); }
-double square_root(double v) { return v / 2 * twice_inverse_sqrt(v); }
+double inverse_sqrt(double v) { return 1 / std::sqrt(std::max(v, 0x1p-126)); }
+double twice_inverse_sqrt(double v) { return 2 * inverse_sqrt(v); }
+double square_root(double v) { return v * inverse_sqrt(v); }
 #include "update_rules.h"
 
 template <typename T>
@@ -341,7 +342,7 @@ Moved<T> move_rows(const Trained<T>& t, const std::vector<int64_t>& rows, const 
             case OptimizerKind::kAdam: Adam<double>(o).update(w[at], s0, s1, gradient(k)); break;
             case OptimizerKind::kFtrl: Ftrl<double>(o).update(w[at], s0, s1, gradient(k)); break;
             case OptimizerKind::kVectorAdaGrad:
-              w[at] -= 0.25 / 2 * (gradient(k) + 0.125 * w[at]) * twice_inverse_sqrt(sum);
+              w[at] -= 0.25 * (gradient(k) + 0.125 * w[at]) * inverse_sqrt(sum);
               break;
           }
         }
