@@ -82,12 +82,17 @@ class Rounding {
   static constexpr uint32_t kSpread = 0x9e3779b9u;
   template <typename U>
   FFM_HOST_DEVICE U random_bits(U spread) const {
-    // The key is well mixed, and of the place one round of a hash is enough (the first of lowbias32, C. Wellons): the
-    // bits are uniform at each place and do not depend on those of another row or step. What does not depend on the
-    // row is reckoned once for several.
-    const U h = (spread ^ spread >> 16) * 0x7feb352du;
-    return h ^ h >> 15 ^ key_;
+    return bits_of_place(spread) ^ key_;
   }
+  // The key is well mixed, and of the place one round of a hash is enough (the first of lowbias32, C. Wellons): the
+  // bits are uniform at each place and do not depend on those of another row or step. What does not depend on the row
+  // is reckoned once for several.
+  template <typename U>
+  FFM_HOST_DEVICE static U bits_of_place(U spread) {
+    const U h = (spread ^ spread >> 16) * 0x7feb352du;
+    return h ^ h >> 15;
+  }
+  FFM_HOST_DEVICE uint32_t key() const { return key_; }
   FFM_HOST_DEVICE bool is_stochastic() const { return is_stochastic_; }
 
  private:

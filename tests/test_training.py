@@ -284,7 +284,7 @@ def test_every_optimizer_learns(optimizer, mode, dtype):
 @pytest.mark.parametrize("optimizer", list(optim.OPTIMIZERS.values()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("embed_dim", [3, 4, 8, 16])
-@pytest.mark.parametrize("kind", ["one-hot", "values", "missing fields"])
+@pytest.mark.parametrize("kind", ["one-hot", "weighted samples", "values", "missing fields"])
 def test_a_sample_moves_what_its_pairs_share(optimizer, dtype, embed_dim, kind):
     # Pairs are met many at a time, in squares of up to 16 fields that overlap at the end. Here: each vector that is in
     # a pair, one after the other, by the operator that updates rows. All others keep their bits, and reach nothing:
@@ -302,9 +302,11 @@ def test_a_sample_moves_what_its_pairs_share(optimizer, dtype, embed_dim, kind):
         has = rng.rand(*ids.shape) < (0.6 if kind == "missing fields" else 2)
         values = (
             None
-            if kind == "one-hot"
+            if kind in ("one-hot", "weighted samples")
             else torch.from_numpy(rng.rand(*ids.shape)[has] + 0.5).to(dtype)
         )
+        # Next to nothing but the decay moves a sample that weighs nothing.
+        weights = torch.tensor([0.0, 2.0, 1e-25, 0.5]) if kind == "weighted samples" else None
         offsets = torch.from_numpy(np.append(0, has.sum(1).cumsum()))
         labels = torch.from_numpy((rng.rand(samples) < 0.5).astype(np.float32))
 
@@ -332,6 +334,8 @@ def test_a_sample_moves_what_its_pairs_share(optimizer, dtype, embed_dim, kind):
             score = float((w[one] * w[two] * product).sum())
             sign = 1 if labels[b] > 0 else -1
             slope = -sign / (1 + np.exp(sign * score))
+            if weights is not None:
+                slope *= float(weights[b])
             moved = np.concatenate([one, two])
             order = np.argsort(moved)
             gradient = slope * np.concatenate([w[two], w[one]]) * np.concatenate([product, product])
@@ -351,7 +355,7 @@ def test_a_sample_moves_what_its_pairs_share(optimizer, dtype, embed_dim, kind):
             torch.from_numpy(fields[has]),
             values,
             offsets,
-            *(labels, None, None, "logistic", False, False),
+            *(labels, weights, None, "logistic", False, False),
             *(rates.name, rates.settings(), 1, None, False),
         )
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)
@@ -380,6 +384,43 @@ def test_a_sample_moves_what_its_pairs_share(optimizer, dtype, embed_dim, kind):
         touched = np.unique(ids[has])
         untouched = np.setdiff1d(np.arange(n), touched)
         assert torch.equal(table[untouched].isnan(), vectors.view_as(table)[untouched].isnan())
+
+
+@pytest.mark.parametrize("embed_dim", [2, 4, 8, 16])
+@pytest.mark.parametrize("kind", ["one-hot", "values", "no gradient"])
+def test_vectors_are_rounded_at_random(embed_dim, kind):
+    num_fields, seeds = 39, 64
+    rng = np.random.RandomState(0)
+    ids = torch.arange(num_fields)
+    start = torch.from_numpy(rng.uniform(-0.5, 0.5, (num_fields, num_fields, embed_dim)))
+    start = start.bfloat16()
+    own = torch.arange(num_fields)
+    start[own, own] = torch.tensor(0x7FFF, dtype=torch.int16).view(torch.bfloat16)
+    x = torch.from_numpy(rng.rand(num_fields) + 0.5).bfloat16() if kind == "values" else None
+
+    def trained(dtype, seed):
+        rates = optim.VectorAdaGrad(lr=0.02, weight_decay=1e-2)
+        table = start.to(dtype, copy=True)
+        states = list(rates.new_state(table.flatten(1), embed_dim).values())
+        torch.ops.ffm_ext.ffm_train_(
+            *(table, [s.view(num_fields, num_fields, -1) for s in states], None, [], None, []),
+            *(ids, own, None if x is None else x.to(dtype), torch.tensor([0, num_fields])),
+            *(torch.ones(1), torch.zeros(1) if kind == "no gradient" else None, None),
+            *("logistic", False, False, rates.name, rates.settings(), 1, seed, False),
+        )
+        return table.double()
+
+    exact = trained(torch.float64, None)
+    moved = ~torch.eye(num_fields, dtype=torch.bool)
+    assert torch.equal(exact.isnan().all(2), ~moved)
+    found = torch.stack([trained(torch.bfloat16, seed) for seed in range(seeds)])
+    assert torch.equal(found.isnan(), exact.isnan().expand_as(found))
+    step = 2.0 ** (exact[moved].abs().log2().floor() - 7)
+    error = (found[:, moved] - exact[moved]) / step
+    assert error.abs().max() < 1.02
+    # To nearest, an error of up to a half would not go away.
+    assert error.mean(0).abs().max() < 5 * 0.5 / seeds**0.5
+    assert abs(float(error.mean())) < 0.01
 
 
 def test_deterministic_has_the_same_bits_for_any_number_of_threads():

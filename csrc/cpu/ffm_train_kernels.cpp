@@ -61,9 +61,12 @@ class Trainer {
         learnt_(arena.take<LearntEntry<T>>(std::max<int64_t>(2, p.num_fields))),
         rows_(arena.take<int64_t>(p.num_fields + kLanes<int64_t>)),
         gradients_(arena.take<A>(2 * (p.embed_dim + kLanes<A>))),
+        place_bits_{arena.take<uint32_t>(kMayRound ? PlaceBits::size(p) : 0),
+                    arena.take<uint32_t>(kMayRound ? PlaceBits::size(p) : 0)},
         update_linear_(choose_update<A>(t.optimizer.kind)) {
     // Behind the last row: no row.
     for (int i = 0; rows_ && i < kLanes<int64_t>; ++i) rows_[p.num_fields + i] = -1;
+    if (kMayRound && place_bits_.even && t.optimizer.is_stochastic) place_bits_.fill(p);
   }
 
   // The loss of the sample with the entries [first, last), weighted.
@@ -94,7 +97,13 @@ class Trainer {
     switch (optimizer_.kind) {
       case OptimizerKind::kSgd: update<Elementwise<T, Sgd, kEmbedDim>>(first, last, slope * r); break;
       case OptimizerKind::kAdaGrad: update<Elementwise<T, AdaGrad, kEmbedDim>>(first, last, slope * r); break;
-      case OptimizerKind::kVectorAdaGrad: update<VectorWise<T, kEmbedDim>>(first, last, slope * r); break;
+      case OptimizerKind::kVectorAdaGrad:
+        if (kMayRound && optimizer_.is_stochastic) {
+          update<VectorWise<T, kEmbedDim, kMayRound>>(first, last, slope * r);
+        } else {
+          update<VectorWise<T, kEmbedDim, false>>(first, last, slope * r);
+        }
+        break;
       case OptimizerKind::kAdam: update<Elementwise<T, Adam, kEmbedDim>>(first, last, slope * r); break;
       case OptimizerKind::kFtrl: update<Elementwise<T, Ftrl, kEmbedDim>>(first, last, slope * r); break;
     }
@@ -115,6 +124,9 @@ class Trainer {
   FieldSums<T>& sums() { return s_; }
 
  private:
+  // Only bfloat16 weights are rounded at random.
+  static constexpr bool kMayRound = std::is_same_v<T, BFloat16>;
+
   A linear_weight(int64_t e) const { return static_cast<const A*>(t_.linear.weight)[p_.indices[e]]; }
 
   // In place: what is put together in registers and then copied would wait for its own stores.
@@ -128,6 +140,8 @@ class Trainer {
     entry.x = entries_.value(e);
     entry.slope = slope * entry.x;
     new (&entry.rounding) Rounding(optimizer_, row);
+    entry.even_key = entry.rounding.key() >> 16;
+    entry.odd_key = entry.rounding.key() & 0xffffu;
   }
 
   // Whether every field has one entry, and no two have the same row: then the entries lie in learnt_, by field.
@@ -150,10 +164,12 @@ class Trainer {
 
   template <typename Form>
   void update(int64_t first, int64_t last, A slope) {
-    const PairUpdates<T, Form, kEmbedDim> updates(optimizer_, p_.embed_dim, gradients_);
+    const PairUpdates<T, Form, kEmbedDim> updates(optimizer_, place_bits_, slope, p_.embed_dim, gradients_);
     if (load_fields(first, last, slope)) {
-      updates.update_fields(learnt_, p_.num_fields, entries_.has_values() ? s_.wide_scale() : nullptr);
-      return;
+      if (!entries_.has_values() && updates.takes(NoScale{})) {
+        return updates.update_fields(learnt_, p_.num_fields, NoScale{});
+      }
+      return updates.update_fields(learnt_, p_.num_fields, s_.wide_scale());
     }
     for (int64_t i = first; i < last; ++i) {
       LearntEntry<T>&a = learnt_[0], &b = learnt_[1];
@@ -176,6 +192,7 @@ class Trainer {
   LearntEntry<T>* learnt_;
   int64_t* rows_;
   A* gradients_;
+  PlaceBits place_bits_;
   UpdateRow<A> update_linear_;
 };
 

@@ -69,6 +69,7 @@ class FieldSums {
       count_[f] = p.fields ? 0 : 1;
       active_[f] = f;
     }
+    if (!entries_.has_values()) std::fill_n(wide_scale_, p.row_size(), A(1));
   }
 
   const Entries<T>& entries() const { return entries_; }
@@ -83,7 +84,7 @@ class FieldSums {
   }
 
   A scale(int64_t f) const { return scale_[f]; }
-  // scale(g) repeated K times for every g; only where is_dense() and the batch has values.
+  // scale(g) repeated K times for every g; only where is_dense().
   const A* wide_scale() const { return wide_scale_; }
 
   // The fields that have entries, in rising order.

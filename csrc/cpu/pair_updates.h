@@ -16,13 +16,32 @@ struct LearntEntry {
   Sum<T> x;
   Sum<T> slope;  // dL/dt r x: of its own gradient, what all partners have in common
   Rounding rounding;
+  uint32_t even_key, odd_key;  // the halves of the key of its rounding
 };
+
+// The random bits of the places of any row, without a row's key (see Rounding). A place serves two numbers that lie
+// side by side: the upper half of its bits the one at the even place, the lower half the one at the odd place.
+struct PlaceBits {
+  static int64_t size(const Problem& p) { return p.row_size() + kLanes<uint32_t>; }
+  void fill(const Problem& p) const {
+    for (int64_t i = 0; i < size(p); ++i) {
+      const uint32_t bits = Rounding::bits_of_place(static_cast<uint32_t>(i) * Rounding::kSpread);
+      even[i] = bits >> 16;
+      odd[i] = bits & 0xffffu;
+    }
+  }
+  uint32_t *even, *odd;
+};
+
+// In place of the x of entries that are all 1: their slopes are one number, `slope` below.
+struct NoScale {};
 
 // What an optimizer does with K-vectors that lie in registers is a class of its own, with
 //   kElements       the numbers of a row that fill one of its registers,
 //   kVectorLanes    how many lanes of a register of sums a K-vector takes,
+//   takes(NoScale)  whether NoScale will do; if not, ones are given,
 //   move_registers  moves R rows of registers, weights at the places [i, i + kElements) of their rows, against the
-//                   gradients slope * partners,
+//                   gradients slope * scale * partners, where wide_scale[i] is that of the partner at place i,
 //   move_vector     moves one K-vector at place i against a gradient in memory.
 // moves(r) masks the lanes of row r that may move; the others keep their weights and states.
 
@@ -40,17 +59,19 @@ class Elementwise {
   static constexpr int kElements = ::ffm::FFM_ISA::kLanes<A>, kVectorLanes = K;
   using Packed = Vec<Bits<T>, kElements>;
 
-  explicit Elementwise(const Optimizer& o) : rule_(o) {}
+  Elementwise(const Optimizer& o, const PlaceBits&, A) : rule_(o) {}
 
-  template <int R, typename Moves>
-  __attribute__((always_inline)) void move_registers(const LearntEntry<T>* entries, int64_t i, const A* wide_scale,
+  bool takes(NoScale) const { return true; }
+
+  template <int R, typename Scale, typename Moves>
+  __attribute__((always_inline)) void move_registers(const LearntEntry<T>* entries, int64_t i, Scale wide_scale,
                                                      const Packed (&weights)[R], const Packed (&partners)[R],
                                                      const Moves& moves) const {
     constexpr int N = kElements;
     for (int r = 0; r < R; ++r) {
       const LearntEntry<T>& entry = entries[r];
       Vec<A, N> w = widen<T, N>(weights[r]), g = widen<T, N>(partners[r]), s0 = {}, s1 = {};
-      if (wide_scale) g *= load<N>(wide_scale + i);
+      if constexpr (!std::is_same_v<Scale, NoScale>) g *= load<N>(wide_scale + i);
       g *= entry.slope;
       if constexpr (kStates > 0) s0 = load<N>(entry.states[0] + i);
       if constexpr (kStates > 1) s1 = load<N>(entry.states[1] + i);
@@ -93,7 +114,8 @@ class Elementwise {
 // AdaGrad with one sum for each K-vector: that of the mean of g^2 over its K elements. The sums of several registers
 // are brought into one, where one inverse root serves them all. A register of bfloat16 is two of floats, those of even
 // and of odd places: a shift and a mask, and a vector's own sum is shorter by one step.
-template <typename T, int K>
+// kRoundsAtRandom: as the optimizer says, for bfloat16; known beforehand, rows do not wait for each other's branches.
+template <typename T, int K, bool kRoundsAtRandom>
 class VectorWise {
  public:
   using A = Sum<T>;
@@ -101,16 +123,31 @@ class VectorWise {
   static constexpr int kElements = kParts * L, kVectorLanes = K / kParts;
   using Packed = Vec<Bits<T>, kElements>;
 
-  explicit VectorWise(const Optimizer& o) : rates_(o) {}
+  VectorWise(const Optimizer& o, const PlaceBits& place_bits, A slope)
+      : rates_(o),
+        place_bits_(place_bits),
+        slope_(slope),
+        decay_by_slope_(rates_.weight_decay / slope),
+        lr_by_slope_(rates_.lr * slope),
+        mean_by_slope_(slope * slope / K) {}
 
-  template <int R, typename Moves>
-  __attribute__((always_inline)) void move_registers(const LearntEntry<T>* entries, int64_t i, const A* wide_scale,
+  // With one slope for all, gradients are reckoned without it: partners + weight_decay / slope * weights. No number
+  // here may overflow or vanish for that; a slope that is NaN is not taken either.
+  bool takes(NoScale) const {
+    const A size = std::abs(slope_);
+    return size >= A(0x1p-60) && size <= A(0x1p60) && size * A(0x1p40) >= rates_.weight_decay;
+  }
+
+  template <int R, typename Scale, typename Moves>
+  __attribute__((always_inline)) void move_registers(const LearntEntry<T>* entries, int64_t i, Scale wide_scale,
                                                      const Packed (&weights)[R], const Packed (&partners)[R],
                                                      const Moves& moves) const {
     constexpr int P = kVectorLanes, V = L / P, G = std::min(R, P), kCopies = P / G, kSums = L / kCopies;
     constexpr auto kAll = std::make_integer_sequence<int, L>{};
-    Parts scale;
-    if (wide_scale) scale = parts_of_scale(wide_scale + i);
+    constexpr bool kHasOneSlope = std::is_same_v<Scale, NoScale>;
+    [[maybe_unused]] const Parts scale = parts_of_scale(wide_scale, i);
+    // Unrolled: rows are arrays of registers.
+#pragma GCC unroll 16
     for (int first = 0; first < R; first += G) {
       Parts w[G], g[G];
       Vec<A, L> squares[G];
@@ -118,15 +155,18 @@ class VectorWise {
         w[r] = parts(weights[first + r]);
         g[r] = parts(partners[first + r]);
         for (int h = 0; h < kParts; ++h) {
-          if (wide_scale) g[r].of[h] *= scale.of[h];
-          g[r].of[h] = entries[first + r].slope * g[r].of[h] + rates_.weight_decay * w[r].of[h];
+          if constexpr (kHasOneSlope) {
+            g[r].of[h] += decay_by_slope_ * w[r].of[h];
+          } else {
+            g[r].of[h] = entries[first + r].slope * (g[r].of[h] * scale.of[h]) + rates_.weight_decay * w[r].of[h];
+          }
           // Without a gradient nothing moves: the sum stays as it is, and the weight, which needs no rounding.
           if constexpr (!std::is_same_v<Moves, AllLanes>)
             g[r].of[h] = select(moves(first + r), g[r].of[h], Vec<A, L>{});
           squares[r] = h == 0 ? g[r].of[h] * g[r].of[h] : squares[r] + g[r].of[h] * g[r].of[h];
         }
       }
-      Vec<A, L> sum = sum_vectors<A, L, P>(squares) * (A(1) / K);
+      Vec<A, L> sum = sum_vectors<A, L, P>(squares) * (kHasOneSlope ? mean_by_slope_ : A(1) / K);
       const Vec<A, kSums> before = load_states<G, V>(entries + first, i / K);
       [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
         sum += Vec<A, L>(__builtin_shufflevector(before, before, (I / kCopies)...));
@@ -135,7 +175,7 @@ class VectorWise {
         store_states<G, V>(entries + first, i / K, __builtin_shufflevector(sum, sum, (I * kCopies)...));
       }(std::make_integer_sequence<int, kSums>{});
       // Weights of 8 or 11 bits need no rate of 24.
-      const Vec<A, L> rate = rates_.lr * inverse_sqrt<!kIsNarrow<T>>(sum);
+      const Vec<A, L> rate = (kHasOneSlope ? lr_by_slope_ : rates_.lr) * inverse_sqrt<!kIsNarrow<T>>(sum);
       [&]<int... J>(std::integer_sequence<int, J...>) __attribute__((always_inline)) {
         const auto move = [&]<int r, int... I>(std::integer_sequence<int, r>, std::integer_sequence<int, I...>)
                               __attribute__((always_inline)) {
@@ -144,7 +184,7 @@ class VectorWise {
                               };
         (move(std::integer_sequence<int, J>{}, kAll), ...);
       }(std::make_integer_sequence<int, G>{});
-      for (int r = 0; r < G; ++r) store_packed(entries[first + r], i, w[r]);
+      for (int r = 0; r < G; ++r) store_packed<kHasOneSlope>(entries[first + r], i, w[r]);
     }
   }
 
@@ -182,12 +222,13 @@ class VectorWise {
       return {even, odd};
     }
   }
-  static Parts parts_of_scale(const A* scale) {
+  static Parts parts_of_scale(NoScale, int64_t) { return {}; }
+  static Parts parts_of_scale(const A* scale, int64_t i) {
     if constexpr (kParts == 1) {
-      return {load<L>(scale)};
+      return {load<L>(scale + i)};
     } else {
       // Neighbours of a K-vector have the same.
-      const Vec<A, L> low = load<L>(scale), high = load<L>(scale + L);
+      const Vec<A, L> low = load<L>(scale + i), high = load<L>(scale + i + L);
       return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
         const Vec<A, L> even = __builtin_shufflevector(low, high, (2 * I)...);
         return Parts{even, even};
@@ -216,15 +257,24 @@ class VectorWise {
     }(std::make_integer_sequence<int, G>{});
   }
 
-  __attribute__((always_inline)) static void store_packed(const LearntEntry<T>& entry, int64_t i, const Parts& w) {
+  // kNaNsAreNarrow: a NaN among w comes from bfloat16 numbers alone, or is the one that arithmetic makes. Its lower
+  // half is zero, and nothing that is added there reaches the upper half.
+  template <bool kNaNsAreNarrow>
+  __attribute__((always_inline)) void store_packed(const LearntEntry<T>& entry, int64_t i, const Parts& w) const {
     if constexpr (kParts == 1) {
       store_weights<L>(entry.weight + i, {w.of[0]}, entry.rounding, i, L);
     } else {
       Vec<uint32_t, L> even, odd;
-      if (entry.rounding.is_stochastic()) {
-        const Vec<uint32_t, L> random = random_bits<L>(entry.rounding, i);
-        even = round_at_random<L>(w.of[0], random >> 16);
-        odd = round_at_random<L>(w.of[1], random & 0xffffu);
+      if constexpr (kRoundsAtRandom) {
+        const Vec<uint32_t, L> random[] = {load<L>(place_bits_.even + i) ^ entry.even_key,
+                                           load<L>(place_bits_.odd + i) ^ entry.odd_key};
+        if constexpr (kNaNsAreNarrow) {
+          even = bit_copy<Vec<uint32_t, L>>(w.of[0]) + random[0];
+          odd = bit_copy<Vec<uint32_t, L>>(w.of[1]) + random[1];
+        } else {
+          even = round_at_random<L>(w.of[0], random[0]);
+          odd = round_at_random<L>(w.of[1], random[1]);
+        }
       } else {
         even = round_bfloat16<L>(w.of[0]);
         odd = round_bfloat16<L>(w.of[1]);
@@ -235,6 +285,8 @@ class VectorWise {
   }
 
   const Sgd<A> rates_;
+  const PlaceBits place_bits_;
+  const A slope_, decay_by_slope_, lr_by_slope_, mean_by_slope_;
 };
 
 template <typename T, typename Form, int kEmbedDim>
@@ -242,9 +294,12 @@ class PairUpdates {
  public:
   using A = Sum<T>;
 
-  // gradients: scratch for two K-vectors, each filled up to whole registers.
-  PairUpdates(const Optimizer& o, int64_t embed_dim, A* gradients)
-      : form_(o), embed_dim_(embed_dim), gradients_(gradients) {}
+  // slope: of all entries, where no x is given. gradients: scratch for two K-vectors, each filled up to whole
+  // registers.
+  PairUpdates(const Optimizer& o, const PlaceBits& place_bits, A slope, int64_t embed_dim, A* gradients)
+      : form_(o, place_bits, slope), embed_dim_(embed_dim), gradients_(gradients) {}
+
+  bool takes(NoScale none) const { return form_.takes(none); }
 
   // The pair of a, which is of field f, and b, of field g: one after the other, and may be the same vector.
   __attribute__((always_inline)) void update_pair(const LearntEntry<T>& a, int64_t f, const LearntEntry<T>& b,
@@ -263,9 +318,9 @@ class PairUpdates {
     form_.template move_vector<N>(b, f * K, of_b, K);
   }
 
-  // All pairs of the fields 0 .. F - 1, entry f being field f's. wide_scale: the x of entry g, K times for each g, or
-  // none where all are 1.
-  void update_fields(const LearntEntry<T>* entries, int64_t F, const A* wide_scale) const {
+  // All pairs of the fields 0 .. F - 1, entry f being field f's. wide_scale: the x of entry g, K times for each g.
+  template <typename Scale>
+  void update_fields(const LearntEntry<T>* entries, int64_t F, Scale wide_scale) const {
     if constexpr (kFields > 1) {
       if (F >= kFields) {
         for_tiles<kFields>(
@@ -294,9 +349,9 @@ class PairUpdates {
     for (int r = 0; r < kFields; ++r) rows[r] = load_bits<Form::kElements>(entries[r].weight + i);
   }
 
-  template <typename Right, typename Below>
+  template <typename Right, typename Below, typename Scale>
   __attribute__((always_inline)) void update_tile(const LearntEntry<T>* entries, int64_t f, int64_t g,
-                                                  const Right& right, const Below& below, const A* wide_scale) const {
+                                                  const Right& right, const Below& below, Scale wide_scale) const {
     const int64_t K = kEmbedDim;
     Packed a[kFields], b[kFields], from_a[kFields], from_b[kFields];
     load_square(entries + f, g * K, a);
@@ -309,8 +364,9 @@ class PairUpdates {
   }
 
   // The last fields, of which the first `done` have met those of f.
+  template <typename Scale>
   __attribute__((noinline)) void update_last(const LearntEntry<T>* entries, int64_t f, int64_t g, int64_t done,
-                                             const A* wide_scale) const {
+                                             Scale wide_scale) const {
     const Mask is_new = field_of_lane() >= static_cast<Lane>(done);
     update_tile(
         entries, f, g, [&](int) { return is_new; }, [&](int r) { return r >= done ? Mask{} == 0 : Mask{}; },
@@ -318,8 +374,9 @@ class PairUpdates {
   }
 
   // Fields among themselves, of which the first `done` have met already.
+  template <typename Scale>
   __attribute__((noinline)) void update_diagonal(const LearntEntry<T>* entries, int64_t f, int64_t done,
-                                                 const A* wide_scale) const {
+                                                 Scale wide_scale) const {
     const int64_t i = f * kEmbedDim;
     Packed rows[kFields], partners[kFields];
     load_square(entries + f, i, rows);

@@ -314,7 +314,7 @@ inline void store_part(T* p, Vec<Sum<T>, N> v, int64_t n) {
 template <int N, int kSpan = 1, typename V, int Rows>
 __attribute__((always_inline)) inline void transpose_halves(V (&rows)[Rows]) {
   if constexpr (kSpan < Rows) {
-    [&]<int... I>(std::integer_sequence<int, I...>) {
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
       for (int r = 0; r < Rows; ++r) {
         if (r & kSpan) continue;
         const V a = rows[r], b = rows[r + kSpan];
