@@ -69,15 +69,17 @@ struct Ftrl {
 // How the weights of a row are rounded: to nearest, or by a hash of (seed, step, row) and of the place in the row.
 class Rounding {
  public:
-  FFM_HOST_DEVICE Rounding(const Optimizer& o, int64_t row) : is_stochastic_(o.is_stochastic) {
-    if (!is_stochastic_) return;
-    uint64_t h = o.seed ^ static_cast<uint64_t>(o.step) * 0x9e3779b97f4a7c15u;
-    for (int i = 0; i < 2; ++i) {
-      h = (h ^ h >> 32) * 0xd6e8feb86659fd93u;
-      if (i == 0) h ^= static_cast<uint64_t>(row);
-    }
-    key_ = static_cast<uint32_t>(h >> 32);
+  FFM_HOST_DEVICE Rounding(const Optimizer& o, int64_t row)
+      : Rounding(o.is_stochastic, o.is_stochastic ? key_of_row(key_of_step(o), row) : 0) {}
+  FFM_HOST_DEVICE Rounding(bool is_stochastic, uint32_t key) : is_stochastic_(is_stochastic), key_(key) {}
+
+  FFM_HOST_DEVICE static uint64_t key_of_step(const Optimizer& o) {
+    return mix(o.seed ^ static_cast<uint64_t>(o.step) * 0x9e3779b97f4a7c15u);
   }
+  FFM_HOST_DEVICE static uint32_t key_of_row(uint64_t key_of_step, int64_t row) {
+    return static_cast<uint32_t>(mix(key_of_step ^ static_cast<uint64_t>(row)) >> 32);
+  }
+
   // 32 random bits for each place of the row, given as place * kSpread.
   static constexpr uint32_t kSpread = 0x9e3779b9u;
   template <typename U>
@@ -92,12 +94,13 @@ class Rounding {
     const U h = (spread ^ spread >> 16) * 0x7feb352du;
     return h ^ h >> 15;
   }
-  FFM_HOST_DEVICE uint32_t key() const { return key_; }
   FFM_HOST_DEVICE bool is_stochastic() const { return is_stochastic_; }
 
  private:
+  FFM_HOST_DEVICE static uint64_t mix(uint64_t h) { return (h ^ h >> 32) * 0xd6e8feb86659fd93u; }
+
   bool is_stochastic_;
-  uint32_t key_ = 0;
+  uint32_t key_;
 };
 
 // The bits of a float32 -> those of a bfloat16, in the upper half. Where a finite number lies between two of them, the

@@ -58,8 +58,8 @@ class Trainer {
         optimizer_(t.optimizer),
         s_(p, arena),
         entries_(s_.entries()),
-        learnt_(arena.take<LearntEntry<T>>(std::max<int64_t>(2, p.num_fields))),
-        rows_(arena.take<int64_t>(p.num_fields + kLanes<int64_t>)),
+        learnt_(std::max<int64_t>(2, p.num_fields), arena),
+        rows_(arena.take<int64_t>(std::max<int64_t>(2, p.num_fields) + kLanes<int64_t>)),
         gradients_(arena.take<A>(2 * (p.embed_dim + kLanes<A>))),
         place_bits_{arena.take<uint32_t>(kMayRound ? PlaceBits::size(p) : 0),
                     arena.take<uint32_t>(kMayRound ? PlaceBits::size(p) : 0)},
@@ -129,29 +129,35 @@ class Trainer {
 
   A linear_weight(int64_t e) const { return static_cast<const A*>(t_.linear.weight)[p_.indices[e]]; }
 
-  // In place: what is put together in registers and then copied would wait for its own stores.
-  void learn(int64_t e, A slope, LearntEntry<T>& entry) const {
-    const int64_t row = p_.indices[e];
-    entry.weight = static_cast<T*>(t_.table.weight) + row * t_.table.row_size;
+  // The n entries whose rows and x are set.
+  void learn(int64_t n, A slope) {
+    const UpdatedTable& table = t_.table;
+    for (int64_t e = 0; e < n; ++e) learnt_.slope[e] = slope * learnt_.x[e];
+    for (int64_t e = 0; e < n; ++e) learnt_.weight[e] = static_cast<T*>(table.weight) + rows_[e] * table.row_size;
     for (int i = 0; i < 2; ++i) {
-      entry.states[i] =
-          t_.table.states[i] ? static_cast<A*>(t_.table.states[i]) + row * t_.table.state_row_size : nullptr;
+      A* const state = static_cast<A*>(table.states[i]);
+      for (int64_t e = 0; state && e < n; ++e) learnt_.states[i][e] = state + rows_[e] * table.state_row_size;
     }
-    entry.x = entries_.value(e);
-    entry.slope = slope * entry.x;
-    new (&entry.rounding) Rounding(optimizer_, row);
-    entry.even_key = entry.rounding.key() >> 16;
-    entry.odd_key = entry.rounding.key() & 0xffffu;
+    learnt_.is_stochastic = optimizer_.is_stochastic;
+    if (!optimizer_.is_stochastic) return;
+    const uint64_t key_of_step = Rounding::key_of_step(optimizer_);
+    for (int64_t e = 0; e < n; ++e) {
+      const uint32_t key = Rounding::key_of_row(key_of_step, rows_[e]);
+      learnt_.key[e] = key;
+      learnt_.even_key[e] = key >> 16;
+      learnt_.odd_key[e] = key & 0xffffu;
+    }
+  }
+  void set_entry(int64_t i, int64_t e) {
+    rows_[i] = p_.indices[e];
+    learnt_.x[i] = entries_.value(e);
   }
 
-  // Whether every field has one entry, and no two have the same row: then the entries lie in learnt_, by field.
+  // Whether every field has one entry, and no two have the same row: then the entries are learnt_, by field.
   bool load_fields(int64_t first, int64_t last, A slope) {
     if (!s_.is_dense() || last - first != p_.num_fields) return false;
-    for (int64_t e = first; e < last; ++e) {
-      const int64_t f = entries_.field(e, first);
-      learn(e, slope, learnt_[f]);
-      rows_[f] = p_.indices[e];
-    }
+    for (int64_t e = first; e < last; ++e) set_entry(entries_.field(e, first), e);
+    learn(p_.num_fields, slope);
     using Rows = Vec<int64_t, kLanes<int64_t>>;
     Rows is_repeated = {};
     for (int64_t f = 0; f < p_.num_fields; ++f) {
@@ -172,14 +178,14 @@ class Trainer {
       return updates.update_fields(learnt_, p_.num_fields, s_.wide_scale());
     }
     for (int64_t i = first; i < last; ++i) {
-      LearntEntry<T>&a = learnt_[0], &b = learnt_[1];
-      learn(i, slope, a);
       const int64_t f = entries_.field(i, first);
       for (int64_t j = i + 1; j < last; ++j) {
         const int64_t g = entries_.field(j, first);
         if (f == g && !p_.within_field) continue;
-        learn(j, slope, b);
-        updates.update_pair(a, f, b, g);
+        set_entry(0, i);
+        set_entry(1, j);
+        learn(2, slope);
+        updates.update_pair(learnt_, 0, f, 1, g);
       }
     }
   }
@@ -189,7 +195,7 @@ class Trainer {
   Optimizer optimizer_;
   FieldSums<T> s_;
   const Entries<T>& entries_;
-  LearntEntry<T>* learnt_;
+  LearntEntries<T> learnt_;
   int64_t* rows_;
   A* gradients_;
   PlaceBits place_bits_;

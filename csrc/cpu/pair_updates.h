@@ -8,15 +8,29 @@
 
 #include "pair_sum.h"
 
-// An entry of a sample as it is learnt.
+// Entries of a sample as they are learnt: an array for each thing that they have, so that it is made of all at once.
 template <typename T>
-struct LearntEntry {
-  T* weight;  // its row
-  Sum<T>* states[2];
-  Sum<T> x;
-  Sum<T> slope;  // dL/dt r x: of its own gradient, what all partners have in common
-  Rounding rounding;
-  uint32_t even_key, odd_key;  // the halves of the key of its rounding
+struct LearntEntries {
+  using A = Sum<T>;
+
+  LearntEntries(int64_t n, Arena& arena)
+      : weight(arena.take<T*>(n)),
+        states{arena.take<A*>(n), arena.take<A*>(n)},
+        x(arena.take<A>(n)),
+        slope(arena.take<A>(n)),
+        key(arena.take<uint32_t>(n)),
+        even_key(arena.take<uint32_t>(n)),
+        odd_key(arena.take<uint32_t>(n)) {}
+
+  Rounding rounding(int64_t e) const { return {is_stochastic, key[e]}; }
+
+  T** weight;  // their rows
+  A** states[2];
+  A* x;
+  A* slope;       // dL/dt r x: of their own gradients, what all partners have in common
+  uint32_t* key;  // of their rounding; and its halves
+  uint32_t *even_key, *odd_key;
+  bool is_stochastic = false;
 };
 
 // The random bits of the places of any row, without a row's key (see Rounding). A place serves two numbers that lie
@@ -64,17 +78,17 @@ class Elementwise {
   bool takes(NoScale) const { return true; }
 
   template <int R, typename Scale, typename Moves>
-  __attribute__((always_inline)) void move_registers(const LearntEntry<T>* entries, int64_t i, Scale wide_scale,
-                                                     const Packed (&weights)[R], const Packed (&partners)[R],
-                                                     const Moves& moves) const {
+  __attribute__((always_inline)) void move_registers(const LearntEntries<T>& entries, int64_t first, int64_t i,
+                                                     Scale wide_scale, const Packed (&weights)[R],
+                                                     const Packed (&partners)[R], const Moves& moves) const {
     constexpr int N = kElements;
     for (int r = 0; r < R; ++r) {
-      const LearntEntry<T>& entry = entries[r];
+      const int64_t e = first + r;
       Vec<A, N> w = widen<T, N>(weights[r]), g = widen<T, N>(partners[r]), s0 = {}, s1 = {};
       if constexpr (!std::is_same_v<Scale, NoScale>) g *= load<N>(wide_scale + i);
-      g *= entry.slope;
-      if constexpr (kStates > 0) s0 = load<N>(entry.states[0] + i);
-      if constexpr (kStates > 1) s1 = load<N>(entry.states[1] + i);
+      g *= entries.slope[e];
+      if constexpr (kStates > 0) s0 = load<N>(entries.states[0][e] + i);
+      if constexpr (kStates > 1) s1 = load<N>(entries.states[1][e] + i);
       if constexpr (std::is_same_v<Moves, AllLanes>) {
         rule_.update(w, s0, s1, g);
       } else {
@@ -85,24 +99,24 @@ class Elementwise {
         s0 = select(mask, s0, old_s0);
         s1 = select(mask, s1, old_s1);
       }
-      store_weights<N>(entry.weight + i, {w}, entry.rounding, i, N);
-      if constexpr (kStates > 0) store<N>(entry.states[0] + i, s0);
-      if constexpr (kStates > 1) store<N>(entry.states[1] + i, s1);
+      store_weights<N>(entries.weight[e] + i, {w}, entries.rounding(e), i, N);
+      if constexpr (kStates > 0) store<N>(entries.states[0][e] + i, s0);
+      if constexpr (kStates > 1) store<N>(entries.states[1][e] + i, s1);
     }
   }
 
   template <int N>
-  __attribute__((always_inline)) void move_vector(const LearntEntry<T>& entry, int64_t i, const A* gradient,
-                                                  int64_t embed_dim) const {
+  __attribute__((always_inline)) void move_vector(const LearntEntries<T>& entries, int64_t e, int64_t i,
+                                                  const A* gradient, int64_t embed_dim) const {
     for (int64_t k = 0; k < embed_dim; k += N) {
       const int64_t n = std::min<int64_t>(N, embed_dim - k), at = i + k;
-      Vec<A, N> w = load_first<N>(entry.weight + at, n), s0 = {}, s1 = {};
-      if constexpr (kStates > 0) s0 = load_first<N>(entry.states[0] + at, n);
-      if constexpr (kStates > 1) s1 = load_first<N>(entry.states[1] + at, n);
+      Vec<A, N> w = load_first<N>(entries.weight[e] + at, n), s0 = {}, s1 = {};
+      if constexpr (kStates > 0) s0 = load_first<N>(entries.states[0][e] + at, n);
+      if constexpr (kStates > 1) s1 = load_first<N>(entries.states[1][e] + at, n);
       rule_.update(w, s0, s1, load_first<N>(gradient + k, n));
-      store_weights<N>(entry.weight + at, {w}, entry.rounding, at, n);
-      if constexpr (kStates > 0) store_part<N, Part::kFirst>(entry.states[0] + at, s0, n);
-      if constexpr (kStates > 1) store_part<N, Part::kFirst>(entry.states[1] + at, s1, n);
+      store_weights<N>(entries.weight[e] + at, {w}, entries.rounding(e), at, n);
+      if constexpr (kStates > 0) store_part<N, Part::kFirst>(entries.states[0][e] + at, s0, n);
+      if constexpr (kStates > 1) store_part<N, Part::kFirst>(entries.states[1][e] + at, s1, n);
     }
   }
 
@@ -139,40 +153,40 @@ class VectorWise {
   }
 
   template <int R, typename Scale, typename Moves>
-  __attribute__((always_inline)) void move_registers(const LearntEntry<T>* entries, int64_t i, Scale wide_scale,
-                                                     const Packed (&weights)[R], const Packed (&partners)[R],
-                                                     const Moves& moves) const {
+  __attribute__((always_inline)) void move_registers(const LearntEntries<T>& entries, int64_t first, int64_t i,
+                                                     Scale wide_scale, const Packed (&weights)[R],
+                                                     const Packed (&partners)[R], const Moves& moves) const {
     constexpr int P = kVectorLanes, V = L / P, G = std::min(R, P), kCopies = P / G, kSums = L / kCopies;
     constexpr auto kAll = std::make_integer_sequence<int, L>{};
     constexpr bool kHasOneSlope = std::is_same_v<Scale, NoScale>;
     [[maybe_unused]] const Parts scale = parts_of_scale(wide_scale, i);
     // Unrolled: rows are arrays of registers.
 #pragma GCC unroll 16
-    for (int first = 0; first < R; first += G) {
+    for (int done = 0; done < R; done += G) {
+      const int64_t e = first + done;
       Parts w[G], g[G];
       Vec<A, L> squares[G];
       for (int r = 0; r < G; ++r) {
-        w[r] = parts(weights[first + r]);
-        g[r] = parts(partners[first + r]);
+        w[r] = parts(weights[done + r]);
+        g[r] = parts(partners[done + r]);
         for (int h = 0; h < kParts; ++h) {
           if constexpr (kHasOneSlope) {
             g[r].of[h] += decay_by_slope_ * w[r].of[h];
           } else {
-            g[r].of[h] = entries[first + r].slope * (g[r].of[h] * scale.of[h]) + rates_.weight_decay * w[r].of[h];
+            g[r].of[h] = entries.slope[e + r] * (g[r].of[h] * scale.of[h]) + rates_.weight_decay * w[r].of[h];
           }
           // Without a gradient nothing moves: the sum stays as it is, and the weight, which needs no rounding.
-          if constexpr (!std::is_same_v<Moves, AllLanes>)
-            g[r].of[h] = select(moves(first + r), g[r].of[h], Vec<A, L>{});
+          if constexpr (!std::is_same_v<Moves, AllLanes>) g[r].of[h] = select(moves(done + r), g[r].of[h], Vec<A, L>{});
           squares[r] = h == 0 ? g[r].of[h] * g[r].of[h] : squares[r] + g[r].of[h] * g[r].of[h];
         }
       }
       Vec<A, L> sum = sum_vectors<A, L, P>(squares) * (kHasOneSlope ? mean_by_slope_ : A(1) / K);
-      const Vec<A, kSums> before = load_states<G, V>(entries + first, i / K);
+      const Vec<A, kSums> before = load_states<G, V>(entries, e, i / K);
       [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
         sum += Vec<A, L>(__builtin_shufflevector(before, before, (I / kCopies)...));
       }(kAll);
       [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-        store_states<G, V>(entries + first, i / K, __builtin_shufflevector(sum, sum, (I * kCopies)...));
+        store_states<G, V>(entries, e, i / K, __builtin_shufflevector(sum, sum, (I * kCopies)...));
       }(std::make_integer_sequence<int, kSums>{});
       // Weights of 8 or 11 bits need no rate of 24.
       const Vec<A, L> rate = (kHasOneSlope ? lr_by_slope_ : rates_.lr) * inverse_sqrt<!kIsNarrow<T>>(sum);
@@ -184,28 +198,28 @@ class VectorWise {
                               };
         (move(std::integer_sequence<int, J>{}, kAll), ...);
       }(std::make_integer_sequence<int, G>{});
-      for (int r = 0; r < G; ++r) store_packed<kHasOneSlope>(entries[first + r], i, w[r]);
+      for (int r = 0; r < G; ++r) store_packed<kHasOneSlope>(entries, e + r, i, w[r]);
     }
   }
 
   template <int N>
-  __attribute__((always_inline)) void move_vector(const LearntEntry<T>& entry, int64_t i, const A* gradient,
-                                                  int64_t embed_dim) const {
+  __attribute__((always_inline)) void move_vector(const LearntEntries<T>& entries, int64_t e, int64_t i,
+                                                  const A* gradient, int64_t embed_dim) const {
     const auto decayed = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-      return load_first<N>(gradient + k, n) + rates_.weight_decay * load_first<N>(entry.weight + i + k, n);
+      return load_first<N>(gradient + k, n) + rates_.weight_decay * load_first<N>(entries.weight[e] + i + k, n);
     };
     Vec<A, N> squares = {};
     for (int64_t k = 0; k < embed_dim; k += N) {
       const Vec<A, N> g = decayed(k, std::min<int64_t>(N, embed_dim - k));
       squares += g * g;
     }
-    A& total = entry.states[0][i / embed_dim];
+    A& total = entries.states[0][e][i / embed_dim];
     total += sum<A, N>(squares) / static_cast<A>(embed_dim);
     const A rate = rates_.lr * inverse_sqrt(Vec<A, 4>{total})[0];
     for (int64_t k = 0; k < embed_dim; k += N) {
       const int64_t n = std::min<int64_t>(N, embed_dim - k);
-      const Vec<A, N> w = load_first<N>(entry.weight + i + k, n) - rate * decayed(k, n);
-      store_weights<N>(entry.weight + i + k, {w}, entry.rounding, i + k, n);
+      const Vec<A, N> w = load_first<N>(entries.weight[e] + i + k, n) - rate * decayed(k, n);
+      store_weights<N>(entries.weight[e] + i + k, {w}, entries.rounding(e), i + k, n);
     }
   }
 
@@ -237,21 +251,22 @@ class VectorWise {
   }
 
   template <int G, int V>
-  __attribute__((always_inline)) static Vec<A, G * V> load_states(const LearntEntry<T>* entries, int64_t i) {
+  __attribute__((always_inline)) static Vec<A, G * V> load_states(const LearntEntries<T>& entries, int64_t e,
+                                                                  int64_t i) {
     if constexpr (G == 1) {
-      return load<V>(entries->states[0] + i);
+      return load<V>(entries.states[0][e] + i);
     } else {
-      return concat<A, G / 2 * V>(load_states<G / 2, V>(entries, i), load_states<G / 2, V>(entries + G / 2, i),
+      return concat<A, G / 2 * V>(load_states<G / 2, V>(entries, e, i), load_states<G / 2, V>(entries, e + G / 2, i),
                                   std::make_integer_sequence<int, G * V>{});
     }
   }
   template <int G, int V>
-  __attribute__((always_inline)) static void store_states(const LearntEntry<T>* entries, int64_t i,
+  __attribute__((always_inline)) static void store_states(const LearntEntries<T>& entries, int64_t e, int64_t i,
                                                           Vec<A, G * V> sums) {
     [&]<int... R>(std::integer_sequence<int, R...>) __attribute__((always_inline)) {
       const auto store_row = [&]<int r, int... I>(std::integer_sequence<int, r>,
                                                   std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-        store<V>(entries[r].states[0] + i, Vec<A, V>(__builtin_shufflevector(sums, sums, (r * V + I)...)));
+        store<V>(entries.states[0][e + r] + i, Vec<A, V>(__builtin_shufflevector(sums, sums, (r * V + I)...)));
       };
       (store_row(std::integer_sequence<int, R>{}, std::make_integer_sequence<int, V>{}), ...);
     }(std::make_integer_sequence<int, G>{});
@@ -260,14 +275,15 @@ class VectorWise {
   // kNaNsAreNarrow: a NaN among w comes from bfloat16 numbers alone, or is the one that arithmetic makes. Its lower
   // half is zero, and nothing that is added there reaches the upper half.
   template <bool kNaNsAreNarrow>
-  __attribute__((always_inline)) void store_packed(const LearntEntry<T>& entry, int64_t i, const Parts& w) const {
+  __attribute__((always_inline)) void store_packed(const LearntEntries<T>& entries, int64_t e, int64_t i,
+                                                   const Parts& w) const {
     if constexpr (kParts == 1) {
-      store_weights<L>(entry.weight + i, {w.of[0]}, entry.rounding, i, L);
+      store_weights<L>(entries.weight[e] + i, {w.of[0]}, entries.rounding(e), i, L);
     } else {
       Vec<uint32_t, L> even, odd;
       if constexpr (kRoundsAtRandom) {
-        const Vec<uint32_t, L> random[] = {load<L>(place_bits_.even + i) ^ entry.even_key,
-                                           load<L>(place_bits_.odd + i) ^ entry.odd_key};
+        const Vec<uint32_t, L> random[] = {load<L>(place_bits_.even + i) ^ entries.even_key[e],
+                                           load<L>(place_bits_.odd + i) ^ entries.odd_key[e]};
         if constexpr (kNaNsAreNarrow) {
           even = bit_copy<Vec<uint32_t, L>>(w.of[0]) + random[0];
           odd = bit_copy<Vec<uint32_t, L>>(w.of[1]) + random[1];
@@ -280,7 +296,7 @@ class VectorWise {
         odd = round_bfloat16<L>(w.of[1]);
       }
       const Vec<uint32_t, L> words = even >> 16 | (odd & 0xffff0000u);
-      __builtin_memcpy(entry.weight + i, &words, sizeof(words));
+      __builtin_memcpy(entries.weight[e] + i, &words, sizeof(words));
     }
   }
 
@@ -302,25 +318,26 @@ class PairUpdates {
   bool takes(NoScale none) const { return form_.takes(none); }
 
   // The pair of a, which is of field f, and b, of field g: one after the other, and may be the same vector.
-  __attribute__((always_inline)) void update_pair(const LearntEntry<T>& a, int64_t f, const LearntEntry<T>& b,
+  __attribute__((always_inline)) void update_pair(const LearntEntries<T>& entries, int64_t a, int64_t f, int64_t b,
                                                   int64_t g) const {
     constexpr int N = kEmbedDim > 0 && kEmbedDim < kLanes<A> ? kEmbedDim : kLanes<A>;
     const int64_t K = kEmbedDim ? kEmbedDim : embed_dim_;
-    const A x = a.slope * b.x;
+    const A x = entries.slope[a] * entries.x[b];
     A* const of_a = gradients_;
     A* const of_b = gradients_ + (K + N - 1) / N * N;
     for (int64_t k = 0; k < K; k += N) {
       const int64_t n = std::min<int64_t>(N, K - k);
-      store<N>(of_a + k, x * load_first<N>(b.weight + f * K + k, n));
-      store<N>(of_b + k, x * load_first<N>(a.weight + g * K + k, n));
+      store<N>(of_a + k, x * load_first<N>(entries.weight[b] + f * K + k, n));
+      store<N>(of_b + k, x * load_first<N>(entries.weight[a] + g * K + k, n));
     }
-    form_.template move_vector<N>(a, g * K, of_a, K);
-    form_.template move_vector<N>(b, f * K, of_b, K);
+    form_.template move_vector<N>(entries, a, g * K, of_a, K);
+    form_.template move_vector<N>(entries, b, f * K, of_b, K);
   }
 
+  // Entries by value: their arrays are known to stay where they are, whatever is stored.
   // All pairs of the fields 0 .. F - 1, entry f being field f's. wide_scale: the x of entry g, K times for each g.
   template <typename Scale>
-  void update_fields(const LearntEntry<T>* entries, int64_t F, Scale wide_scale) const {
+  void update_fields(LearntEntries<T> entries, int64_t F, Scale wide_scale) const {
     if constexpr (kFields > 1) {
       if (F >= kFields) {
         for_tiles<kFields>(
@@ -331,7 +348,7 @@ class PairUpdates {
       }
     }
     for (int64_t f = 0; f < F; ++f) {
-      for (int64_t g = f + 1; g < F; ++g) update_pair(entries[f], f, entries[g], g);
+      for (int64_t g = f + 1; g < F; ++g) update_pair(entries, f, f, g, g);
     }
   }
 
@@ -345,27 +362,27 @@ class PairUpdates {
   // Which of the fields of a register a lane is of.
   static Mask field_of_lane() { return run_of_lane<Lane, kLanes<A>, kVectorLanes>(); }
 
-  static void load_square(const LearntEntry<T>* entries, int64_t i, Packed (&rows)[kFields]) {
-    for (int r = 0; r < kFields; ++r) rows[r] = load_bits<Form::kElements>(entries[r].weight + i);
+  static void load_square(const LearntEntries<T>& entries, int64_t e, int64_t i, Packed (&rows)[kFields]) {
+    for (int r = 0; r < kFields; ++r) rows[r] = load_bits<Form::kElements>(entries.weight[e + r] + i);
   }
 
   template <typename Right, typename Below, typename Scale>
-  __attribute__((always_inline)) void update_tile(const LearntEntry<T>* entries, int64_t f, int64_t g,
+  __attribute__((always_inline)) void update_tile(const LearntEntries<T>& entries, int64_t f, int64_t g,
                                                   const Right& right, const Below& below, Scale wide_scale) const {
     const int64_t K = kEmbedDim;
     Packed a[kFields], b[kFields], from_a[kFields], from_b[kFields];
-    load_square(entries + f, g * K, a);
-    load_square(entries + g, f * K, b);
+    load_square(entries, f, g * K, a);
+    load_square(entries, g, f * K, b);
     for (int r = 0; r < kFields; ++r) from_a[r] = a[r], from_b[r] = b[r];
     transpose<kEmbedDim>(from_a);
     transpose<kEmbedDim>(from_b);
-    form_.move_registers(entries + f, g * K, wide_scale, a, from_b, right);
-    form_.move_registers(entries + g, f * K, wide_scale, b, from_a, below);
+    form_.move_registers(entries, f, g * K, wide_scale, a, from_b, right);
+    form_.move_registers(entries, g, f * K, wide_scale, b, from_a, below);
   }
 
   // The last fields, of which the first `done` have met those of f.
   template <typename Scale>
-  __attribute__((noinline)) void update_last(const LearntEntry<T>* entries, int64_t f, int64_t g, int64_t done,
+  __attribute__((noinline)) void update_last(LearntEntries<T> entries, int64_t f, int64_t g, int64_t done,
                                              Scale wide_scale) const {
     const Mask is_new = field_of_lane() >= static_cast<Lane>(done);
     update_tile(
@@ -375,15 +392,15 @@ class PairUpdates {
 
   // Fields among themselves, of which the first `done` have met already.
   template <typename Scale>
-  __attribute__((noinline)) void update_diagonal(const LearntEntry<T>* entries, int64_t f, int64_t done,
+  __attribute__((noinline)) void update_diagonal(LearntEntries<T> entries, int64_t f, int64_t done,
                                                  Scale wide_scale) const {
     const int64_t i = f * kEmbedDim;
     Packed rows[kFields], partners[kFields];
-    load_square(entries + f, i, rows);
+    load_square(entries, f, i, rows);
     for (int r = 0; r < kFields; ++r) partners[r] = rows[r];
     transpose<kEmbedDim>(partners);
     const Mask field = field_of_lane(), is_new = field >= static_cast<Lane>(done);
-    form_.move_registers(entries + f, i, wide_scale, rows, partners,
+    form_.move_registers(entries, f, i, wide_scale, rows, partners,
                          [&](int r) { return r >= done ? is_new & (field != static_cast<Lane>(r)) : Mask{}; });
   }
 
