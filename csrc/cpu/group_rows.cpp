@@ -110,29 +110,41 @@ RowGroups group_rows(const Ids& indices, int64_t num_entries, int64_t num_featur
   return groups;
 }
 
+// Which entries are the first of their row, and which rows have several, cannot be foreseen: nothing here branches on
+// it, and GCC makes a branch of a choice, but not of masks. What has no place goes to one of its thread's own, behind
+// the others.
 SharedRows shared_rows(const RowGroups& groups, int64_t num_entries) {
   const int64_t parts = num_parts(num_entries, kGrainEntries);
   const auto for_entries = [&](const auto& fn) {
-    parallel_ranges(parts, num_entries, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t e = begin; e < end; ++e) fn(e);
+    parallel_ranges(parts, num_entries, [&](int64_t part, int64_t begin, int64_t end) {
+      for (int64_t e = begin; e < end; ++e) fn(part, e);
     });
   };
+  const auto choose = [](bool condition, int64_t yes, int64_t no) {
+    const int64_t mask = -static_cast<int64_t>(condition);
+    return (yes & mask) | (no & ~mask);
+  };
   // -1 where a row has one entry.
-  std::vector<int64_t> number(groups.num_rows, -1);
-  for_entries([&](int64_t e) {
-    if (groups.put[e] != Put::kAdd) return;
-    __atomic_store_n(&number[groups.slots[e]], 0, __ATOMIC_RELAXED);  // others may do so too
+  std::vector<int64_t> number(groups.num_rows + parts, -1);
+  for_entries([&](int64_t part, int64_t e) {
+    const int64_t slot = choose(groups.put[e] == Put::kAdd, groups.slots[e], groups.num_rows + part);
+    __atomic_store_n(&number[slot], 0, __ATOMIC_RELAXED);  // others may do so too
   });
-  SharedRows shared;
-  for (int64_t& n : number) {
-    if (n == 0) n = shared.count++;
+  int64_t count = 0;
+  for (int64_t i = 0; i < groups.num_rows; ++i) {
+    const bool is_shared = number[i] == 0;
+    number[i] = choose(is_shared, count, -1);
+    count += is_shared;
   }
+  SharedRows shared;
+  shared.count = count;
   shared.slots = std::make_unique_for_overwrite<int64_t[]>(num_entries);
-  shared.first_entries = std::make_unique_for_overwrite<int64_t[]>(shared.count);
-  for_entries([&](int64_t e) {
+  shared.first_entries = std::make_unique_for_overwrite<int64_t[]>(count + parts);
+  for_entries([&](int64_t part, int64_t e) {
     const int64_t slot = number[groups.slots[e]];
     shared.slots[e] = slot;
-    if (slot >= 0 && groups.put[e] == Put::kStore) shared.first_entries[slot] = e;
+    const bool is_first = (slot >= 0) & (groups.put[e] == Put::kStore);
+    shared.first_entries[choose(is_first, slot, count + part)] = e;
   });
   return shared;
 }
