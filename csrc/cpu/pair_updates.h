@@ -334,8 +334,8 @@ class PairUpdates {
     form_.template move_vector<N>(entries, b, f * K, of_b, K);
   }
 
-  // Entries by value: their arrays are known to stay where they are, whatever is stored.
   // All pairs of the fields 0 .. F - 1, entry f being field f's. wide_scale: the x of entry g, K times for each g.
+  // Entries by value: their arrays are known to stay where they are, whatever is stored.
   template <typename Scale>
   void update_fields(LearntEntries<T> entries, int64_t F, Scale wide_scale) const {
     if constexpr (kFields > 1) {
