@@ -261,8 +261,7 @@ class RowsAhead {
   void after_sample() { request(next_sample_end_); }
 
  private:
-  static constexpr int64_t kRowsPerEntry = std::is_same_v<Also, NoOtherRow> ? 1 : 2;
-  static constexpr int64_t kBurstBytes = (8 << 10) / kRowsPerEntry, kWindowBytes = 24 << 10;
+  static constexpr int64_t kBurstBytes = 4 << 10, kWindowBytes = 24 << 10;
 
   int64_t rows_of(int64_t bytes) const {
     return std::max<int64_t>(1, bytes / (p_.row_size() * static_cast<int64_t>(sizeof(T))));
