@@ -129,19 +129,19 @@ class Trainer {
 
   A linear_weight(int64_t e) const { return static_cast<const A*>(t_.linear.weight)[p_.indices[e]]; }
 
-  // The n entries whose rows and x are set.
-  void learn(int64_t n, A slope) {
+  // The entries [begin, end) of learnt_, whose rows and x are set.
+  void learn(int64_t begin, int64_t end, A slope) {
     const UpdatedTable& table = t_.table;
-    for (int64_t e = 0; e < n; ++e) learnt_.slope[e] = slope * learnt_.x[e];
-    for (int64_t e = 0; e < n; ++e) learnt_.weight[e] = static_cast<T*>(table.weight) + rows_[e] * table.row_size;
+    for (int64_t e = begin; e < end; ++e) learnt_.slope[e] = slope * learnt_.x[e];
+    for (int64_t e = begin; e < end; ++e) learnt_.weight[e] = static_cast<T*>(table.weight) + rows_[e] * table.row_size;
     for (int i = 0; i < 2; ++i) {
       A* const state = static_cast<A*>(table.states[i]);
-      for (int64_t e = 0; state && e < n; ++e) learnt_.states[i][e] = state + rows_[e] * table.state_row_size;
+      for (int64_t e = begin; state && e < end; ++e) learnt_.states[i][e] = state + rows_[e] * table.state_row_size;
     }
     learnt_.is_stochastic = optimizer_.is_stochastic;
     if (!optimizer_.is_stochastic) return;
     const uint64_t key_of_step = Rounding::key_of_step(optimizer_);
-    for (int64_t e = 0; e < n; ++e) {
+    for (int64_t e = begin; e < end; ++e) {
       const uint32_t key = Rounding::key_of_row(key_of_step, rows_[e]);
       learnt_.key[e] = key;
       learnt_.even_key[e] = key >> 16;
@@ -157,7 +157,7 @@ class Trainer {
   bool load_fields(int64_t first, int64_t last, A slope) {
     if (!s_.is_dense() || last - first != p_.num_fields) return false;
     for (int64_t e = first; e < last; ++e) set_entry(entries_.field(e, first), e);
-    learn(p_.num_fields, slope);
+    learn(0, p_.num_fields, slope);
     using Rows = Vec<int64_t, kLanes<int64_t>>;
     Rows is_repeated = {};
     for (int64_t f = 0; f < p_.num_fields; ++f) {
@@ -175,16 +175,18 @@ class Trainer {
       if (!entries_.has_values() && updates.takes(NoScale{})) {
         return updates.update_fields(learnt_, p_.num_fields, NoScale{});
       }
-      return updates.update_fields(learnt_, p_.num_fields, s_.wide_scale());
+      const A* const wide_scale = entries_.has_values() ? s_.wide_scale() : s_.wide_ones();
+      return updates.update_fields(learnt_, p_.num_fields, wide_scale);
     }
     for (int64_t i = first; i < last; ++i) {
+      set_entry(0, i);
+      learn(0, 1, slope);
       const int64_t f = entries_.field(i, first);
       for (int64_t j = i + 1; j < last; ++j) {
         const int64_t g = entries_.field(j, first);
         if (f == g && !p_.within_field) continue;
-        set_entry(0, i);
         set_entry(1, j);
-        learn(2, slope);
+        learn(1, 2, slope);
         updates.update_pair(learnt_, 0, f, 1, g);
       }
     }

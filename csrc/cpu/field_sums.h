@@ -69,7 +69,6 @@ class FieldSums {
       count_[f] = p.fields ? 0 : 1;
       active_[f] = f;
     }
-    if (!entries_.has_values()) std::fill_n(wide_scale_, p.row_size(), A(1));
   }
 
   const Entries<T>& entries() const { return entries_; }
@@ -84,8 +83,13 @@ class FieldSums {
   }
 
   A scale(int64_t f) const { return scale_[f]; }
-  // scale(g) repeated K times for every g; only where is_dense().
+  // scale(g) repeated K times for every g; only where is_dense() and the batch has values.
   const A* wide_scale() const { return wide_scale_; }
+  // The same for a batch that has none.
+  const A* wide_ones() {
+    std::fill_n(wide_scale_, p_.row_size(), A(1));
+    return wide_scale_;
+  }
 
   // The fields that have entries, in rising order.
   int64_t num_active() const { return num_active_; }
