@@ -84,7 +84,7 @@ def kept_bytes() -> int:
     """Bytes of memory that wait for the next gradient and are in no tensor.
 
     New memory is not free: Linux clears every page of it, which takes as long as a fifth of a backward pass. So results
-    from 16 MiB on (gradients of tables, outputs ``"dot"`` and ``"hadamard"``) leave their memory to the next ones when
+    from 1 MiB on (gradients of tables, outputs ``"dot"`` and ``"hadamard"``) leave their memory to the next ones when
     they are freed: at most as much as was in use at the same time during the last 16 of them.
     ``FFM_EXT_KEEP_MEMORY=0`` keeps nothing, and neither does torch 2.10.
     """

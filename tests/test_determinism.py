@@ -92,7 +92,7 @@ def test_same_bits(
 
 
 def test_same_bits_where_gradients_are_streamed() -> None:
-    """Above 16 MiB rows are stored past the caches; most of them here have one entry, some have several."""
+    """Above 2 MiB rows are stored past the caches; most of them here have one entry, some have several."""
     torch.manual_seed(0)
     num_features, num_fields, embed_dim = 12_000, 39, 16
     weight = torch.randn(num_features, num_fields, embed_dim, requires_grad=True)
@@ -105,10 +105,41 @@ def test_same_bits_where_gradients_are_streamed() -> None:
             out = ffm_interaction(weight, indices, grad=grad)
             (gradient,) = torch.autograd.grad(out, weight, seed)
         values = gradient.coalesce().values() if grad == "sparse" else gradient
-        assert values.numel() * 4 >= 16 << 20
+        assert values.numel() * 4 >= 2 << 20
         found[threads, grad] = gradient.to_dense()
         torch.testing.assert_close(found[threads, grad], expected)
         assert_same_bits(found[threads, grad], found[1, "dense"], f"{grad}, {threads} threads")
+
+
+@modes
+@pytest.mark.parametrize("form", ["one-hot", "one-hot values"])
+@pytest.mark.parametrize("order", ["rising", "falling"])
+def test_same_bits_where_fields_have_ids_of_their_own(
+    form: str, order: str, output: str, within_field: bool, dtype: torch.dtype
+) -> None:
+    """Then threads share out the fields: 2 or 3 of them, or 6 as 3 times 2 that share out the samples."""
+    num_fields, embed_dim = 39, 4
+    problem = large_problem(form, num_fields, embed_dim, dtype)
+    ids = problem.indices % 5 + 5 * torch.arange(num_fields)
+    ids = ids if order == "rising" else 5 * num_fields - 1 - ids
+    weight = torch.randn(5 * num_fields, num_fields, embed_dim).to(dtype).requires_grad_()
+    as_list = (
+        ids.flatten(),
+        torch.arange(num_fields).repeat(problem.batch_size),
+        None if problem.values is None else problem.values.flatten(),
+        torch.arange(0, ids.numel() + 1, num_fields),
+    )
+    seed = grad_output(problem, output, within_field)
+    first = None
+    for threads, grad in itertools.product((1, 2, 3, 6), ("dense", "sparse")):
+        for batch in ((ids, None, problem.values, None), as_list):
+            with num_threads(threads):
+                out = ffm_interaction(
+                    weight, *batch, output=output, within_field=within_field, grad=grad
+                )
+                (gradient,) = torch.autograd.grad(out, weight, seed)
+            first = gradient.to_dense() if first is None else first
+            assert_same_bits(gradient.to_dense(), first, f"{grad}, {threads} threads")
 
 
 @pytest.mark.parametrize("num_features", [3, 1_000, 100_000, 1_000_000])

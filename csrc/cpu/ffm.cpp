@@ -75,18 +75,59 @@ void stage_entries(const Problem& p, const RowGroups& groups, int64_t parts, std
   });
 }
 
+// The samples of a batch, checked. A list that names every field once, in order, becomes a matrix, which takes less
+// time to load; its errors speak of the list.
+Problem checked_samples(const char* op, const Batch& batch) {
+  Problem p = batch.problem;
+  const bool lists_a_matrix = is_matrix(p);
+  if (lists_a_matrix) p.fields = {};
+  check_contents(op, p);
+  if (lists_a_matrix) p.offsets = {};
+  return p;
+}
+
+// The columns of a row that are read by themselves should be worth its cache lines.
+constexpr int64_t kColumnBytes = 128;
+
+// How many parts the fields are cut into, a divisor of `parts`, so that nobody else is at work on the rows of a part's
+// entries: more than one in a matrix whose fields have ids of their own.
+int64_t field_parts(const Problem& p, const Gradient& grad, int64_t parts) {
+  if (p.fields || grad.update || grad.grad_values) return 1;
+  const int64_t row_bytes = p.row_size() * element_bytes(p.dtype);
+  int64_t n = std::min({parts, p.num_fields, row_bytes / kColumnBytes});
+  while (n > 1 && parts % n != 0) --n;
+  if (n <= 1) return 1;
+  std::vector<Range> ids(n, {p.num_features, 0});
+  parallel_ranges(n, p.num_fields, [&](int64_t part, int64_t first, int64_t last) {
+    Range seen = ids[part];
+    for (int64_t b = 0; b < p.batch_size; ++b) {
+      for (int64_t f = first; f < last; ++f) {
+        const int64_t id = p.indices[b * p.num_fields + f];
+        seen = {std::min(seen.begin, id), std::max(seen.end, id + 1)};
+      }
+    }
+    ids[part] = seen;
+  });
+  std::sort(ids.begin(), ids.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (int64_t i = 1; i < n; ++i) {
+    if (ids[i].begin < ids[i - 1].end) return 1;
+  }
+  return n;
+}
+
 // `groups`, where there are gradients of rows.
 void run_samples(const Problem& p, Gradient grad, const RowGroups* groups) {
   const BackwardKernels& kernels = backward_kernels();
-  const int64_t parts = sample_parts(p, 0, p.batch_size);
+  const int64_t parts = sample_parts(p, 0, p.batch_size), parts_of_fields = groups ? field_parts(p, grad, parts) : 1;
+  const int64_t parts_of_samples = parts / parts_of_fields;
   const Scratch scratch(parts, kernels.scratch_bytes(p, grad.update != nullptr));
   std::vector<Block> blocks = {{0, p.batch_size}};
   std::unique_ptr<int64_t[]> stage_slots;
   int64_t num_staged = 0;
-  if (parts > 1 && groups) {
+  if (parts_of_samples > 1 && groups) {
     blocks = cut_blocks(p);
     stage_slots = std::make_unique_for_overwrite<int64_t[]>(p.num_entries);
-    stage_entries(p, *groups, parts, blocks, stage_slots.get());
+    stage_entries(p, *groups, parts_of_samples, blocks, stage_slots.get());
     for (const Block& block : blocks) num_staged = std::max(num_staged, block.num_staged);
   }
   const AlignedBuffer stage(static_cast<size_t>(num_staged * p.row_size() * sum_bytes(p.dtype)));
@@ -94,11 +135,14 @@ void run_samples(const Problem& p, Gradient grad, const RowGroups* groups) {
   grad.stage_slots = stage_slots.get();
   for (const Block& block : blocks) {
     parallel_parts(parts, [&](int64_t part) {
-      kernels.backward(p, grad, block_part_begin(p, block, part, parts), block_part_begin(p, block, part + 1, parts),
-                       scratch.of(part));
+      const int64_t i = part / parts_of_fields, f = part % parts_of_fields;
+      const Range samples = {block_part_begin(p, block, i, parts_of_samples),
+                             block_part_begin(p, block, i + 1, parts_of_samples)};
+      const Range fields = {p.num_fields * f / parts_of_fields, p.num_fields * (f + 1) / parts_of_fields};
+      kernels.backward(p, grad, samples, fields, scratch.of(part));
     });
     if (block.num_staged == 0) continue;
-    parallel_parts(parts, [&](int64_t part) {
+    parallel_parts(parts_of_samples, [&](int64_t part) {
       const std::vector<int64_t>& staged = block.staged[part];
       kernels.add_staged(p, grad, staged.data(), static_cast<int64_t>(staged.size()));
     });
@@ -126,12 +170,7 @@ Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTe
                    bool within_field) {
   const char* op = "ffm_forward";
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
-  Problem p = batch.problem;
-  // The samples of a matrix take less time to load. Its errors speak of the list that was given.
-  const bool lists_a_matrix = is_matrix(p);
-  if (lists_a_matrix) p.fields = {};
-  check_contents(op, p);
-  if (lists_a_matrix) p.offsets = {};
+  const Problem p = checked_samples(op, batch);
   Tensor out = new_result(weight, batch.output_shape());
   const ForwardKernels& kernels = forward_kernels();
   const int64_t parts = sample_parts(p, 0, p.batch_size);
@@ -168,8 +207,7 @@ std::tuple<Tensor, Tensor> ffm_backward(const Tensor& grad_output, const Tensor&
                                         bool values_grad, bool /*deterministic*/) {
   const char* op = "ffm_backward";
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
-  const Problem& p = batch.problem;
-  check_contents(op, p);
+  const Problem p = checked_samples(op, batch);
   const Tensor grad_out = batch.checked_grad_output(op, grad_output);
   const RowGroups groups = group_rows(p.indices, p.num_entries, p.num_features);
   Tensor grad_weight = new_grad_rows(batch, p.num_features);
@@ -189,8 +227,7 @@ std::tuple<Tensor, Tensor, Tensor> ffm_backward_sparse(const Tensor& grad_output
                                                        const std::string& output, bool within_field, bool values_grad) {
   const char* op = "ffm_backward_sparse";
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
-  const Problem& p = batch.problem;
-  check_contents(op, p);
+  const Problem p = checked_samples(op, batch);
   const Tensor grad_out = batch.checked_grad_output(op, grad_output);
   const RowGroups groups = group_rows(p.indices, p.num_entries, p.num_features);
   const int64_t R = groups.num_rows;
@@ -213,8 +250,7 @@ Tensor ffm_backward_fused_(const Tensor& grad_output, const Tensor& weight, cons
                            int64_t step, std::optional<int64_t> rounding_seed) {
   const char* op = "ffm_backward_fused_";
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
-  const Problem& p = batch.problem;
-  check_contents(op, p);
+  const Problem p = checked_samples(op, batch);
   const Tensor grad_out = batch.checked_grad_output(op, grad_output);
   const Update update = checked_update(op, weight, p, states, optimizer, settings, step, rounding_seed);
   const RowGroups groups = group_rows(p.indices, p.num_entries, p.num_features);
@@ -232,8 +268,7 @@ Tensor ffm_backward_values(const Tensor& grad_output, const Tensor& weight, cons
                            const std::string& output, bool within_field) {
   const char* op = "ffm_backward_values";
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
-  const Problem& p = batch.problem;
-  check_contents(op, p);
+  const Problem p = checked_samples(op, batch);
   const Tensor grad_out = batch.checked_grad_output(op, grad_output);
   Gradient grad;
   grad.grad_output = grad_out.const_data_ptr();
@@ -245,8 +280,7 @@ Tensor ffm_backward_values(const Tensor& grad_output, const Tensor& weight, cons
 Tensor gather_sum(const Tensor& weight, const Tensor& indices) {
   const char* op = "gather_sum";
   const Batch batch(op, weight, indices, std::nullopt, std::nullopt, std::nullopt, "sum", false);
-  const Problem& p = batch.problem;
-  check_contents(op, p);
+  const Problem p = checked_samples(op, batch);
   Tensor out = torch::stable::new_empty(weight, std::vector<int64_t>{p.batch_size});
   const ForwardKernels& kernels = forward_kernels();
   const int64_t parts = sample_parts(p, 0, p.batch_size);

@@ -115,7 +115,7 @@ class RowGradients {
 };
 
 template <typename T, int kEmbedDim, Output kOutput>
-void backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end, void* scratch) {
+void backward(const Problem& p, const Gradient& grad, Range samples, Range fields, void* scratch) {
   using A = Sum<T>;
   using Terms = OutputGradient<T, kOutput>;
   const int64_t K = kEmbedDim ? kEmbedDim : p.embed_dim, row_size = p.num_fields * K;
@@ -134,14 +134,14 @@ void backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end
     if (grad_rows) grad_rows.put(e, x, gradient);
   };
   const auto prefetch_sum = [&](int64_t e) __attribute__((always_inline)) { grad_rows.prefetch_sum(e); };
-  RowsAhead<T, decltype(prefetch_sum)> ahead(p, begin, end, prefetch_sum);
+  RowsAhead<T, decltype(prefetch_sum)> ahead(p, samples, fields, prefetch_sum);
 
-  for (int64_t b = begin; b < end; ++b) {
+  for (int64_t b = samples.begin; b < samples.end; ++b) {
     const int64_t first = p.entries_begin(b), last = p.entries_begin(b + 1);
     s.load_sample(first, last);
-    ahead.at_sample(b, last - first);
+    ahead.at_sample(b, p.fields ? last - first : fields.end - fields.begin);
     const Terms terms(p, grad, b);
-    if (b == begin || !s.is_dense()) {
+    if (b == samples.begin || !s.is_dense()) {
       for (int64_t f = 0; f < (keeps_all ? p.num_fields : 1); ++f) {
         for (int64_t i = 0; i < row_size; ++i) d[f * stride + i] = 0;
       }
@@ -155,17 +155,17 @@ void backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end
           dispatch_registers<kEmbedDim, kLanes<A>>(K, [&](auto embed_dim, auto rest) {
             constexpr int kFields = kPairsPerRegister<embed_dim(), kLanes<A>>;
             const A grad_output = Terms::at(terms.within(0), 0);
-            int64_t f = 0;
-            const auto work_on = [&](auto fields) {
+            int64_t f = fields.begin;
+            const auto work_on = [&](auto fields_at_once) {
               A* const d_fields = d + (keeps_all ? f * stride : 0);
-              field_gradients<embed_dim(), rest(), fields()>(s, grad_output, rows, f, p.num_fields, K, d_fields,
-                                                             stride);
-              for (int64_t r = 0; r < fields() && !keeps_all; ++r) put_field(f + r, d_fields + r * stride);
-              ahead.step(fields());
-              f += fields();
+              field_gradients<embed_dim(), rest(), fields_at_once()>(s, grad_output, rows, f, p.num_fields, K, d_fields,
+                                                                     stride);
+              for (int64_t r = 0; r < fields_at_once() && !keeps_all; ++r) put_field(f + r, d_fields + r * stride);
+              ahead.step(fields_at_once());
+              f += fields_at_once();
             };
-            while (f + kFields <= p.num_fields) work_on(std::integral_constant<int, kFields>{});
-            while (f < p.num_fields) work_on(std::integral_constant<int, 1>{});
+            while (f + kFields <= fields.end) work_on(std::integral_constant<int, kFields>{});
+            while (f < fields.end) work_on(std::integral_constant<int, 1>{});
           });
           for (int64_t f = 0; f < p.num_fields && keeps_all; ++f) put_field(f, d + f * stride);
           return;
@@ -178,8 +178,9 @@ void backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end
       }
       int64_t current = -1;
       for (int64_t e = first; e < last; ++e) {
-        ahead.step(1);
         const int64_t f = entries.field(e, first);
+        if (f < fields.begin || f >= fields.end) continue;
+        ahead.step(1);
         const A x = entries.value(e);
         const T* const row = entries.row(e);
         A* const d_field = d + (keeps_all ? f * stride : 0);
@@ -202,10 +203,10 @@ void backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end
 
 size_t backward_bytes(const Problem& p, bool updates) { return field_sums_bytes(p, gradient_rows(p, updates)); }
 
-void dispatch_backward(const Problem& p, const Gradient& grad, int64_t begin, int64_t end, void* scratch) {
+void dispatch_backward(const Problem& p, const Gradient& grad, Range samples, Range fields, void* scratch) {
   dispatch_all(p, [&](auto scalar, auto embed_dim, auto output) {
     using T = typename decltype(scalar)::type;
-    backward<T, embed_dim(), output()>(p, grad, begin, end, scratch);
+    backward<T, embed_dim(), output()>(p, grad, samples, fields, scratch);
   });
 }
 

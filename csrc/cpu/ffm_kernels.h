@@ -9,6 +9,11 @@
 
 namespace ffm {
 
+// Samples or fields [begin, end).
+struct Range {
+  int64_t begin, end;
+};
+
 struct ForwardKernels {
   // Bytes of scratch, aligned to 64, that a thread needs for `forward`.
   size_t (*scratch_bytes)(const Problem&);
@@ -24,8 +29,9 @@ struct BackwardKernels {
   // Bytes of scratch, aligned to 64, that a thread needs for `backward`, where it updates the table or not.
   size_t (*scratch_bytes)(const Problem&, bool updates);
 
-  // Samples [begin, end) -> gradients.
-  void (*backward)(const Problem&, const Gradient&, int64_t begin, int64_t end, void* scratch);
+  // Samples -> the gradients of those of their entries that belong to some fields, one or more: all, or the samples are
+  // a matrix and there is neither an update nor a gradient of values.
+  void (*backward)(const Problem&, const Gradient&, Range samples, Range fields, void* scratch);
 
   // Adds the staged rows of n entries, in the given order.
   void (*add_staged)(const Problem&, const Gradient&, const int64_t* entries, int64_t n);

@@ -39,11 +39,10 @@ void field_gradients(const FieldSums<T>& s, Sum<T> grad_output, const R* const* 
       Vec<A, L> columns[kFields];
       for (int r = 0; r < kFields; ++r) columns[r] = load_pairs(rows[g + r] + f * K);
       transpose<kEmbedDim>(columns);
-      for (int r = 0; r < kFields; ++r) {
-        columns[r] *= grad_output;
-        if (has_values) columns[r] *= load_pairs(s.wide_scale() + g * K);
-        store<L>(d + r * stride + g * K, columns[r]);
-      }
+      // First the factors and then the number, as below: the same bits, whichever fields are worked on together.
+      Vec<A, L> x = grad_output - Vec<A, L>{};
+      if (has_values) x *= load_pairs(s.wide_scale() + g * K);
+      for (int r = 0; r < kFields; ++r) store<L>(d + r * stride + g * K, x * columns[r]);
     }
   }
   for (; g < F; ++g) {

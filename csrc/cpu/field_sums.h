@@ -231,24 +231,29 @@ class FieldSums {
 
 // Asks for the rows of later samples while this one is worked on: all of the next one, and more where samples are
 // small. They are asked for in bursts: a core keeps more lines in flight when no loads stand between the requests.
-// Given also(e), entry e needs another row, which that asks for.
+// Given fields, only the columns for these are asked for. Given also(e), entry e needs another row, which that asks
+// for; where there are fewer than all fields, for the entries of these.
 struct NoOtherRow {
   void operator()(int64_t) const {}
 };
 template <typename T, typename Also = NoOtherRow>
 class RowsAhead {
  public:
-  RowsAhead(const Problem& p, int64_t begin, int64_t end, const Also& also = {})
+  RowsAhead(const Problem& p, Range samples, Range fields, const Also& also = {})
       : p_(p),
         also_(also),
         entries_(p),
-        end_(end),
-        last_(p.entries_begin(end)),
+        fields_(fields),
+        columns_{fields.begin * p.embed_dim, fields.end * p.embed_dim},
+        end_(samples.end),
+        last_(p.entries_begin(end_)),
         burst_(rows_of(kBurstBytes)),
         window_(rows_of(kWindowBytes)),
-        requested_(p.entries_begin(begin)) {
-    if (begin < end) request(p.entries_begin(begin + 1));
+        requested_(p.entries_begin(samples.begin)) {
+    if (samples.begin < end_) request(p.entries_begin(samples.begin + 1));
   }
+  RowsAhead(const Problem& p, int64_t begin, int64_t end, const Also& also = {})
+      : RowsAhead(p, {begin, end}, {0, p.num_fields}, also) {}
 
   // Sample b is next, and takes `work` units of step().
   void at_sample(int64_t b, int64_t work) {
@@ -268,19 +273,23 @@ class RowsAhead {
   static constexpr int64_t kBurstBytes = 4 << 10, kWindowBytes = 24 << 10;
 
   int64_t rows_of(int64_t bytes) const {
-    return std::max<int64_t>(1, bytes / (p_.row_size() * static_cast<int64_t>(sizeof(T))));
+    return std::max<int64_t>(1, bytes / ((columns_.end - columns_.begin) * static_cast<int64_t>(sizeof(T))));
   }
   void request(int64_t limit) {
     for (; requested_ < limit; ++requested_) {
-      prefetch(entries_.row(requested_), p_.row_size());
-      also_(requested_);
+      prefetch(entries_.row(requested_) + columns_.begin, columns_.end - columns_.begin);
+      if (fields_.begin <= field_ && field_ < fields_.end) also_(requested_);
+      if (++field_ == p_.num_fields) field_ = 0;
     }
   }
 
   const Problem& p_;
   const Also also_;
   Entries<T> entries_;
+  const Range fields_, columns_;
   int64_t end_, last_, burst_, window_, requested_;
+  // The field of the entry that comes next, if the samples are a matrix.
+  int64_t field_ = 0;
   int64_t next_sample_end_ = 0, limit_ = 0, work_done_ = 0, work_a_burst_ = 0;
 };
 

@@ -14,8 +14,9 @@ struct KeptBlock {
   size_t bytes;
 };
 
-// From this size on blocks are worth keeping; the allocator keeps smaller ones itself.
-constexpr size_t kSmallestBlock = 16 << 20;
+// From this size on blocks are kept. The allocator keeps smaller ones itself; larger ones it may give back to the
+// system after every step.
+constexpr size_t kSmallestBlock = 1 << 20;
 
 // At least so many bytes, on huge pages, as they come; throws std::bad_alloc.
 KeptBlock take_block(size_t bytes);

@@ -16,7 +16,7 @@ extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
 
 namespace ffm {
 
-// An uninitialised tensor on the CPU with the dtype of `like`. From 16 MiB on it is made from kept memory, unless torch
+// An uninitialised tensor on the CPU with the dtype of `like`. From 1 MiB on it is made from kept memory, unless torch
 // is older than 2.11.
 inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes) {
   size_t bytes = like.element_size();

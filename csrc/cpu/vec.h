@@ -404,7 +404,8 @@ inline void scale_into(To* dst, Sum<To> x, const From* src, int64_t n) {
   constexpr int L = kLanes<Sum<To>>;
   int64_t i = 0;
   for (; i + L <= n; i += L) store<L>(dst + i, x * load<L>(src + i));
-  for (; i < n; ++i) store(dst + i, x * load(src + i));
+  // As a register, for to narrow a number takes as long.
+  if (i < n) store_part<L, Part::kFirst>(dst + i, x * load_first<L>(src + i, n - i), n - i);
 }
 
 // Cuts n elements at p into registers that begin at a multiple of their size, and smaller pieces, of a power of two,

@@ -61,10 +61,10 @@ struct Gradients {
   std::vector<T> values;       // [nnz]
 };
 
-// `is_staged`: as several threads do it, in blocks and parts.
+// `is_staged`, `is_cut`: as several threads do it, in blocks and parts of samples, or in parts of the fields.
 template <typename T>
 Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_output, Rows kind, bool is_staged,
-                          bool is_streamed) {
+                          bool is_streamed, bool is_cut = false) {
   const Problem& p = batch.problem;
   const std::vector<int64_t>& indices = batch.indices.wide;
   const int64_t nnz = p.num_entries;
@@ -127,7 +127,9 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
     }
     stage = unwritten<SumOf<T>>(static_cast<int64_t>(staged.size()) * p.row_size());
     grad.stage = stage.data();
-    kernels.backward(p, grad, begin, end, scratch.get());
+    const int64_t cut = is_cut ? p.num_fields / 2 : 0;
+    if (is_cut) kernels.backward(p, grad, {begin, end}, {0, cut}, scratch.get());
+    kernels.backward(p, grad, {begin, end}, {cut, p.num_fields}, scratch.get());
     const int64_t num_staged = static_cast<int64_t>(staged.size());
     if (is_staged) kernels.add_staged(p, grad, staged.data(), num_staged);
   }
@@ -137,6 +139,27 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
     kernels.finish_sums(p, grad, first_entries.data(), num_sums / 2, num_sums);
   }
   return result;
+}
+
+// Fields with ids of their own, in parts.
+template <typename T>
+void test_parts_of_fields(Batch<T> batch, const std::vector<T>& grad_output) {
+  Problem& p = batch.problem;
+  std::vector<int64_t> indices(p.num_entries);
+  for (int64_t e = 0; e < p.num_entries; ++e) {
+    const int64_t f = e % p.num_fields, id = batch.indices.wide[e];
+    indices[e] = f == 0 && id >= p.num_fields ? id : f;
+  }
+  batch.indices = std::move(indices);
+  p.indices = batch.indices.as(p.indices.is_int64);
+  for (Rows kind : {Rows::kDense, Rows::kSparse}) {
+    for (bool is_streamed : {false, true}) {
+      const Gradients<T> whole = run_backward(batch, grad_output, kind, false, is_streamed);
+      const Gradients<T> cut = run_backward(batch, grad_output, kind, false, is_streamed, true);
+      check(std::memcmp(cut.rows.data(), whole.rows.data(), whole.rows.size() * sizeof(T)) == 0,
+            "backward" + batch.name + ": not the same bits in parts of the fields");
+    }
+  }
 }
 
 template <typename T>
@@ -172,6 +195,7 @@ void test_problem(const Batch<T>& batch) {
             what + batch.name + ": not the same bits when streamed");
     }
   }
+  if (!p.fields && !p.values && p.num_fields > 1) test_parts_of_fields(batch, grad_output);
 }
 
 // ---- Training.
