@@ -34,7 +34,7 @@ build: $(VENV)/packages ## compile what has changed (ninja decides)
 	@$(python) setup.py --quiet build_ext --inplace
 	@$(MAKE) -s --no-print-directory $(VENV)/editable
 
-demo: build ## train and time an FFM on data that comes with the package: minutes, no data to fetch
+demo: build ## train and time an FFM on data that comes with the package: half a minute once it is built
 	$(python) -m ffm_ext demo
 
 test: build ## the quick tests
@@ -67,7 +67,7 @@ dist: $(VENV)/packages ## sdist, and a wheel from it, in dist/
 	PIP_CONSTRAINT=$(abspath requirements/dev.txt) $(python) -m build
 	$(bin)/check-wheel-contents dist/*.whl
 
-test-wheel: dist ## install that wheel in clean environments: extras, no compiler, another torch (6 GB)
+test-wheel: dist ## install that wheel in clean environments: extras, no compiler, two other torches (13 GB)
 	FFM_EXT_WHEEL=$$(echo $(abspath dist)/*.whl) $(python) -m pytest tests/test_wheel.py
 
 bench: build ## measure against the peers that are installed (ARGS=--quick: less); results in benchmarks/results/

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """An FFM over TorchRec tables, with KeyedJaggedTensor input: who likes which film, MovieLens-100K.
 
-    pip install 'ffm-ext[distributed]' && pip install --no-deps torchrec==1.8.0
+    pip install '.[distributed]' && pip install --no-deps torchrec==1.8.0       # from the root of the source tree
     torchrun --nproc-per-node 2 examples/torchrec_movielens.py     # fetches the data, or uses what is in $FFM_EXT_DATA
 
 Each field is a key of the input and a table; the tables are spread by rows over the processes, and FBGEMM's Adagrad is
