@@ -82,6 +82,7 @@ QUICK = (
     *("ddp_dense", "ddp_atomic", "ddp_sparse", "ddp_of_torch_dense", "ddp_of_torch_sparse"),
     *("ddp_fused", "ddp_of_torch_fused", "fsdp", "fsdp_atomic", "fsdp_sparse"),
     *("fsdp_fused_before", "fsdp_fused_after", "trainer_runs", "a_fault_of_one_is_told_by_all"),
+    "trainer_takes_the_weights_of_the_first",
 )
 
 
@@ -353,6 +354,12 @@ def test_what_one_process_saved_two_go_on_with(tmp_path: Path) -> None:
     expected = checks.trainer_runs(0, 1, tmp_path)
     found = Results(tmp_path, ("trainer_resumed",))("trainer_resumed")
     assert np.allclose(found, expected, atol=1e-9, rtol=0)
+
+
+def test_weights_that_differ_become_those_of_the_first_process(two: Results) -> None:
+    expected = checks.trainer_takes_the_weights_of_the_first(0, 1, two.folder)
+    found = two("trainer_takes_the_weights_of_the_first")  # the same bits in both, or it says so
+    assert all(np.allclose(*pair, atol=1e-9, rtol=0) for pair in zip(found, expected))
 
 
 def test_a_fault_of_one_process_is_raised_in_all(two: Results) -> None:

@@ -65,11 +65,13 @@ class DistributedTrainer(Trainer):
             raise ValueError(
                 f"DistributedTrainer: mode = {mode!r} is for one process; several have 'deterministic'"
             )
-        super().__init__(model, mode=mode, **settings)
         self._members = Group(group)
         self._group = group
-        for parameter in model.parameters():
-            self._members.broadcast(parameter.detach())
+        if isinstance(model, FFM):  # Trainer refuses what is none
+            # Before there are optimizer states: those of FTRL stand for the weights.
+            for parameter in model.parameters():
+                self._members.broadcast(parameter.detach())
+        super().__init__(model, mode=mode, **settings)
         self._orders: list[np.ndarray] = []
 
     # ---------------------------------------------------------------- data
