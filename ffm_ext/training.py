@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import alert_not_deterministic, sum_dtype
-from ._files import atomic_write
+from ._files import atomic_write, check_writable
 from .batch import SparseBatch
 from .data import SparseDataset, open_dataset
 from .interop import Loss, model_arguments, model_from_arguments
@@ -229,6 +229,7 @@ class Trainer:
             IndexError: an id or a field of the data is out of range.
             RuntimeError: the mode is ``"hogwild"`` and ``torch.use_deterministic_algorithms(True)`` is set.
             FloatingPointError: the loss is not finite any more; the text says after how many samples.
+            OSError: ``checkpoint`` cannot be written; that is found before training where it can be.
         """
         if auto_stop and valid is None:
             raise ValueError("Trainer.fit: auto_stop needs valid")
@@ -247,6 +248,8 @@ class Trainer:
                 "without auto_stop it trains on",
                 stacklevel=2,
             )
+        if checkpoint is not None:
+            self._check_checkpoint(checkpoint)
         parts = self._parts("Trainer.fit", train)
         valid_parts = None if valid is None else self._parts("Trainer.fit", valid)
 
@@ -638,6 +641,10 @@ class Trainer:
             setattr(self, f"_{name}", position[name])
         self.epoch = position["epoch"]
         self.history[:] = [Epoch(*epoch) for epoch in position["history"]]
+
+    def _check_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Raise OSError where :meth:`save` could not write."""
+        check_writable(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all that is needed to go on, as one safetensors file. A crash or a full disk leaves an older one as is.

@@ -416,6 +416,9 @@ def test_arguments(tmp_path: Path) -> None:
         read_share(__file__, ranges=0)
     with pytest.raises(FileNotFoundError):
         read_share(tmp_path / "nothing.ffm")
+    write_data(tmp_path / "train.ffm", 100, 0)
+    with pytest.raises(OSError, match=r"File exists: .*train\.ffm"):
+        checks.trainer(tmp_path).fit(tmp_path / "train.ffm", checkpoint=tmp_path / "train.ffm")
 
 
 # ---------------------------------------------------------------- torchrun

@@ -674,6 +674,16 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["c"]
 
 
+def test_a_checkpoint_that_cannot_be_written_is_known_before_training(tmp_path):
+    made = model()
+    before = made.interaction.weight.detach().clone()
+    lists, labels = samples("one-hot", n=5)
+    for path, error in ((tmp_path / "no" / "c", FileNotFoundError), (tmp_path, IsADirectoryError)):
+        with pytest.raises(error, match=f"'{path}'$"):
+            Trainer(made).fit((ffm_ext.SparseBatch.from_lists(lists), labels), checkpoint=path)
+    assert torch.equal(made.interaction.weight, before)
+
+
 def test_corrupt_checkpoints_are_named(tmp_path):
     trainer = Trainer(model())
     path = tmp_path / "c"

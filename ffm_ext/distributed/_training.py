@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ffm_ext._arguments import sum_dtype
-from ffm_ext._files import flush_to_disk
+from ffm_ext._files import check_writable, flush_to_disk
 from ffm_ext.data import SparseDataset
 from ffm_ext.modules import FFM
 from ffm_ext.training import Trainer, _Part
@@ -146,6 +146,14 @@ class DistributedTrainer(Trainer):
         return total, weight
 
     # ---------------------------------------------------------------- keeping
+
+    def _check_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        def check() -> None:
+            if self._members.rank == 0:
+                Path(path).mkdir(parents=True, exist_ok=True)
+                check_writable(Path(path) / _INFO)
+
+        self._members.together(check)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint into a folder, by ``torch.distributed.checkpoint``; every process writes a part of it.
