@@ -6,6 +6,7 @@ What runs in processes of its own is in distributed_checks.py; here its results 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -407,6 +408,25 @@ def test_ctrl_c_while_a_checkpoint_is_read_or_written(
         with pytest.raises(KeyboardInterrupt):
             DistributedTrainer.load(tmp_path / "checkpoint")
     assert DistributedTrainer.load(tmp_path / "checkpoint").epoch == 1
+
+
+def test_the_same_step_saved_again_leaves_one_checkpoint_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("killed")
+
+    write_data(tmp_path / "train.ffm", 100, 0)
+    made = checks.trainer(tmp_path)
+    made.fit(tmp_path / "train.ffm", epochs=1, checkpoint=tmp_path / "checkpoint")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with contextlib.suppress(OSError):
+            made.save(tmp_path / "checkpoint")
+        assert DistributedTrainer.load(tmp_path / "checkpoint").epoch == 1
+    made.save(tmp_path / "checkpoint")
+    assert DistributedTrainer.load(tmp_path / "checkpoint").epoch == 1
+    assert len(list((tmp_path / "checkpoint").iterdir())) == 1
 
 
 def test_arguments(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from ffm_ext._arguments import sum_dtype
 from ffm_ext._files import check_writable, flush_to_disk
 from ffm_ext.data import SparseDataset
+from ffm_ext.data._store import _put_in_place
 from ffm_ext.modules import FFM
 from ffm_ext.training import Trainer, _Part
 
@@ -197,9 +198,9 @@ class DistributedTrainer(Trainer):
         def finish() -> None:
             if members.rank == 0:
                 flush_to_disk(new)
-                shutil.rmtree(target, ignore_errors=True)
-                new.rename(target)
+                _put_in_place(new, target)
                 flush_to_disk(folder)
+                # Older ones; if the same step has been saved before, that too, as ``new``.
                 for other in [*folder.glob(f"{_STEP}*"), *folder.glob(f".{_STEP}*.tmp")]:
                     if other != target:
                         shutil.rmtree(other, ignore_errors=True)
