@@ -31,6 +31,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import signal
 import threading
@@ -162,9 +163,10 @@ class Trainer:
         ):
             if value not in allowed:
                 raise ValueError(f"Trainer: {name} = {value!r} is not one of {', '.join(allowed)}")
-        for name, number in (("batch_size", batch_size), ("num_threads", num_threads)):
-            if number is not None and number < 1:
-                raise ValueError(f"Trainer: {name} = {number} must be positive")
+        batch_size = _whole("Trainer", "batch_size", batch_size)
+        if num_threads is not None:
+            num_threads = _whole("Trainer", "num_threads", num_threads)
+        seed = _whole("Trainer", "seed", seed, least=0)
         if model.interaction.weight.device.type != "cpu":
             raise ValueError(f"Trainer: model is on {model.interaction.weight.device}, not the CPU")
         self.model = model
@@ -173,7 +175,7 @@ class Trainer:
         self.mode: Mode = mode
         self.batch_size = batch_size
         self.num_threads = num_threads
-        self.shuffle = shuffle
+        self.shuffle = bool(shuffle)
         self.seed = seed
 
         self.epoch = 0
@@ -224,7 +226,7 @@ class Trainer:
             :attr:`history`.
 
         Raises:
-            TypeError: ``train`` or ``valid`` is none of these.
+            TypeError: ``train`` or ``valid`` is none of these, or a number is not whole.
             ValueError: an option makes no sense, or shapes of the data do not fit each other or the model.
             IndexError: an id or a field of the data is out of range.
             RuntimeError: the mode is ``"hogwild"`` and ``torch.use_deterministic_algorithms(True)`` is set.
@@ -233,15 +235,12 @@ class Trainer:
         """
         if auto_stop and valid is None:
             raise ValueError("Trainer.fit: auto_stop needs valid")
-        for name, number in (
-            ("epochs", epochs),
-            ("patience", patience),
-            ("checkpoint_every", checkpoint_every),
-        ):
-            if number is not None and number < 1:
-                raise ValueError(f"Trainer.fit: {name} = {number} must be positive")
-        if checkpoint_every is not None and checkpoint is None:
-            raise ValueError("Trainer.fit: checkpoint_every needs checkpoint")
+        epochs = _whole("Trainer.fit", "epochs", epochs)
+        patience = _whole("Trainer.fit", "patience", patience)
+        if checkpoint_every is not None:
+            checkpoint_every = _whole("Trainer.fit", "checkpoint_every", checkpoint_every)
+            if checkpoint is None:
+                raise ValueError("Trainer.fit: checkpoint_every needs checkpoint")
         if auto_stop and self._stopped and self.epoch < epochs:
             warnings.warn(
                 f"Trainer.fit: stopped in epoch {self.epoch}, when the loss of valid had not fallen any more; "
@@ -715,8 +714,6 @@ class Trainer:
             arguments = json.loads(metadata["trainer"])
             settings = arguments.pop("optimizer")
             kind = OPTIMIZERS[settings.pop("name")]
-            if "betas" in settings:
-                settings["betas"] = tuple(settings["betas"])
             model = model_from_arguments(json.loads(metadata["model"]))
             model.interaction.weight.data = model.interaction.weight.data.to(
                 state["model.interaction.weight"].dtype
@@ -746,6 +743,18 @@ _POSITION = (
     *("best_loss", "rises", "stopped"),
 )
 _KEPT = ("model", "optimizer")
+
+
+def _whole(where: str, name: str, number: Any, least: int = 1) -> int:
+    """``number`` as an ``int``, from ``least``, 0 or 1, on."""
+    try:
+        number = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{where}: {name} = {number!r} is no whole number") from None
+    if number < least:
+        wanted = "be positive" if least else "not be negative"
+        raise ValueError(f"{where}: {name} = {number} must {wanted}")
+    return number
 
 
 def _take(part: _Part, rows: np.ndarray) -> _Part:

@@ -684,6 +684,22 @@ def test_a_checkpoint_that_cannot_be_written_is_known_before_training(tmp_path):
     assert torch.equal(made.interaction.weight, before)
 
 
+def test_numbers_of_numpy_are_kept_as_numbers(tmp_path):
+    optimizer = optim.Adam(lr=np.float32(0.1), betas=np.array([0.5, 0.75]), rounding_seed=None)
+    trainer = Trainer(
+        model(),
+        optimizer=optimizer,
+        batch_size=np.int32(7),
+        num_threads=np.int64(1),
+        seed=np.int64(3),
+        shuffle=np.True_,
+    )
+    trainer.save(tmp_path / "c")
+    again = Trainer.load(tmp_path / "c")
+    assert again.optimizer == optimizer == optim.Adam(lr=float(np.float32(0.1)), betas=(0.5, 0.75))
+    assert (again.batch_size, again.num_threads, again.seed, again.shuffle) == (7, 1, 3, True)
+
+
 def test_corrupt_checkpoints_are_named(tmp_path):
     trainer = Trainer(model())
     path = tmp_path / "c"
@@ -713,6 +729,8 @@ def test_bad_input():
         ({"loss": "hinge"}, ValueError, "loss = 'hinge' is not one of logistic, squared"),
         ({"mode": "fast"}, ValueError, "mode = 'fast' is not one of exact, hogwild, deterministic"),
         ({"batch_size": 0}, ValueError, "batch_size = 0 must be positive"),
+        ({"num_threads": 1.5}, TypeError, r"num_threads = 1\.5 is no whole number"),
+        ({"seed": -1}, ValueError, "seed = -1 must not be negative"),
     ):
         with pytest.raises(error, match=match):
             Trainer(made, **options)
@@ -726,6 +744,8 @@ def test_bad_input():
     ):
         with pytest.raises(error, match=match):
             trainer.fit(given)
+    with pytest.raises(TypeError, match="epochs = '2' is no whole number"):
+        trainer.fit((data, labels), epochs="2")
     with pytest.raises(ValueError, match="auto_stop needs valid"):
         trainer.fit((data, labels), auto_stop=True)
     with pytest.raises(ValueError, match=r"these do not fit: optimizer\.table\.0"):
