@@ -37,7 +37,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -49,6 +49,7 @@ from ._arguments import alert_not_deterministic, sum_dtype
 from ._files import atomic_write, check_writable
 from .batch import SparseBatch
 from .data import SparseDataset, open_dataset
+from .data._dataset import _numbers, check_entries, check_finite
 from .interop import Loss, model_arguments, model_from_arguments
 from .modules import FFM, _entries, _global_ids
 from .optim import OPTIMIZERS, AdaGrad, Optimizer
@@ -225,12 +226,15 @@ class Trainer:
         Returns:
             :attr:`history`.
 
+        All of the data is looked at before the first update: what is wrong with it changes nothing.
+
         Raises:
             TypeError: ``train`` or ``valid`` is none of these, or a number is not whole.
-            ValueError: an option makes no sense, or shapes of the data do not fit each other or the model.
+            ValueError: an option makes no sense, shapes of the data do not fit each other or the model, a number in it
+                is not finite, or ``valid`` has no samples.
             IndexError: an id or a field of the data is out of range.
             RuntimeError: the mode is ``"hogwild"`` and ``torch.use_deterministic_algorithms(True)`` is set.
-            FloatingPointError: the loss is not finite any more; the text says after how many samples.
+            FloatingPointError: the loss, or that of ``valid``, is not finite any more; the text says when.
             OSError: ``checkpoint`` cannot be written; that is found before training where it can be.
         """
         if auto_stop and valid is None:
@@ -249,8 +253,10 @@ class Trainer:
             )
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
-        parts = self._parts("Trainer.fit", train)
-        valid_parts = None if valid is None else self._parts("Trainer.fit", valid)
+        parts = self._parts("Trainer.fit: train", train)
+        valid_parts = None
+        if valid is not None:
+            valid_parts = self._parts_to_evaluate("Trainer.fit: valid", valid)
 
         def save() -> None:
             if checkpoint is not None:
@@ -285,7 +291,9 @@ class Trainer:
 
         It counts as an epoch, so that the next pass takes another order.
         """
-        self._run_epoch(self._parts("Trainer.partial_fit", data), self.epoch + 1, None, None, None)
+        self._run_epoch(
+            self._parts("Trainer.partial_fit: data", data), self.epoch + 1, None, None, None
+        )
         return self._finish_epoch(None, False, 1).train_loss
 
     def _run_epoch(
@@ -346,6 +354,11 @@ class Trainer:
 
     def _finish_epoch(self, valid: list[_Part] | None, auto_stop: bool, patience: int) -> Epoch:
         valid_loss = None if valid is None else self._mean_loss(valid)
+        if valid_loss is not None and not math.isfinite(valid_loss):
+            raise FloatingPointError(
+                f"Trainer: the loss of valid is {valid_loss} after epoch {self.epoch + 1}: "
+                "a smaller learning rate may help"
+            )
         self.epoch += 1
         finished = Epoch(
             self.epoch,
@@ -404,8 +417,8 @@ class Trainer:
 
     def _train(self, part: _Part, order: np.ndarray) -> tuple[float, float, int]:
         """Train with some samples of a part: the sums of their losses and of their weights, and how many they are."""
-        weights, n = part.weights, len(order)
-        weight = float(n) if weights is None else float(weights[order].double().sum())
+        n = len(order)
+        weight = float(n) if part.weights is None else float(part.weights[order].double().sum())
         if self.mode == "deterministic":
             batches = (order[i : i + self.batch_size] for i in range(0, n, self.batch_size))
             return sum(self._train_batch(_take(part, batch)) for batch in batches), weight, n
@@ -455,7 +468,7 @@ class Trainer:
         counts = np.full(B, indices.shape[1]) if offsets is None else offsets.diff().numpy()
         samples = np.repeat(np.arange(B), counts)
         if "linear" in small:
-            weights = small["linear"].double().numpy()[ids, 0]
+            weights = small["linear"].numpy()[ids, 0].astype(np.float64)
             score = score + np.bincount(samples, wide * weights, B)
         if "bias" in small:
             score = score + float(small["bias"])
@@ -525,7 +538,7 @@ class Trainer:
         Raises:
             TypeError, ValueError, IndexError: as :meth:`fit`.
         """
-        return self._mean_loss(self._parts("Trainer.evaluate", data))
+        return self._mean_loss(self._parts_to_evaluate("Trainer.evaluate: data", data))
 
     def predict(self, data: Data | Tensor | SparseBatch) -> Tensor:
         """Probabilities of a positive label (logistic), or values (squared): ``[n]`` float32.
@@ -536,9 +549,7 @@ class Trainer:
         Raises:
             TypeError, ValueError, IndexError: as :meth:`fit`.
         """
-        if isinstance(data, Tensor | SparseBatch):
-            data = (data, torch.zeros(len(data)))
-        parts = self._parts("Trainer.predict", data)
+        parts = self._local_parts("Trainer.predict: data", data, has_labels=False)
         scores = torch.cat([torch.zeros(0), *(self._scores(part) for part in parts)])
         return torch.sigmoid(scores) if self.loss == "logistic" else scores
 
@@ -561,7 +572,13 @@ class Trainer:
 
     def _mean_loss(self, parts: list[_Part]) -> float:
         total, weight = self._sum_of_losses(parts)
-        return total / max(weight, 1e-300)
+        return total / weight
+
+    def _sum_of_weights(self, parts: list[_Part]) -> float:
+        return sum(
+            len(labels) if weights is None else float(weights.double().sum())
+            for _, labels, weights in parts
+        )
 
     def _sum_of_losses(self, parts: list[_Part]) -> tuple[float, float]:
         """The losses of all samples, each times its weight, and the weights."""
@@ -575,14 +592,33 @@ class Trainer:
             weight += float(np.add.reduce(weights))
         return total, weight
 
-    def _parts(self, where: str, data: Any) -> list[_Part]:
+    def _parts(self, where: str, data: Any) -> list[Any]:
+        """The samples of ``data``, all of which can be trained with or evaluated."""
+        return self._local_parts(where, data)
+
+    def _parts_to_evaluate(self, where: str, data: Any) -> list[Any]:
+        """Those of ``data``, of which there is a mean loss."""
+        parts = self._parts(where, data)
+        if not self._sum_of_weights(parts) > 0:
+            raise ValueError(f"{where} has no samples, or weights whose sum is not positive")
+        return parts
+
+    def _local_parts(self, where: str, data: Any, *, has_labels: bool = True) -> list[_Part]:
         if isinstance(data, str | os.PathLike):
             data = open_dataset(data)
         if isinstance(data, SparseDataset):
-            return [_Part(*shard) for shard in data.shards]
+            parts = [_Part(*shard) for shard in data.shards]
+        else:
+            parts = [self._part(where, data, has_labels)]
+        self._check_parts(where, parts, has_labels)
+        return parts
+
+    def _part(self, where: str, data: Any, has_labels: bool) -> _Part:
+        if not has_labels and isinstance(data, Tensor | SparseBatch):
+            data = (data, None)
         if not isinstance(data, tuple) or len(data) not in (2, 3):
             raise TypeError(
-                f"{where}: data must be a SparseDataset, its folder, (x, labels) or "
+                f"{where} must be a SparseDataset, its folder, (x, labels) or "
                 f"(x, labels, weights), got {type(data).__name__}"
             )
         x, labels, weights = (*data, None)[:3]
@@ -592,15 +628,31 @@ class Trainer:
             raise TypeError(
                 f"{where}: x must be ids [n, F] or a SparseBatch, got {type(x).__name__}"
             )
-        labels = torch.as_tensor(labels, dtype=torch.float32)
+        if not has_labels:
+            return _Part(x, torch.zeros(len(x)), None)
+        labels = _numbers(where, "labels", labels, len(x))
         if weights is not None:
-            weights = torch.as_tensor(weights, dtype=torch.float32)
-        for name, tensor in (("labels", labels), ("weights", weights)):
-            if tensor is not None and tensor.shape != (len(x),):
-                raise ValueError(
-                    f"{where}: {name} has shape {list(tensor.shape)}, x has {len(x)} samples"
-                )
-        return [_Part(x, labels, weights)]
+            weights = _numbers(where, "weights", weights, len(x))
+        return _Part(x, labels, weights)
+
+    def _check_parts(self, where: str, parts: Sequence[Any], has_labels: bool = True) -> None:
+        """Look at everything before the first update: an operator sees a batch, and says where in that it is wrong."""
+        layer = self.model.interaction
+        for number, (x, labels, weights) in enumerate(parts):
+            place = where if len(parts) == 1 else f"{where}: shards[{number}]"
+            indices, fields, values, offsets = (
+                (x.indices, x.fields, x.values, x.offsets)
+                if isinstance(x, SparseBatch)
+                else (x, None, None, None)
+            )
+            if indices.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"{place}: x must be int32 or int64, got {indices.dtype}")
+            sizes = layer.num_features, layer.num_fields
+            check_entries(place, indices, fields, values, offsets, *sizes)
+            if has_labels:
+                check_finite(place, "labels", labels)
+            if has_labels and weights is not None:
+                check_finite(place, "weights", weights)
 
     # ---------------------------------------------------------------- keeping
 

@@ -262,6 +262,10 @@ def a_fault_of_one_is_told_by_all(rank: int, size: int, folder: Path) -> None:
     read_share(folder / "broken.ffm")
 
 
+def ids_outside_the_table_are_told_by_all(rank: int, size: int, folder: Path) -> None:
+    DistributedTrainer(ffm_ext.FFM(K, num_features=N - 1, num_fields=6)).fit(folder / "last.ffm")
+
+
 # ---------------------------------------------------------------- TorchRec
 
 SIZES = {"user": 11, "film": 7, "genre": 20}

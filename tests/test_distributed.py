@@ -83,7 +83,7 @@ QUICK = (
     *("ddp_dense", "ddp_atomic", "ddp_sparse", "ddp_of_torch_dense", "ddp_of_torch_sparse"),
     *("ddp_fused", "ddp_of_torch_fused", "fsdp", "fsdp_atomic", "fsdp_sparse"),
     *("fsdp_fused_before", "fsdp_fused_after", "trainer_runs", "a_fault_of_one_is_told_by_all"),
-    "trainer_takes_the_weights_of_the_first",
+    *("trainer_takes_the_weights_of_the_first", "ids_outside_the_table_are_told_by_all"),
 )
 
 
@@ -112,6 +112,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
     lines = (folder / "train.ffm").read_text().splitlines()
     lines[250] += " 1:2"
     (folder / "broken.ffm").write_text("\n".join(lines))
+    (folder / "last.ffm").write_text("1 0:0:1\n" * 99 + "0 0:1:1 5:59:1\n")
     return Results(folder, QUICK)
 
 
@@ -366,6 +367,10 @@ def test_weights_that_differ_become_those_of_the_first_process(two: Results) -> 
 def test_a_fault_of_one_process_is_raised_in_all(two: Results) -> None:
     with pytest.raises(RuntimeError, match=r"ValueError: .*broken\.ffm:251:"):
         two("a_fault_of_one_is_told_by_all")
+    with pytest.raises(
+        RuntimeError, match=r"IndexError: .*train: process 1: indices\[\d+\] = 59 is"
+    ):
+        two("ids_outside_the_table_are_told_by_all")
 
 
 def test_a_checkpoint_wants_its_own_data_and_a_whole_folder(tmp_path: Path) -> None:

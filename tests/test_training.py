@@ -736,10 +736,14 @@ def test_bad_input():
             Trainer(made, **options)
     trainer = Trainer(made)
     for given, error, match in (
-        ((data, labels[:3]), ValueError, r"labels has shape \[3\], x has 5 samples"),
-        ((data, labels, labels[:2]), ValueError, r"weights has shape \[2\], x has 5 samples"),
+        ((data, labels[:3]), ValueError, r"labels has shape \[3\], but there are 5 samples"),
+        (
+            (data, labels, labels[:2]),
+            ValueError,
+            r"weights has shape \[2\], but there are 5 samples",
+        ),
         ((data, [float("nan")] * 5), ValueError, r"labels\[0\] = nan is not finite"),
-        (data, TypeError, "data must be a SparseDataset"),
+        (data, TypeError, "train must be a SparseDataset"),
         ((torch.full((5, F), N), labels), IndexError, rf"indices\[0, 0\] = {N} is out of range"),
     ):
         with pytest.raises(error, match=match):
@@ -752,9 +756,98 @@ def test_bad_input():
         Trainer(made, optimizer=optim.VectorAdaGrad()).load_state_dict(trainer.state_dict())
 
 
+@pytest.mark.parametrize("mode", ["exact", "hogwild", "deterministic"])
+def test_data_is_looked_at_before_the_first_update(mode):
+    lists, labels = samples("multi-hot", n=300)
+    good = ffm_ext.SparseBatch.from_lists(lists)
+    made = model()
+    before = made.interaction.weight.detach().clone()
+    trainer = Trainer(made, mode=mode, batch_size=10)
+
+    def changed(name, at, number):
+        parts = {part: getattr(good, part).clone() for part in good.__slots__}
+        parts[name][at] = number
+        return ffm_ext.SparseBatch(**parts)
+
+    last, end = good.nnz - 1, good.nnz
+    wrong = labels.copy()
+    wrong[295] = np.nan
+    for data, error, message in (
+        ((good, wrong), ValueError, r"labels\[295\] = nan is not finite"),
+        ((good, labels, wrong), ValueError, r"weights\[295\] = nan is not finite"),
+        (
+            (changed("values", last, np.inf), labels),
+            ValueError,
+            rf"values\[{last}\] = inf is not finite",
+        ),
+        ((changed("indices", last, N), labels), IndexError, rf"indices\[{last}\] = {N} is out of"),
+        ((changed("fields", last, F), labels), IndexError, rf"fields\[{last}\] = {F} is out of"),
+        (
+            (changed("offsets", 295, end + 1), labels),
+            ValueError,
+            rf"offsets\[296\] = \d+ is less than offsets\[295\] = {end + 1}",
+        ),
+        (
+            (changed("offsets", 300, end - 1), labels),
+            ValueError,
+            rf"offsets\[300\] = {end - 1} must be the number of entries, {end}",
+        ),
+    ):
+        with pytest.raises(error, match=f"^Trainer.fit: train: {message}"):
+            trainer.fit(data)
+        with pytest.raises(error, match=f"^Trainer.fit: valid: {message}"):
+            trainer.fit((good, labels), data)
+        with pytest.raises(error, match=f"^Trainer.partial_fit: data: {message}"):
+            trainer.partial_fit(data)
+        with pytest.raises(error, match=f"^Trainer.evaluate: data: {message}"):
+            trainer.evaluate(data)
+    shard = SparseDataset.from_arrays(good, labels, num_features=N, num_fields=F).shards[0]
+    data = SparseDataset(
+        [shard, shard._replace(labels=torch.from_numpy(wrong))], num_features=N, num_fields=F
+    )
+    with pytest.raises(ValueError, match=r"train: shards\[1\]: labels\[295\] = nan"):
+        trainer.fit(data)
+    assert torch.equal(made.interaction.weight, before)
+    assert trainer.predict(data).isfinite().all()
+
+
+def test_labels_are_numbers_of_any_kind():
+    pandas = pytest.importorskip("pandas")
+    lists, labels = samples("one-hot", n=20)
+    batch = ffm_ext.SparseBatch.from_lists(lists)
+    frozen = labels.copy()
+    frozen.flags.writeable = False
+    series = pandas.Series(labels, index=np.arange(20) + 7)
+    kinds = (torch.from_numpy(labels), frozen, labels.tolist(), labels > 0, series)
+    assert len({Trainer(model()).evaluate((batch, given, given)) for given in kinds}) == 1
+    for wrong in (["yes"] * 20, [None] * 20):
+        with pytest.raises(TypeError, match=r"Trainer.evaluate: data: labels must be numbers, got"):
+            Trainer(model()).evaluate((batch, wrong))
+
+
 def test_a_loss_that_is_not_finite_stops():
     made = model(normalize=False)
     data = (torch.arange(F)[None] * (N // F), torch.ones(1))
     trainer = Trainer(made, optimizer=optim.SGD(lr=1e30), loss="squared")
     with pytest.raises(FloatingPointError, match="a smaller learning rate may help"):
         trainer.fit(data, epochs=50)
+
+
+def test_validation_that_says_nothing():
+    lists, labels = samples("one-hot", n=20)
+    batch = ffm_ext.SparseBatch.from_lists(lists)
+    made = model()
+    before = made.interaction.weight.detach().clone()
+    trainer = Trainer(made)
+    for valid in ((batch[:0], labels[:0]), (batch, labels, np.zeros(20))):
+        for auto_stop in (False, True):
+            with pytest.raises(ValueError, match=r"fit: valid has no samples, or weights whose"):
+                trainer.fit((batch, labels), valid, auto_stop=auto_stop)
+        with pytest.raises(ValueError, match=r"evaluate: data has no samples, or weights whose"):
+            trainer.evaluate(valid)
+    assert torch.equal(made.interaction.weight, before)
+    with torch.no_grad():
+        made.interaction.weight[lists[0][0][1]] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"the loss of valid is (nan|inf) after epoch 1"):
+        trainer.fit((batch[:0], labels[:0]), (batch, labels), auto_stop=True)
+    assert trainer.history == []

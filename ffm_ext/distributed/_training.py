@@ -78,17 +78,18 @@ class DistributedTrainer(Trainer):
     # ---------------------------------------------------------------- data
 
     def _parts(self, where: str, data: Any) -> list[Any]:
-        if where.endswith("predict"):
-            return super()._parts(where, data)
         if isinstance(data, str | os.PathLike):
             data = read_share(data, group=self._group)
         elif isinstance(data, SparseDataset):
             data = share(data, group=self._group)
         if not isinstance(data, Share):
             raise TypeError(
-                f"{where}: data must be a Share, a SparseDataset or a path, got {type(data).__name__}"
+                f"{where} must be a Share, a SparseDataset or a path, got {type(data).__name__}"
             )
-        return [data]
+        found, members = data, self._members
+        place = where if members.size == 1 else f"{where}: process {members.rank}"
+        members.together(lambda: self._check_parts(place, found.data.shards))
+        return [found]
 
     def _part_sizes(self, parts: list[Any]) -> list[int]:
         return [size for part in parts for size in part.sizes.tolist()]
@@ -140,6 +141,10 @@ class DistributedTrainer(Trainer):
         sums = torch.zeros(len(rows), *gradient.shape[1:], dtype=sum_dtype(gradient))
         sums.index_add_(0, inverse, gradient.to(sums.dtype))
         return rows, sums.to(gradient.dtype)
+
+    def _sum_of_weights(self, parts: list[Any]) -> float:
+        mine = [_Part(*piece) for part in parts for piece in part.data.shards]
+        return self._members.sum(super()._sum_of_weights(mine))[0]
 
     def _sum_of_losses(self, parts: list[Any]) -> tuple[float, float]:
         mine = [_Part(*piece) for part in parts for piece in part.data.shards]
