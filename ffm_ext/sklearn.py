@@ -389,7 +389,7 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
         feature_fields: the field of each column of ``X``, ``"categorical"``, or ``None``: see the top of
             :mod:`ffm_ext.sklearn`.
         early_stopping: set a part of the data aside, stop once the loss on it has not fallen for ``patience`` epochs,
-            and take the weights of the epoch before these.
+            and take the weights of the epoch at which it was lowest, also where ``epochs`` comes first.
         validation_fraction: how large that part is.
         patience: epochs.
         num_threads: ``None`` = those of torch.

@@ -188,6 +188,7 @@ class Trainer:
         self._sizes: list[int] = []  # samples of each part of the epoch
         self._best: dict[str, Tensor] = {}
         self._best_loss, self._rises, self._stopped = math.inf, 0, False
+        self._passed = False  # the weights are those of an epoch after the best
         table = model.interaction.weight
         self._states = {
             "table": list(optimizer.new_state(table, model.interaction.embed_dim).values())
@@ -216,9 +217,11 @@ class Trainer:
             train, valid: a :class:`~ffm_ext.data.SparseDataset`, the folder of one, or ``(x, labels)`` or
                 ``(x, labels, weights)`` with x ids ``[n, F]`` (as ``model`` takes them) or a ``SparseBatch``.
             epochs: in all.
-            auto_stop: stop when the loss of ``valid`` has not come below its lowest for ``patience`` epochs in a row,
-                and take the weights of the lowest (libffm's auto-stop has patience 1). A later call with ``auto_stop``
-                trains no further, and warns of it; one without it does.
+            auto_stop: stop when the loss of ``valid`` has not come below its lowest for ``patience`` epochs in a row
+                (libffm's auto-stop has patience 1), and take the weights of the lowest, also where ``epochs`` comes
+                first. After a stop a later call with ``auto_stop`` trains no further, and warns of it; one without it
+                does. What is trained later starts from the weights that were taken; but a checkpoint of the last of
+                ``epochs`` has that epoch's, and a longer run from there is as one that never ended.
             callback: is told of the progress, every 131,072 samples and at the end of each epoch.
             checkpoint: a file that :meth:`save` writes after every epoch, when Ctrl-C is pressed, and every
                 ``checkpoint_every`` samples.
@@ -284,6 +287,10 @@ class Trainer:
             if self._saves_alone:
                 save()
             raise
+        # Not in the checkpoint: from there a longer run goes on as if it had not stopped.
+        if auto_stop and self._passed:
+            with _uninterrupted():
+                self._take_best()
         return self.history
 
     def partial_fit(self, data: Data) -> float:
@@ -370,6 +377,7 @@ class Trainer:
         self.history.append(finished)
         self._shard, self._sample = 0, 0
         self._loss, self._weight, self._seconds, self._samples = 0.0, 0.0, 0.0, 0
+        self._passed = False
         if auto_stop and valid_loss is not None:
             if valid_loss < self._best_loss:
                 self._best_loss, self._rises = valid_loss, 0
@@ -378,11 +386,18 @@ class Trainer:
                     for name, parameter in self.model.named_parameters()
                 }
             else:
+                self._passed = True
                 self._rises += 1
                 if self._rises >= patience:
                     self._stopped = True
-                    self._load_weights(self._best)
+                    self._take_best()
         return finished
+
+    @torch.no_grad()
+    def _take_best(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(self._best[name])
+        self._passed = False
 
     def _piece(self, save_every: int | None) -> int:
         piece = _PIECE if not save_every else min(_PIECE, save_every)
@@ -658,36 +673,47 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer states (tensors, not copied) and position (``"position"``: plain numbers)."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for table, states in self._states.items():
-            tensors |= {f"optimizer.{table}.{i}": state for i, state in enumerate(states)}
-        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
+        best = {f"best.{name}": tensor for name, tensor in self._best.items()}
         position = {name: getattr(self, f"_{name}") for name in _POSITION}
         position |= {"epoch": self.epoch, "history": [list(epoch) for epoch in self.history]}
-        return {**tensors, "position": position}
+        return {**self._tensors(), **best, "position": position}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for table, states in self._states.items():
+            kept = f"optimizer.{self.optimizer.name}.{table}"
+            tensors |= {f"{kept}.{i}": state for i, state in enumerate(states)}
+        return tensors
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a trainer with the same model and optimizer.
+        """Go on from :meth:`state_dict` of a trainer with the same model and optimizer, whose numbers may differ.
 
         Raises:
-            ValueError: it is that of another model or optimizer; nothing is changed then.
+            ValueError: it is that of another model or optimizer, or not whole; nothing is changed then.
         """
-        mine = self.state_dict()
-        wanted = {name: t.shape for name, t in mine.items() if name.split(".")[0] in _KEPT}
-        found = {name: t.shape for name, t in state.items() if name.split(".")[0] in _KEPT}
+        position = state.get("position", {})
+        missing = [name for name in (*_POSITION, "epoch", "history") if name not in position]
+        if missing:
+            raise ValueError(f"Trainer.load_state_dict: position lacks {', '.join(missing)}")
+        mine = self._tensors()
+        given = {name: tensor for name, tensor in state.items() if name != "position"}
+        best = {
+            name.removeprefix("best."): tensor.clone()
+            for name, tensor in given.items()
+            if name.startswith("best.")
+        }
+        wanted = {name: tensor.shape for name, tensor in mine.items()}
+        if best:
+            wanted |= {f"best.{name}": p.shape for name, p in self.model.named_parameters()}
+        found = {name: tensor.shape for name, tensor in given.items()}
         if wanted != found:
             differing = sorted(
                 name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
             )
             raise ValueError(f"Trainer.load_state_dict: these do not fit: {', '.join(differing)}")
-        for name in wanted:
-            mine[name].copy_(state[name])
-        self._best = {
-            name.removeprefix("best."): tensor.clone()
-            for name, tensor in state.items()
-            if name.startswith("best.")
-        }
-        position = state["position"]
+        for name, tensor in mine.items():
+            tensor.copy_(given[name])
+        self._best = best
         for name in _POSITION:
             setattr(self, f"_{name}", position[name])
         self.epoch = position["epoch"]
@@ -777,24 +803,18 @@ class Trainer:
             trainer = cls(model, optimizer=kind(**settings), **arguments, **more)
             state["position"] = json.loads(metadata["position"])
             trainer.load_state_dict(state)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{where}: its metadata describes no trainer ({type(error).__name__}: {error})"
             ) from error
         return trainer
 
-    def _load_weights(self, weights: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
-
 
 _ARGUMENTS = ("loss", "mode", "batch_size", "num_threads", "shuffle", "seed")
 _POSITION = (
     *("step", "shard", "sample", "sizes", "loss", "weight", "seconds", "samples"),
-    *("best_loss", "rises", "stopped"),
+    *("best_loss", "rises", "stopped", "passed"),
 )
-_KEPT = ("model", "optimizer")
 
 
 def _whole(where: str, name: str, number: Any, least: int = 1) -> int:

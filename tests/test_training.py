@@ -493,6 +493,39 @@ def test_auto_stop_takes_the_weights_from_before_the_rise():
     assert len(trainer.fit(data, epochs=51)) == 51
 
 
+@pytest.mark.parametrize("mode", ["exact", "deterministic"])
+def test_the_best_weights_are_taken_where_epochs_run_out(mode, tmp_path):
+    data, valid = (
+        (ffm_ext.SparseBatch.from_lists(lists), labels)
+        for lists, labels in (samples("one-hot", n=300, seed=seed) for seed in (0, 1))
+    )
+    options = {"auto_stop": True, "patience": 20, "checkpoint": tmp_path / "c"}
+
+    def new_trainer():
+        return Trainer(model(), optimizer=optim.AdaGrad(lr=0.5), mode=mode, batch_size=32)
+
+    trainer = new_trainer()
+    losses = [epoch.valid_loss for epoch in trainer.fit(data, valid, epochs=6, **options)]
+    assert losses[-1] > min(losses)
+    assert trainer.evaluate(valid) == pytest.approx(min(losses), rel=1e-6)
+    # A run from its checkpoint ends as it has, and goes on as one that never ended.
+    again = Trainer.load(tmp_path / "c")
+    assert again.evaluate(valid) == pytest.approx(losses[-1], rel=1e-6)
+    again.fit(data, valid, epochs=6, **options)
+    assert torch.equal(again.model.interaction.weight, trainer.model.interaction.weight)
+    again = Trainer.load(tmp_path / "c")
+    again.fit(data, valid, epochs=9, **options)
+    whole = new_trainer()
+    whole.fit(data, valid, epochs=9, **options)
+    assert again.history[:6] == trainer.history
+    assert [e.valid_loss for e in again.history] == [e.valid_loss for e in whole.history]
+    # What was learnt since is not taken back.
+    trainer.partial_fit(data)
+    before = trainer.model.interaction.weight.detach().clone()
+    trainer.fit(data, valid, epochs=7, **options)
+    assert torch.equal(trainer.model.interaction.weight, before)
+
+
 def test_hogwild_is_not_deterministic():
     lists, labels = samples("one-hot")
     data = (ffm_ext.SparseBatch.from_lists(lists), labels)
@@ -684,6 +717,33 @@ def test_a_checkpoint_that_cannot_be_written_is_known_before_training(tmp_path):
     assert torch.equal(made.interaction.weight, before)
 
 
+def test_states_of_another_optimizer_or_without_a_position_change_nothing(tmp_path):
+    lists, labels = samples("one-hot", n=20)
+    data = (ffm_ext.SparseBatch.from_lists(lists), labels)
+    # With one factor the states of these have the same shapes.
+    other = Trainer(model(embed_dim=1), optimizer=optim.VectorAdaGrad())
+    other.fit(data, data, epochs=1, auto_stop=True)
+    trainer = Trainer(model(embed_dim=1))
+    before = trainer.model.interaction.weight.detach().clone()
+    whole = {**trainer.state_dict(), **{k: v for k, v in other.state_dict().items() if "best" in k}}
+    for state, message in (
+        (other.state_dict(), r"these do not fit: optimizer\.adagrad\.table\.0, optimizer\.vector"),
+        ({k: v for k, v in whole.items() if k != "position"}, "position lacks step, shard"),
+        ({**whole, "position": {"step": 1}}, "position lacks shard"),
+        ({**whole, "best.interaction.weight": before[:3]}, r"fit: best\.interaction\.weight$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.load_state_dict(state)
+    assert torch.equal(trainer.model.interaction.weight, before)
+    assert trainer.state_dict().keys() == Trainer(model(embed_dim=1)).state_dict().keys()
+
+    safetensors = pytest.importorskip("safetensors.torch")
+    tensors, metadata = trainer._tensors_and_metadata()
+    safetensors.save_file(tensors, tmp_path / "c", {**metadata, "position": "{}"})
+    with pytest.raises(ValueError, match=r"Trainer.load: .*c: .*position lacks step"):
+        Trainer.load(tmp_path / "c")
+
+
 def test_numbers_of_numpy_are_kept_as_numbers(tmp_path):
     optimizer = optim.Adam(lr=np.float32(0.1), betas=np.array([0.5, 0.75]), rounding_seed=None)
     trainer = Trainer(
@@ -752,7 +812,7 @@ def test_bad_input():
         trainer.fit((data, labels), epochs="2")
     with pytest.raises(ValueError, match="auto_stop needs valid"):
         trainer.fit((data, labels), auto_stop=True)
-    with pytest.raises(ValueError, match=r"these do not fit: optimizer\.table\.0"):
+    with pytest.raises(ValueError, match=r"these do not fit: optimizer\.adagrad\.table\.0, "):
         Trainer(made, optimizer=optim.VectorAdaGrad()).load_state_dict(trainer.state_dict())
 
 
