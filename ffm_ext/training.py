@@ -188,7 +188,7 @@ class Trainer:
         self._sizes: list[int] = []  # samples of each part of the epoch
         self._best: dict[str, Tensor] = {}
         self._best_loss, self._rises, self._stopped = math.inf, 0, False
-        self._passed = False  # the weights are those of an epoch after the best
+        self._passed = False  # the weights are those of the end of an epoch after the best
         table = model.interaction.weight
         self._states = {
             "table": list(optimizer.new_state(table, model.interaction.embed_dim).values())
@@ -320,7 +320,7 @@ class Trainer:
                 f"{type(self).__name__}: the checkpoint is in the middle of an epoch of {sum(self._sizes)} samples, "
                 f"train has {total}, in {len(self._sizes)} and {len(sizes)} parts, or in others"
             )
-        self._sizes = sizes
+        self._sizes, self._passed = sizes, False
         shards = self._order(len(parts), 0)
         saved = self._samples
         with self._threads():
@@ -377,7 +377,6 @@ class Trainer:
         self.history.append(finished)
         self._shard, self._sample = 0, 0
         self._loss, self._weight, self._seconds, self._samples = 0.0, 0.0, 0.0, 0
-        self._passed = False
         if auto_stop and valid_loss is not None:
             if valid_loss < self._best_loss:
                 self._best_loss, self._rises = valid_loss, 0
