@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_write", "flush_to_disk"]
+__all__ = ["atomic_write", "check_writable", "flush_to_disk"]
 
 
 @contextlib.contextmanager
@@ -24,26 +27,74 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields the path of an empty file in the folder of ``path``. Without an exception it is flushed to the disk and takes
     the place and the permissions of ``path``; with one it is removed. A symbolic link stays one: what it points to is
-    replaced.
+    replaced. A pipe or a device (``/dev/stdout``) stays what it is: it is sent the whole file at the end.
 
     Raises:
-        OSError: the folder does not exist, cannot be written to, or the disk is full.
+        OSError: ``path`` is a folder, its folder does not exist or cannot be written to, or the disk is full.
     """
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
-    # Not tempfile, whose files only their owner may read: umask has its say here.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    if _is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, "file")
+            temporary.touch()
+            yield temporary
+            with open(temporary, "rb") as file, open(path, "wb") as stream:
+                shutil.copyfileobj(file, stream)
+        return
+    target, temporary = _new_beside(path)
     try:
         yield temporary
-        if target.exists():
-            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
-        flush_to_disk(temporary)
-        os.replace(temporary, target)
+        with _naming(path):
+            if target.exists():
+                os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+            flush_to_disk(temporary)
+            os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     # The name, too, is on the disk only once its folder is.
     flush_to_disk(target.parent)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """See whether :func:`atomic_write` could begin now, before the work whose result it is to keep.
+
+    Raises:
+        OSError: it could not; the text names ``path``.
+    """
+    if not _is_stream(path):
+        _new_beside(path)[1].unlink()
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+
+
+def _is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names what is neither file nor folder: nothing may take its place."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _new_beside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The file that ``path`` names, or a link there, and a new one in its folder."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
+    with _naming(path):
+        # Not tempfile, whose files only their owner may read: umask has its say here.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return target, temporary
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors inside name the path that was asked for, not what it takes to write there."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def flush_to_disk(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -33,7 +34,10 @@ class Optimizer:
             last place are not lost), replayable from this seed; ``None`` rounds to nearest.
 
     Raises:
+        TypeError: what should be a number is none.
         ValueError: a number is negative or not finite, or ``lr`` is not positive.
+
+    Numbers of NumPy become Python's.
     """
 
     lr: float
@@ -44,12 +48,21 @@ class Optimizer:
     state_names: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "rounding_seed" or not isinstance(value, float | int):
-                continue
-            if not math.isfinite(value) or value < 0 or (field.name == "lr" and value == 0):
-                raise ValueError(f"{type(self).__name__}: {field.name} = {value} is out of range")
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            try:
+                if name == "betas":
+                    value = tuple(map(_number, value))
+                elif name != "rounding_seed":
+                    value = _number(value)
+                elif value is not None:
+                    value = operator.index(value)
+            except TypeError:
+                raise TypeError(f"{type(self).__name__}: {name} = {value!r} is no number") from None
+            object.__setattr__(self, name, value)
+            is_bad = isinstance(value, float) and not 0 <= value < math.inf
+            if is_bad or (name == "lr" and value == 0):
+                raise ValueError(f"{type(self).__name__}: {name} = {value} is out of range")
 
     def settings(self) -> list[float]:
         """``lr, weight_decay, beta1, beta2, eps, l1``, as the operators take them."""
@@ -58,6 +71,12 @@ class Optimizer:
     def new_state(self, weight: Tensor, embed_dim: int) -> dict[str, Tensor]:
         """What is kept for a table ``[N, F·K]``: name -> tensor, float32 (float64 for a float64 table)."""
         return {name: _zeros(weight) for name in self.state_names}
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):
+        raise TypeError  # float would read it
+    return float(value)
 
 
 def _zeros(weight: Tensor, fill: float = 0.0, width: int | None = None) -> Tensor:
@@ -123,8 +142,8 @@ class Adam(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"Adam: betas = {self.betas} must lie in [0, 1)")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"Adam: betas = {self.betas} must be two numbers in [0, 1)")
 
     def settings(self) -> list[float]:
         """``lr, weight_decay, beta1, beta2, eps, l1``."""

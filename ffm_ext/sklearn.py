@@ -37,7 +37,7 @@ from torch import Tensor
 from . import inspection
 from .batch import SparseBatch
 from .modules import FFM
-from .optim import OPTIMIZERS, Optimizer
+from .optim import FTRL, OPTIMIZERS, Optimizer
 from .training import Progress, Trainer
 
 try:
@@ -68,6 +68,10 @@ _BLOCK = 1 << 16
 
 # With a field for each column, a table has d² · embed_dim weights: past this size it is a mistake rather than a wish.
 _LARGE_TABLE = 1 << 32
+
+# What a model is made with, and holds as long as it does; and what a trainer is told as it is.
+_SETTLED = ("embed_dim", "normalize", "within_field", "bias", "linear", "feature_fields")
+_OF_TRAINER = ("mode", "batch_size", "num_threads")
 
 
 class _BaseFFM(BaseEstimator):  # type: ignore[misc]
@@ -130,6 +134,8 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
     ) -> None:
         """Train: one pass where ``partial``, else all of them."""
         new = not hasattr(self, "model_") or not (partial or self.warm_start)
+        if not new:
+            self._take_new_settings()
         batch, y = self._training_data(X, y, new)
         random = check_random_state(self.random_state)
         seed = int(random.randint(np.iinfo(np.int32).max))
@@ -176,35 +182,59 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = len(self.history_)
 
     def _new_model(self, seed: int) -> None:
-        N, F, fields = self._num_features, self._num_fields, self._fields
-        if N * F * self.embed_dim > _LARGE_TABLE and self.feature_fields is None:
-            raise ValueError(
-                f"{type(self).__name__}: {N} features in {F} fields make a table of {N * F * self.embed_dim} weights; "
-                "give feature_fields, the field of each column"
-            )
         options = {
             name: getattr(self, name) for name in ("bias", "linear", "normalize", "within_field")
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model_ = FFM(self.embed_dim, num_features=N, num_fields=F, **options)
-        self.model_.feature_fields = fields
-        optimizer = self.optimizer
-        if isinstance(optimizer, str):
-            if optimizer not in OPTIMIZERS:
-                raise ValueError(
-                    f"{type(self).__name__}: optimizer = {optimizer!r} is not one of {', '.join(OPTIMIZERS)}"
-                )
-            optimizer = OPTIMIZERS[optimizer](lr=self.lr, weight_decay=self.weight_decay)
-        self.trainer_ = Trainer(
-            self.model_,
+            model = FFM(
+                self.embed_dim,
+                num_features=self._num_features,
+                num_fields=self._num_fields,
+                **options,
+            )
+        model.feature_fields = self._fields
+        self.trainer_ = self._new_trainer(model, self._new_optimizer(), seed)
+        self.model_ = model
+        self._settled = {name: getattr(self, name) for name in _SETTLED}
+
+    def _new_optimizer(self) -> Optimizer:
+        if not isinstance(self.optimizer, str):
+            return self.optimizer
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"{type(self).__name__}: optimizer = {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"
+            )
+        return OPTIMIZERS[self.optimizer](lr=self.lr, weight_decay=self.weight_decay)
+
+    def _new_trainer(self, model: FFM, optimizer: Optimizer, seed: int) -> Trainer:
+        return Trainer(
+            model,
             optimizer=optimizer,
             loss=self._loss,
-            mode=self.mode,
-            batch_size=self.batch_size,
-            num_threads=self.num_threads,
             seed=seed,
+            **{name: getattr(self, name) for name in _OF_TRAINER},
         )
+
+    def _take_new_settings(self) -> None:
+        """Train on with settings that have changed since the model was made, where it can be."""
+        advice = "fit without warm_start makes a new model"
+        for name, before in self._settled.items():
+            now = getattr(self, name)
+            if not np.array_equal(now, before):
+                raise ValueError(
+                    f"{type(self).__name__}: {name} = {now!r}, but the model has {before!r}; {advice}"
+                )
+        old, optimizer = self.trainer_, self._new_optimizer()
+        is_other = optimizer != old.optimizer
+        # FTRL's state stands for weights by its numbers: with others it would be other weights.
+        if is_other and (type(optimizer) is not type(old.optimizer) or isinstance(optimizer, FTRL)):
+            raise ValueError(
+                f"{type(self).__name__}: {optimizer} cannot go on from the state of {old.optimizer}; {advice}"
+            )
+        if is_other or any(getattr(self, name) != getattr(old, name) for name in _OF_TRAINER):
+            self.trainer_ = self._new_trainer(self.model_, optimizer, old.seed)
+            self.trainer_.load_state_dict(old.state_dict())
 
     def _set_aside(
         self, data: tuple[Any, ...], y: np.ndarray, seed: int
@@ -293,6 +323,12 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             self._num_fields = len(counts)
             fields = torch.arange(len(counts)).repeat_interleave(counts)
         elif self.feature_fields is None:
+            size = X.shape[1] ** 2 * self.embed_dim
+            if size > _LARGE_TABLE:
+                raise ValueError(
+                    f"{name}: {X.shape[1]} features in {X.shape[1]} fields make a table of {size} weights; "
+                    "give feature_fields, the field of each column"
+                )
             self._num_fields = X.shape[1]
             fields = torch.arange(X.shape[1])
         else:
@@ -389,13 +425,15 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
         feature_fields: the field of each column of ``X``, ``"categorical"``, or ``None``: see the top of
             :mod:`ffm_ext.sklearn`.
         early_stopping: set a part of the data aside, stop once the loss on it has not fallen for ``patience`` epochs,
-            and take the weights of the epoch before these.
+            and take the weights of the epoch at which it was lowest, also where ``epochs`` comes first.
         validation_fraction: how large that part is.
         patience: epochs.
         num_threads: ``None`` = those of torch.
         random_state: seeds the initial weights, the order of samples and the part set aside: int,
             ``numpy.random.RandomState`` or ``None``.
         warm_start: ``fit`` goes on from the weights that are there, and keeps what is known of features and fields.
+            Settings may change in between, but for those of the model (``embed_dim``, ``normalize``, ``within_field``,
+            ``bias``, ``linear``, ``feature_fields``), the kind of optimizer, and the numbers of FTRL: ``ValueError``.
         verbose: 1 prints a line an epoch.
 
     Attributes:

@@ -31,12 +31,13 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -45,9 +46,10 @@ import torch
 from torch import Tensor
 
 from ._arguments import alert_not_deterministic, sum_dtype
-from ._files import atomic_write
+from ._files import atomic_write, check_writable
 from .batch import SparseBatch
 from .data import SparseDataset, open_dataset
+from .data._dataset import _numbers, check_entries, check_finite
 from .interop import Loss, model_arguments, model_from_arguments
 from .modules import FFM, _entries, _global_ids
 from .optim import OPTIMIZERS, AdaGrad, Optimizer
@@ -162,9 +164,10 @@ class Trainer:
         ):
             if value not in allowed:
                 raise ValueError(f"Trainer: {name} = {value!r} is not one of {', '.join(allowed)}")
-        for name, number in (("batch_size", batch_size), ("num_threads", num_threads)):
-            if number is not None and number < 1:
-                raise ValueError(f"Trainer: {name} = {number} must be positive")
+        batch_size = _whole("Trainer", "batch_size", batch_size)
+        if num_threads is not None:
+            num_threads = _whole("Trainer", "num_threads", num_threads)
+        seed = _whole("Trainer", "seed", seed, least=0)
         if model.interaction.weight.device.type != "cpu":
             raise ValueError(f"Trainer: model is on {model.interaction.weight.device}, not the CPU")
         self.model = model
@@ -173,7 +176,7 @@ class Trainer:
         self.mode: Mode = mode
         self.batch_size = batch_size
         self.num_threads = num_threads
-        self.shuffle = shuffle
+        self.shuffle = bool(shuffle)
         self.seed = seed
 
         self.epoch = 0
@@ -185,6 +188,7 @@ class Trainer:
         self._sizes: list[int] = []  # samples of each part of the epoch
         self._best: dict[str, Tensor] = {}
         self._best_loss, self._rises, self._stopped = math.inf, 0, False
+        self._passed = False  # the weights are those of the end of an epoch after the best
         table = model.interaction.weight
         self._states = {
             "table": list(optimizer.new_state(table, model.interaction.embed_dim).values())
@@ -213,9 +217,11 @@ class Trainer:
             train, valid: a :class:`~ffm_ext.data.SparseDataset`, the folder of one, or ``(x, labels)`` or
                 ``(x, labels, weights)`` with x ids ``[n, F]`` (as ``model`` takes them) or a ``SparseBatch``.
             epochs: in all.
-            auto_stop: stop when the loss of ``valid`` has not come below its lowest for ``patience`` epochs in a row,
-                and take the weights of the lowest (libffm's auto-stop has patience 1). A later call with ``auto_stop``
-                trains no further, and warns of it; one without it does.
+            auto_stop: stop when the loss of ``valid`` has not come below its lowest for ``patience`` epochs in a row
+                (libffm's auto-stop has patience 1), and take the weights of the lowest, also where ``epochs`` comes
+                first. After a stop a later call with ``auto_stop`` trains no further, and warns of it; one without it
+                does. What is trained later starts from the weights that were taken; but a checkpoint of the last of
+                ``epochs`` has that epoch's, and a longer run from there is as one that never ended.
             callback: is told of the progress, every 131,072 samples and at the end of each epoch.
             checkpoint: a file that :meth:`save` writes after every epoch, when Ctrl-C is pressed, and every
                 ``checkpoint_every`` samples.
@@ -223,32 +229,37 @@ class Trainer:
         Returns:
             :attr:`history`.
 
+        All of the data is looked at before the first update: what is wrong with it changes nothing.
+
         Raises:
-            TypeError: ``train`` or ``valid`` is none of these.
-            ValueError: an option makes no sense, or shapes of the data do not fit each other or the model.
+            TypeError: ``train`` or ``valid`` is none of these, or a number is not whole.
+            ValueError: an option makes no sense, shapes of the data do not fit each other or the model, a number in it
+                is not finite, or ``valid`` has no samples.
             IndexError: an id or a field of the data is out of range.
             RuntimeError: the mode is ``"hogwild"`` and ``torch.use_deterministic_algorithms(True)`` is set.
-            FloatingPointError: the loss is not finite any more; the text says after how many samples.
+            FloatingPointError: the loss, or that of ``valid``, is not finite any more; the text says when.
+            OSError: ``checkpoint`` cannot be written; that is found before training where it can be.
         """
         if auto_stop and valid is None:
             raise ValueError("Trainer.fit: auto_stop needs valid")
-        for name, number in (
-            ("epochs", epochs),
-            ("patience", patience),
-            ("checkpoint_every", checkpoint_every),
-        ):
-            if number is not None and number < 1:
-                raise ValueError(f"Trainer.fit: {name} = {number} must be positive")
-        if checkpoint_every is not None and checkpoint is None:
-            raise ValueError("Trainer.fit: checkpoint_every needs checkpoint")
+        epochs = _whole("Trainer.fit", "epochs", epochs)
+        patience = _whole("Trainer.fit", "patience", patience)
+        if checkpoint_every is not None:
+            checkpoint_every = _whole("Trainer.fit", "checkpoint_every", checkpoint_every)
+            if checkpoint is None:
+                raise ValueError("Trainer.fit: checkpoint_every needs checkpoint")
         if auto_stop and self._stopped and self.epoch < epochs:
             warnings.warn(
                 f"Trainer.fit: stopped in epoch {self.epoch}, when the loss of valid had not fallen any more; "
                 "without auto_stop it trains on",
                 stacklevel=2,
             )
-        parts = self._parts("Trainer.fit", train)
-        valid_parts = None if valid is None else self._parts("Trainer.fit", valid)
+        if checkpoint is not None:
+            self._check_checkpoint(checkpoint)
+        parts = self._parts("Trainer.fit: train", train)
+        valid_parts = None
+        if valid is not None:
+            valid_parts = self._parts_to_evaluate("Trainer.fit: valid", valid)
 
         def save() -> None:
             if checkpoint is not None:
@@ -276,6 +287,10 @@ class Trainer:
             if self._saves_alone:
                 save()
             raise
+        # Not in the checkpoint: from there a longer run goes on as if it had not stopped.
+        if auto_stop and self._passed:
+            with _uninterrupted():
+                self._take_best()
         return self.history
 
     def partial_fit(self, data: Data) -> float:
@@ -283,7 +298,9 @@ class Trainer:
 
         It counts as an epoch, so that the next pass takes another order.
         """
-        self._run_epoch(self._parts("Trainer.partial_fit", data), self.epoch + 1, None, None, None)
+        self._run_epoch(
+            self._parts("Trainer.partial_fit: data", data), self.epoch + 1, None, None, None
+        )
         return self._finish_epoch(None, False, 1).train_loss
 
     def _run_epoch(
@@ -303,7 +320,7 @@ class Trainer:
                 f"{type(self).__name__}: the checkpoint is in the middle of an epoch of {sum(self._sizes)} samples, "
                 f"train has {total}, in {len(self._sizes)} and {len(sizes)} parts, or in others"
             )
-        self._sizes = sizes
+        self._sizes, self._passed = sizes, False
         shards = self._order(len(parts), 0)
         saved = self._samples
         with self._threads():
@@ -344,6 +361,11 @@ class Trainer:
 
     def _finish_epoch(self, valid: list[_Part] | None, auto_stop: bool, patience: int) -> Epoch:
         valid_loss = None if valid is None else self._mean_loss(valid)
+        if valid_loss is not None and not math.isfinite(valid_loss):
+            raise FloatingPointError(
+                f"Trainer: the loss of valid is {valid_loss} after epoch {self.epoch + 1}: "
+                "a smaller learning rate may help"
+            )
         self.epoch += 1
         finished = Epoch(
             self.epoch,
@@ -363,11 +385,18 @@ class Trainer:
                     for name, parameter in self.model.named_parameters()
                 }
             else:
+                self._passed = True
                 self._rises += 1
                 if self._rises >= patience:
                     self._stopped = True
-                    self._load_weights(self._best)
+                    self._take_best()
         return finished
+
+    @torch.no_grad()
+    def _take_best(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(self._best[name])
+        self._passed = False
 
     def _piece(self, save_every: int | None) -> int:
         piece = _PIECE if not save_every else min(_PIECE, save_every)
@@ -402,8 +431,8 @@ class Trainer:
 
     def _train(self, part: _Part, order: np.ndarray) -> tuple[float, float, int]:
         """Train with some samples of a part: the sums of their losses and of their weights, and how many they are."""
-        weights, n = part.weights, len(order)
-        weight = float(n) if weights is None else float(weights[order].double().sum())
+        n = len(order)
+        weight = float(n) if part.weights is None else float(part.weights[order].double().sum())
         if self.mode == "deterministic":
             batches = (order[i : i + self.batch_size] for i in range(0, n, self.batch_size))
             return sum(self._train_batch(_take(part, batch)) for batch in batches), weight, n
@@ -453,7 +482,7 @@ class Trainer:
         counts = np.full(B, indices.shape[1]) if offsets is None else offsets.diff().numpy()
         samples = np.repeat(np.arange(B), counts)
         if "linear" in small:
-            weights = small["linear"].double().numpy()[ids, 0]
+            weights = small["linear"].numpy()[ids, 0].astype(np.float64)
             score = score + np.bincount(samples, wide * weights, B)
         if "bias" in small:
             score = score + float(small["bias"])
@@ -523,7 +552,7 @@ class Trainer:
         Raises:
             TypeError, ValueError, IndexError: as :meth:`fit`.
         """
-        return self._mean_loss(self._parts("Trainer.evaluate", data))
+        return self._mean_loss(self._parts_to_evaluate("Trainer.evaluate: data", data))
 
     def predict(self, data: Data | Tensor | SparseBatch) -> Tensor:
         """Probabilities of a positive label (logistic), or values (squared): ``[n]`` float32.
@@ -534,9 +563,7 @@ class Trainer:
         Raises:
             TypeError, ValueError, IndexError: as :meth:`fit`.
         """
-        if isinstance(data, Tensor | SparseBatch):
-            data = (data, torch.zeros(len(data)))
-        parts = self._parts("Trainer.predict", data)
+        parts = self._local_parts("Trainer.predict: data", data, has_labels=False)
         scores = torch.cat([torch.zeros(0), *(self._scores(part) for part in parts)])
         return torch.sigmoid(scores) if self.loss == "logistic" else scores
 
@@ -559,7 +586,13 @@ class Trainer:
 
     def _mean_loss(self, parts: list[_Part]) -> float:
         total, weight = self._sum_of_losses(parts)
-        return total / max(weight, 1e-300)
+        return total / weight
+
+    def _sum_of_weights(self, parts: list[_Part]) -> float:
+        return sum(
+            len(labels) if weights is None else float(weights.double().sum())
+            for _, labels, weights in parts
+        )
 
     def _sum_of_losses(self, parts: list[_Part]) -> tuple[float, float]:
         """The losses of all samples, each times its weight, and the weights."""
@@ -573,14 +606,33 @@ class Trainer:
             weight += float(np.add.reduce(weights))
         return total, weight
 
-    def _parts(self, where: str, data: Any) -> list[_Part]:
+    def _parts(self, where: str, data: Any) -> list[Any]:
+        """The samples of ``data``, all of which can be trained with or evaluated."""
+        return self._local_parts(where, data)
+
+    def _parts_to_evaluate(self, where: str, data: Any) -> list[Any]:
+        """Those of ``data``, of which there is a mean loss."""
+        parts = self._parts(where, data)
+        if not self._sum_of_weights(parts) > 0:
+            raise ValueError(f"{where} has no samples, or weights whose sum is not positive")
+        return parts
+
+    def _local_parts(self, where: str, data: Any, *, has_labels: bool = True) -> list[_Part]:
         if isinstance(data, str | os.PathLike):
             data = open_dataset(data)
         if isinstance(data, SparseDataset):
-            return [_Part(*shard) for shard in data.shards]
+            parts = [_Part(*shard) for shard in data.shards]
+        else:
+            parts = [self._part(where, data, has_labels)]
+        self._check_parts(where, parts, has_labels)
+        return parts
+
+    def _part(self, where: str, data: Any, has_labels: bool) -> _Part:
+        if not has_labels and isinstance(data, Tensor | SparseBatch):
+            data = (data, None)
         if not isinstance(data, tuple) or len(data) not in (2, 3):
             raise TypeError(
-                f"{where}: data must be a SparseDataset, its folder, (x, labels) or "
+                f"{where} must be a SparseDataset, its folder, (x, labels) or "
                 f"(x, labels, weights), got {type(data).__name__}"
             )
         x, labels, weights = (*data, None)[:3]
@@ -590,54 +642,85 @@ class Trainer:
             raise TypeError(
                 f"{where}: x must be ids [n, F] or a SparseBatch, got {type(x).__name__}"
             )
-        labels = torch.as_tensor(labels, dtype=torch.float32)
+        if not has_labels:
+            return _Part(x, torch.zeros(len(x)), None)
+        labels = _numbers(where, "labels", labels, len(x))
         if weights is not None:
-            weights = torch.as_tensor(weights, dtype=torch.float32)
-        for name, tensor in (("labels", labels), ("weights", weights)):
-            if tensor is not None and tensor.shape != (len(x),):
-                raise ValueError(
-                    f"{where}: {name} has shape {list(tensor.shape)}, x has {len(x)} samples"
-                )
-        return [_Part(x, labels, weights)]
+            weights = _numbers(where, "weights", weights, len(x))
+        return _Part(x, labels, weights)
+
+    def _check_parts(self, where: str, parts: Sequence[Any], has_labels: bool = True) -> None:
+        """Look at everything before the first update: an operator sees a batch, and says where in that it is wrong."""
+        layer = self.model.interaction
+        for number, (x, labels, weights) in enumerate(parts):
+            place = where if len(parts) == 1 else f"{where}: shards[{number}]"
+            indices, fields, values, offsets = (
+                (x.indices, x.fields, x.values, x.offsets)
+                if isinstance(x, SparseBatch)
+                else (x, None, None, None)
+            )
+            if indices.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"{place}: x must be int32 or int64, got {indices.dtype}")
+            sizes = layer.num_features, layer.num_fields
+            check_entries(place, indices, fields, values, offsets, *sizes)
+            if has_labels:
+                check_finite(place, "labels", labels)
+            if has_labels and weights is not None:
+                check_finite(place, "weights", weights)
 
     # ---------------------------------------------------------------- keeping
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer states (tensors, not copied) and position (``"position"``: plain numbers)."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for table, states in self._states.items():
-            tensors |= {f"optimizer.{table}.{i}": state for i, state in enumerate(states)}
-        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
+        best = {f"best.{name}": tensor for name, tensor in self._best.items()}
         position = {name: getattr(self, f"_{name}") for name in _POSITION}
         position |= {"epoch": self.epoch, "history": [list(epoch) for epoch in self.history]}
-        return {**tensors, "position": position}
+        return {**self._tensors(), **best, "position": position}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for table, states in self._states.items():
+            kept = f"optimizer.{self.optimizer.name}.{table}"
+            tensors |= {f"{kept}.{i}": state for i, state in enumerate(states)}
+        return tensors
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a trainer with the same model and optimizer.
+        """Go on from :meth:`state_dict` of a trainer with the same model and optimizer, whose numbers may differ.
 
         Raises:
-            ValueError: it is that of another model or optimizer; nothing is changed then.
+            ValueError: it is that of another model or optimizer, or not whole; nothing is changed then.
         """
-        mine = self.state_dict()
-        wanted = {name: t.shape for name, t in mine.items() if name.split(".")[0] in _KEPT}
-        found = {name: t.shape for name, t in state.items() if name.split(".")[0] in _KEPT}
+        position = state.get("position", {})
+        missing = [name for name in (*_POSITION, "epoch", "history") if name not in position]
+        if missing:
+            raise ValueError(f"Trainer.load_state_dict: position lacks {', '.join(missing)}")
+        mine = self._tensors()
+        given = {name: tensor for name, tensor in state.items() if name != "position"}
+        best = {
+            name.removeprefix("best."): tensor.clone()
+            for name, tensor in given.items()
+            if name.startswith("best.")
+        }
+        wanted = {name: tensor.shape for name, tensor in mine.items()}
+        if best:
+            wanted |= {f"best.{name}": p.shape for name, p in self.model.named_parameters()}
+        found = {name: tensor.shape for name, tensor in given.items()}
         if wanted != found:
             differing = sorted(
                 name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
             )
             raise ValueError(f"Trainer.load_state_dict: these do not fit: {', '.join(differing)}")
-        for name in wanted:
-            mine[name].copy_(state[name])
-        self._best = {
-            name.removeprefix("best."): tensor.clone()
-            for name, tensor in state.items()
-            if name.startswith("best.")
-        }
-        position = state["position"]
+        for name, tensor in mine.items():
+            tensor.copy_(given[name])
+        self._best = best
         for name in _POSITION:
             setattr(self, f"_{name}", position[name])
         self.epoch = position["epoch"]
         self.history[:] = [Epoch(*epoch) for epoch in position["history"]]
+
+    def _check_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Raise OSError where :meth:`save` could not write."""
+        check_writable(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all that is needed to go on, as one safetensors file. A crash or a full disk leaves an older one as is.
@@ -708,8 +791,6 @@ class Trainer:
             arguments = json.loads(metadata["trainer"])
             settings = arguments.pop("optimizer")
             kind = OPTIMIZERS[settings.pop("name")]
-            if "betas" in settings:
-                settings["betas"] = tuple(settings["betas"])
             model = model_from_arguments(json.loads(metadata["model"]))
             model.interaction.weight.data = model.interaction.weight.data.to(
                 state["model.interaction.weight"].dtype
@@ -721,24 +802,30 @@ class Trainer:
             trainer = cls(model, optimizer=kind(**settings), **arguments, **more)
             state["position"] = json.loads(metadata["position"])
             trainer.load_state_dict(state)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{where}: its metadata describes no trainer ({type(error).__name__}: {error})"
             ) from error
         return trainer
 
-    def _load_weights(self, weights: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
-
 
 _ARGUMENTS = ("loss", "mode", "batch_size", "num_threads", "shuffle", "seed")
 _POSITION = (
     *("step", "shard", "sample", "sizes", "loss", "weight", "seconds", "samples"),
-    *("best_loss", "rises", "stopped"),
+    *("best_loss", "rises", "stopped", "passed"),
 )
-_KEPT = ("model", "optimizer")
+
+
+def _whole(where: str, name: str, number: Any, least: int = 1) -> int:
+    """``number`` as an ``int``, from ``least``, 0 or 1, on."""
+    try:
+        number = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{where}: {name} = {number!r} is no whole number") from None
+    if number < least:
+        wanted = "be positive" if least else "not be negative"
+        raise ValueError(f"{where}: {name} = {number} must {wanted}")
+    return number
 
 
 def _take(part: _Part, rows: np.ndarray) -> _Part:

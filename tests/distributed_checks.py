@@ -248,8 +248,22 @@ def trainer_resumed(rank: int, size: int, folder: Path) -> list[list[float]]:
     return [[epoch.train_loss, epoch.valid_loss or 0.0] for epoch in made.history]
 
 
+def trainer_takes_the_weights_of_the_first(rank: int, size: int, folder: Path) -> list[list[float]]:
+    """With an optimizer whose state stands for weights; what all of it is afterwards."""
+    torch.manual_seed(100 + rank)
+    model = ffm_ext.FFM(K, num_features=N, num_fields=6).double()
+    made = DistributedTrainer(model, optimizer=optim.FTRL(), batch_size=32)
+    made.fit(folder / "train.ffm", epochs=2)
+    tensors, _ = made._tensors_and_metadata()
+    return [tensor.flatten().tolist() for tensor in tensors.values()]
+
+
 def a_fault_of_one_is_told_by_all(rank: int, size: int, folder: Path) -> None:
     read_share(folder / "broken.ffm")
+
+
+def ids_outside_the_table_are_told_by_all(rank: int, size: int, folder: Path) -> None:
+    DistributedTrainer(ffm_ext.FFM(K, num_features=N - 1, num_fields=6)).fit(folder / "last.ffm")
 
 
 # ---------------------------------------------------------------- TorchRec

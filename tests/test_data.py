@@ -122,6 +122,13 @@ def test_masks() -> None:
     assert samples(MIXED[mask]) == ALL[::3]
     with pytest.raises(IndexError, match=re.escape("mask has shape [12]")):
         MIXED[mask[:12]]
+
+
+@pytest.mark.parametrize("nothing", [[], (), np.array([]), torch.tensor([]), slice(3, 3)])
+def test_no_samples_at_all(nothing: Any) -> None:
+    for found in (MIXED[nothing], MIXED[:0][nothing]):
+        assert samples(found) == []
+        assert (found.num_features, found.num_fields) == (MIXED.num_features, MIXED.num_fields)
     with pytest.raises(TypeError, match=r"must be one list of integers, got torch\.float32"):
         MIXED[torch.ones(3)]
 

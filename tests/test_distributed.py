@@ -6,6 +6,7 @@ What runs in processes of its own is in distributed_checks.py; here its results 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -82,6 +83,7 @@ QUICK = (
     *("ddp_dense", "ddp_atomic", "ddp_sparse", "ddp_of_torch_dense", "ddp_of_torch_sparse"),
     *("ddp_fused", "ddp_of_torch_fused", "fsdp", "fsdp_atomic", "fsdp_sparse"),
     *("fsdp_fused_before", "fsdp_fused_after", "trainer_runs", "a_fault_of_one_is_told_by_all"),
+    *("trainer_takes_the_weights_of_the_first", "ids_outside_the_table_are_told_by_all"),
 )
 
 
@@ -110,6 +112,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
     lines = (folder / "train.ffm").read_text().splitlines()
     lines[250] += " 1:2"
     (folder / "broken.ffm").write_text("\n".join(lines))
+    (folder / "last.ffm").write_text("1 0:0:1\n" * 99 + "0 0:1:1 5:59:1\n")
     return Results(folder, QUICK)
 
 
@@ -355,9 +358,19 @@ def test_what_one_process_saved_two_go_on_with(tmp_path: Path) -> None:
     assert np.allclose(found, expected, atol=1e-9, rtol=0)
 
 
+def test_weights_that_differ_become_those_of_the_first_process(two: Results) -> None:
+    expected = checks.trainer_takes_the_weights_of_the_first(0, 1, two.folder)
+    found = two("trainer_takes_the_weights_of_the_first")  # the same bits in both, or it says so
+    assert all(np.allclose(*pair, atol=1e-9, rtol=0) for pair in zip(found, expected))
+
+
 def test_a_fault_of_one_process_is_raised_in_all(two: Results) -> None:
     with pytest.raises(RuntimeError, match=r"ValueError: .*broken\.ffm:251:"):
         two("a_fault_of_one_is_told_by_all")
+    with pytest.raises(
+        RuntimeError, match=r"IndexError: .*train: process 1: indices\[\d+\] = 59 is"
+    ):
+        two("ids_outside_the_table_are_told_by_all")
 
 
 def test_a_checkpoint_wants_its_own_data_and_a_whole_folder(tmp_path: Path) -> None:
@@ -402,6 +415,25 @@ def test_ctrl_c_while_a_checkpoint_is_read_or_written(
     assert DistributedTrainer.load(tmp_path / "checkpoint").epoch == 1
 
 
+def test_the_same_step_saved_again_leaves_one_checkpoint_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("killed")
+
+    write_data(tmp_path / "train.ffm", 100, 0)
+    made = checks.trainer(tmp_path)
+    made.fit(tmp_path / "train.ffm", epochs=1, checkpoint=tmp_path / "checkpoint")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with contextlib.suppress(OSError):
+            made.save(tmp_path / "checkpoint")
+        assert DistributedTrainer.load(tmp_path / "checkpoint").epoch == 1
+    made.save(tmp_path / "checkpoint")
+    assert DistributedTrainer.load(tmp_path / "checkpoint").epoch == 1
+    assert len(list((tmp_path / "checkpoint").iterdir())) == 1
+
+
 def test_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mode = 'hogwild' is for one process"):
         checks.trainer(tmp_path, mode="hogwild")
@@ -409,6 +441,9 @@ def test_arguments(tmp_path: Path) -> None:
         read_share(__file__, ranges=0)
     with pytest.raises(FileNotFoundError):
         read_share(tmp_path / "nothing.ffm")
+    write_data(tmp_path / "train.ffm", 100, 0)
+    with pytest.raises(OSError, match=r"File exists: .*train\.ffm"):
+        checks.trainer(tmp_path).fit(tmp_path / "train.ffm", checkpoint=tmp_path / "train.ffm")
 
 
 # ---------------------------------------------------------------- torchrun

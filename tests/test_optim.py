@@ -295,9 +295,16 @@ def test_bad_input():
         {"lr": -1.0},
         {"lr": float("nan")},
         {"lr": 0.1, "weight_decay": -1.0},
+        {"lr": np.float32(-1)},
     ):
         with pytest.raises(ValueError, match=r"SGD: .* is out of range"):
             optim.SGD(**bad)
+    for bad in ({"lr": "0.1"}, {"lr": 0.1, "rounding_seed": 1.5}, {"lr": None}):
+        with pytest.raises(TypeError, match=r"SGD: .* is no number"):
+            optim.SGD(**bad)
+    for betas in ((0.9,), (0.9, 1.0), (0.9, float("nan"))):
+        with pytest.raises(ValueError, match=r"Adam: betas = .* must be two numbers in \[0, 1\)"):
+            optim.Adam(betas=betas)
     made.fuse_optimizer(optim.SGD(lr=0.1, rounding_seed=3))
     with pytest.raises(ValueError, match="rounding_seed is given, but weight is not bfloat16"):
         loss_of(made, batch(N, F)).backward()

@@ -245,6 +245,42 @@ def test_warm_start_and_partial_fit() -> None:
     assert cold.n_iter_ == 9
 
 
+@pytest.mark.parametrize("call", ["fit", "partial_fit"])
+def test_settings_that_change_between_calls(call: str) -> None:
+    ids, _, label = pairs_matter()
+    model = FFMClassifier(feature_fields="categorical", random_state=0, epochs=1, warm_start=True)
+    go_on = getattr(model, call)
+    go_on(ids, label)
+    first = model.trainer_
+    go_on(ids, label)
+    assert model.trainer_ is first
+    sums, before = first._states["table"][0].clone(), model.decision_function(ids)
+    model.set_params(lr=1e-30, weight_decay=0.0, mode="deterministic", batch_size=7, num_threads=1)
+    go_on(ids, label)
+    trainer = model.trainer_
+    assert trainer.optimizer == optim.AdaGrad(lr=1e-30, weight_decay=0)
+    assert (trainer.mode, trainer.batch_size, trainer.num_threads) == ("deterministic", 7, 1)
+    assert trainer.epoch == 3
+    np.testing.assert_allclose(model.decision_function(ids), before, rtol=1e-5, atol=1e-6)
+    assert (trainer._states["table"][0] >= sums).all()
+    for name, other, message in (
+        ("embed_dim", 8, r"embed_dim = 8, but the model has 4; fit without warm_start makes"),
+        ("normalize", False, "normalize = False, but the model has True"),
+        ("feature_fields", [0, 1, 2], r"feature_fields = \[0, 1, 2\], but .* 'categorical'"),
+        ("optimizer", "vector_adagrad", r"VectorAdaGrad\(.* from the state of AdaGrad\("),
+    ):
+        kept = model.get_params()[name]
+        with pytest.raises(ValueError, match=message):
+            getattr(model.set_params(**{name: other}), call)(ids, label)
+        model.set_params(**{name: kept})
+    go_on(ids, label)
+    model.set_params(warm_start=False, optimizer="ftrl", lr=0.1, embed_dim=2).fit(ids, label)
+    model.set_params(warm_start=True, batch_size=9)
+    go_on(ids, label)
+    with pytest.raises(ValueError, match=r"FTRL\(.* cannot go on from the state of FTRL\("):
+        getattr(model.set_params(lr=0.2), call)(ids, label)
+
+
 def test_partial_fit_knows_its_classes() -> None:
     ids, _, label = pairs_matter()
     one = label == "yes"
@@ -308,7 +344,7 @@ def test_inspection() -> None:
     matplotlib.pyplot.close("all")
 
 
-def test_what_is_wrong_with_X() -> None:
+def test_what_is_wrong_with_X(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, _, label = pairs_matter()
     one_hot = forms()["csr"][0]
     batch = forms()["SparseBatch"][0]
@@ -334,6 +370,9 @@ def test_what_is_wrong_with_X() -> None:
         ValueError, match=r"100000 features in 100000 fields .* give feature_fields"
     ):
         FFMClassifier().fit(sp.csr_array((10, 100_000)), [0, 1] * 5)
+    # Entries of a SparseBatch name their fields: there is no such advice for it.
+    monkeypatch.setattr("ffm_ext.sklearn._LARGE_TABLE", 1)
+    FFMClassifier(epochs=1).fit(batch, label)
     with pytest.raises(NotFittedError):
         FFMClassifier().predict(batch)
 

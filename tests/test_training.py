@@ -493,6 +493,39 @@ def test_auto_stop_takes_the_weights_from_before_the_rise():
     assert len(trainer.fit(data, epochs=51)) == 51
 
 
+@pytest.mark.parametrize("mode", ["exact", "deterministic"])
+def test_the_best_weights_are_taken_where_epochs_run_out(mode, tmp_path):
+    data, valid = (
+        (ffm_ext.SparseBatch.from_lists(lists), labels)
+        for lists, labels in (samples("one-hot", n=300, seed=seed) for seed in (0, 1))
+    )
+    options = {"auto_stop": True, "patience": 20, "checkpoint": tmp_path / "c"}
+
+    def new_trainer():
+        return Trainer(model(), optimizer=optim.AdaGrad(lr=0.5), mode=mode, batch_size=32)
+
+    trainer = new_trainer()
+    losses = [epoch.valid_loss for epoch in trainer.fit(data, valid, epochs=6, **options)]
+    assert losses[-1] > min(losses)
+    assert trainer.evaluate(valid) == pytest.approx(min(losses), rel=1e-6)
+    # A run from its checkpoint ends as it has, and goes on as one that never ended.
+    again = Trainer.load(tmp_path / "c")
+    assert again.evaluate(valid) == pytest.approx(losses[-1], rel=1e-6)
+    again.fit(data, valid, epochs=6, **options)
+    assert torch.equal(again.model.interaction.weight, trainer.model.interaction.weight)
+    again = Trainer.load(tmp_path / "c")
+    again.fit(data, valid, epochs=9, **options)
+    whole = new_trainer()
+    whole.fit(data, valid, epochs=9, **options)
+    assert again.history[:6] == trainer.history
+    assert [e.valid_loss for e in again.history] == [e.valid_loss for e in whole.history]
+    # What was learnt since is not taken back.
+    trainer.partial_fit(data)
+    before = trainer.model.interaction.weight.detach().clone()
+    trainer.fit(data, valid, epochs=7, **options)
+    assert torch.equal(trainer.model.interaction.weight, before)
+
+
 def test_hogwild_is_not_deterministic():
     lists, labels = samples("one-hot")
     data = (ffm_ext.SparseBatch.from_lists(lists), labels)
@@ -674,6 +707,59 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["c"]
 
 
+def test_a_checkpoint_that_cannot_be_written_is_known_before_training(tmp_path):
+    made = model()
+    before = made.interaction.weight.detach().clone()
+    lists, labels = samples("one-hot", n=5)
+    for path, error in ((tmp_path / "no" / "c", FileNotFoundError), (tmp_path, IsADirectoryError)):
+        with pytest.raises(error, match=f"'{path}'$"):
+            Trainer(made).fit((ffm_ext.SparseBatch.from_lists(lists), labels), checkpoint=path)
+    assert torch.equal(made.interaction.weight, before)
+
+
+def test_states_of_another_optimizer_or_without_a_position_change_nothing(tmp_path):
+    lists, labels = samples("one-hot", n=20)
+    data = (ffm_ext.SparseBatch.from_lists(lists), labels)
+    # With one factor the states of these have the same shapes.
+    other = Trainer(model(embed_dim=1), optimizer=optim.VectorAdaGrad())
+    other.fit(data, data, epochs=1, auto_stop=True)
+    trainer = Trainer(model(embed_dim=1))
+    before = trainer.model.interaction.weight.detach().clone()
+    whole = {**trainer.state_dict(), **{k: v for k, v in other.state_dict().items() if "best" in k}}
+    for state, message in (
+        (other.state_dict(), r"these do not fit: optimizer\.adagrad\.table\.0, optimizer\.vector"),
+        ({k: v for k, v in whole.items() if k != "position"}, "position lacks step, shard"),
+        ({**whole, "position": {"step": 1}}, "position lacks shard"),
+        ({**whole, "best.interaction.weight": before[:3]}, r"fit: best\.interaction\.weight$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer.load_state_dict(state)
+    assert torch.equal(trainer.model.interaction.weight, before)
+    assert trainer.state_dict().keys() == Trainer(model(embed_dim=1)).state_dict().keys()
+
+    safetensors = pytest.importorskip("safetensors.torch")
+    tensors, metadata = trainer._tensors_and_metadata()
+    safetensors.save_file(tensors, tmp_path / "c", {**metadata, "position": "{}"})
+    with pytest.raises(ValueError, match=r"Trainer.load: .*c: .*position lacks step"):
+        Trainer.load(tmp_path / "c")
+
+
+def test_numbers_of_numpy_are_kept_as_numbers(tmp_path):
+    optimizer = optim.Adam(lr=np.float32(0.1), betas=np.array([0.5, 0.75]), rounding_seed=None)
+    trainer = Trainer(
+        model(),
+        optimizer=optimizer,
+        batch_size=np.int32(7),
+        num_threads=np.int64(1),
+        seed=np.int64(3),
+        shuffle=np.True_,
+    )
+    trainer.save(tmp_path / "c")
+    again = Trainer.load(tmp_path / "c")
+    assert again.optimizer == optimizer == optim.Adam(lr=float(np.float32(0.1)), betas=(0.5, 0.75))
+    assert (again.batch_size, again.num_threads, again.seed, again.shuffle) == (7, 1, 3, True)
+
+
 def test_corrupt_checkpoints_are_named(tmp_path):
     trainer = Trainer(model())
     path = tmp_path / "c"
@@ -703,23 +789,100 @@ def test_bad_input():
         ({"loss": "hinge"}, ValueError, "loss = 'hinge' is not one of logistic, squared"),
         ({"mode": "fast"}, ValueError, "mode = 'fast' is not one of exact, hogwild, deterministic"),
         ({"batch_size": 0}, ValueError, "batch_size = 0 must be positive"),
+        ({"num_threads": 1.5}, TypeError, r"num_threads = 1\.5 is no whole number"),
+        ({"seed": -1}, ValueError, "seed = -1 must not be negative"),
     ):
         with pytest.raises(error, match=match):
             Trainer(made, **options)
     trainer = Trainer(made)
     for given, error, match in (
-        ((data, labels[:3]), ValueError, r"labels has shape \[3\], x has 5 samples"),
-        ((data, labels, labels[:2]), ValueError, r"weights has shape \[2\], x has 5 samples"),
+        ((data, labels[:3]), ValueError, r"labels has shape \[3\], but there are 5 samples"),
+        (
+            (data, labels, labels[:2]),
+            ValueError,
+            r"weights has shape \[2\], but there are 5 samples",
+        ),
         ((data, [float("nan")] * 5), ValueError, r"labels\[0\] = nan is not finite"),
-        (data, TypeError, "data must be a SparseDataset"),
+        (data, TypeError, "train must be a SparseDataset"),
         ((torch.full((5, F), N), labels), IndexError, rf"indices\[0, 0\] = {N} is out of range"),
     ):
         with pytest.raises(error, match=match):
             trainer.fit(given)
+    with pytest.raises(TypeError, match="epochs = '2' is no whole number"):
+        trainer.fit((data, labels), epochs="2")
     with pytest.raises(ValueError, match="auto_stop needs valid"):
         trainer.fit((data, labels), auto_stop=True)
-    with pytest.raises(ValueError, match=r"these do not fit: optimizer\.table\.0"):
+    with pytest.raises(ValueError, match=r"these do not fit: optimizer\.adagrad\.table\.0, "):
         Trainer(made, optimizer=optim.VectorAdaGrad()).load_state_dict(trainer.state_dict())
+
+
+@pytest.mark.parametrize("mode", ["exact", "hogwild", "deterministic"])
+def test_data_is_looked_at_before_the_first_update(mode):
+    lists, labels = samples("multi-hot", n=300)
+    good = ffm_ext.SparseBatch.from_lists(lists)
+    made = model()
+    before = made.interaction.weight.detach().clone()
+    trainer = Trainer(made, mode=mode, batch_size=10)
+
+    def changed(name, at, number):
+        parts = {part: getattr(good, part).clone() for part in good.__slots__}
+        parts[name][at] = number
+        return ffm_ext.SparseBatch(**parts)
+
+    last, end = good.nnz - 1, good.nnz
+    wrong = labels.copy()
+    wrong[295] = np.nan
+    for data, error, message in (
+        ((good, wrong), ValueError, r"labels\[295\] = nan is not finite"),
+        ((good, labels, wrong), ValueError, r"weights\[295\] = nan is not finite"),
+        (
+            (changed("values", last, np.inf), labels),
+            ValueError,
+            rf"values\[{last}\] = inf is not finite",
+        ),
+        ((changed("indices", last, N), labels), IndexError, rf"indices\[{last}\] = {N} is out of"),
+        ((changed("fields", last, F), labels), IndexError, rf"fields\[{last}\] = {F} is out of"),
+        (
+            (changed("offsets", 295, end + 1), labels),
+            ValueError,
+            rf"offsets\[296\] = \d+ is less than offsets\[295\] = {end + 1}",
+        ),
+        (
+            (changed("offsets", 300, end - 1), labels),
+            ValueError,
+            rf"offsets\[300\] = {end - 1} must be the number of entries, {end}",
+        ),
+    ):
+        with pytest.raises(error, match=f"^Trainer.fit: train: {message}"):
+            trainer.fit(data)
+        with pytest.raises(error, match=f"^Trainer.fit: valid: {message}"):
+            trainer.fit((good, labels), data)
+        with pytest.raises(error, match=f"^Trainer.partial_fit: data: {message}"):
+            trainer.partial_fit(data)
+        with pytest.raises(error, match=f"^Trainer.evaluate: data: {message}"):
+            trainer.evaluate(data)
+    shard = SparseDataset.from_arrays(good, labels, num_features=N, num_fields=F).shards[0]
+    data = SparseDataset(
+        [shard, shard._replace(labels=torch.from_numpy(wrong))], num_features=N, num_fields=F
+    )
+    with pytest.raises(ValueError, match=r"train: shards\[1\]: labels\[295\] = nan"):
+        trainer.fit(data)
+    assert torch.equal(made.interaction.weight, before)
+    assert trainer.predict(data).isfinite().all()
+
+
+def test_labels_are_numbers_of_any_kind():
+    pandas = pytest.importorskip("pandas")
+    lists, labels = samples("one-hot", n=20)
+    batch = ffm_ext.SparseBatch.from_lists(lists)
+    frozen = labels.copy()
+    frozen.flags.writeable = False
+    series = pandas.Series(labels, index=np.arange(20) + 7)
+    kinds = (torch.from_numpy(labels), frozen, labels.tolist(), labels > 0, series)
+    assert len({Trainer(model()).evaluate((batch, given, given)) for given in kinds}) == 1
+    for wrong in (["yes"] * 20, [None] * 20):
+        with pytest.raises(TypeError, match=r"Trainer.evaluate: data: labels must be numbers, got"):
+            Trainer(model()).evaluate((batch, wrong))
 
 
 def test_a_loss_that_is_not_finite_stops():
@@ -728,3 +891,23 @@ def test_a_loss_that_is_not_finite_stops():
     trainer = Trainer(made, optimizer=optim.SGD(lr=1e30), loss="squared")
     with pytest.raises(FloatingPointError, match="a smaller learning rate may help"):
         trainer.fit(data, epochs=50)
+
+
+def test_validation_that_says_nothing():
+    lists, labels = samples("one-hot", n=20)
+    batch = ffm_ext.SparseBatch.from_lists(lists)
+    made = model()
+    before = made.interaction.weight.detach().clone()
+    trainer = Trainer(made)
+    for valid in ((batch[:0], labels[:0]), (batch, labels, np.zeros(20))):
+        for auto_stop in (False, True):
+            with pytest.raises(ValueError, match=r"fit: valid has no samples, or weights whose"):
+                trainer.fit((batch, labels), valid, auto_stop=auto_stop)
+        with pytest.raises(ValueError, match=r"evaluate: data has no samples, or weights whose"):
+            trainer.evaluate(valid)
+    assert torch.equal(made.interaction.weight, before)
+    with torch.no_grad():
+        made.interaction.weight[lists[0][0][1]] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"the loss of valid is (nan|inf) after epoch 1"):
+        trainer.fit((batch[:0], labels[:0]), (batch, labels), auto_stop=True)
+    assert trainer.history == []

@@ -125,14 +125,15 @@ class SparseDataset(Dataset[Shard]):
             None if weights is None else _numbers(where, "weights", weights, len(batch)),
         )
         dataset = cls([shard], num_features=num_features, num_fields=num_fields)
-        check_contents(where, batch.indices, batch.values, batch.offsets, dataset.num_features)
-        wrong = outside(batch.fields, dataset.num_fields)
-        if wrong.any():
-            at = int(wrong.nonzero()[0])
-            raise IndexError(
-                f"{where}: fields[{at}] = {int(batch.fields[at])} is out of range for "
-                f"{dataset.num_fields} fields"
-            )
+        check_entries(
+            where,
+            batch.indices,
+            batch.fields,
+            batch.values,
+            batch.offsets,
+            dataset.num_features,
+            dataset.num_fields,
+        )
         return dataset
 
     def __len__(self) -> int:
@@ -166,6 +167,8 @@ class SparseDataset(Dataset[Shard]):
             return self.__getitems__([int(which)])
         else:
             rows = torch.as_tensor(which)
+            if not rows.numel() and rows.dtype != torch.bool:
+                rows = rows.long()  # an empty list is one of float32
             if rows.dtype == torch.bool:
                 if rows.shape != (len(self),):
                     raise IndexError(
@@ -348,16 +351,69 @@ def _size(name: str, size: int | None, shards: Sequence[Shard], ids: str) -> int
 
 
 def _numbers(where: str, name: str, numbers: Any, n: int) -> Tensor:
-    tensor = torch.as_tensor(numbers).to("cpu", torch.float32)
+    if not isinstance(numbers, Tensor):
+        array = np.asarray(numbers)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"{where}: {name} must be numbers, got {array.dtype}")
+        numbers = torch.from_numpy(array.astype(np.float32))
+    tensor = numbers.to("cpu", torch.float32)
     if tensor.shape != (n,):
         raise ValueError(
             f"{where}: {name} has shape {list(tensor.shape)}, but there are {n} samples"
         )
-    bad = ~tensor.isfinite()
-    if bad.any():
-        at = int(bad.nonzero()[0])
-        raise ValueError(f"{where}: {name}[{at}] = {float(tensor[at])} is not finite")
+    check_finite(where, name, tensor)
     return tensor
+
+
+def check_finite(where: str, name: str, numbers: Tensor) -> None:
+    """Raise ValueError unless all of ``numbers``, ``[n]``, are finite."""
+    if not _all_finite(numbers):
+        at = int((~numbers.isfinite()).nonzero()[0])
+        raise ValueError(f"{where}: {name}[{at}] = {float(numbers[at])} is not finite")
+
+
+def check_entries(
+    where: str,
+    indices: Tensor,
+    fields: Tensor | None,
+    values: Tensor | None,
+    offsets: Tensor | None,
+    num_features: int,
+    num_fields: int,
+) -> None:
+    """What the operators check of a batch, for a whole dataset before its first batch is used.
+
+    Nothing that is large is copied; only where something is wrong a second look says where.
+
+    Raises:
+        IndexError: an id is outside ``[0, num_features)``, or a field outside ``[0, num_fields)``.
+        ValueError: offsets do not rise from 0 to nnz, or a value is not finite.
+    """
+    is_good = _all_within(indices, 0, num_features - 1) and (values is None or _all_finite(values))
+    if offsets is not None:
+        ends = int(offsets[0]), int(offsets[-1])
+        rises = bool((offsets[1:] >= offsets[:-1]).all())
+        is_good = is_good and rises and ends == (0, indices.numel())
+    if not is_good:
+        check_contents(where, indices, values, offsets, num_features)
+    if fields is not None and not _all_within(fields, 0, num_fields - 1):
+        at = int(outside(fields, num_fields).nonzero()[0])
+        raise IndexError(
+            f"{where}: fields[{at}] = {int(fields[at])} is out of range for {num_fields} fields"
+        )
+
+
+def _all_within(numbers: Tensor, low: float, high: float) -> bool:
+    """Whether all lie in ``[low, high]``; NaN does not."""
+    if not numbers.numel():
+        return True
+    least, greatest = numbers.aminmax()
+    return bool(low <= least.item() and greatest.item() <= high)
+
+
+def _all_finite(numbers: Tensor) -> bool:
+    limits = torch.finfo(numbers.dtype)
+    return _all_within(numbers, limits.min, limits.max)
 
 
 def _pick(shard: Shard, which: slice | Tensor) -> Shard:

@@ -26,8 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ffm_ext._arguments import sum_dtype
-from ffm_ext._files import flush_to_disk
+from ffm_ext._files import check_writable, flush_to_disk
 from ffm_ext.data import SparseDataset
+from ffm_ext.data._store import _put_in_place
 from ffm_ext.modules import FFM
 from ffm_ext.training import Trainer, _Part
 
@@ -65,27 +66,30 @@ class DistributedTrainer(Trainer):
             raise ValueError(
                 f"DistributedTrainer: mode = {mode!r} is for one process; several have 'deterministic'"
             )
-        super().__init__(model, mode=mode, **settings)
         self._members = Group(group)
         self._group = group
-        for parameter in model.parameters():
-            self._members.broadcast(parameter.detach())
+        if isinstance(model, FFM):  # Trainer refuses what is none
+            # Before there are optimizer states: those of FTRL stand for the weights.
+            for parameter in model.parameters():
+                self._members.broadcast(parameter.detach())
+        super().__init__(model, mode=mode, **settings)
         self._orders: list[np.ndarray] = []
 
     # ---------------------------------------------------------------- data
 
     def _parts(self, where: str, data: Any) -> list[Any]:
-        if where.endswith("predict"):
-            return super()._parts(where, data)
         if isinstance(data, str | os.PathLike):
             data = read_share(data, group=self._group)
         elif isinstance(data, SparseDataset):
             data = share(data, group=self._group)
         if not isinstance(data, Share):
             raise TypeError(
-                f"{where}: data must be a Share, a SparseDataset or a path, got {type(data).__name__}"
+                f"{where} must be a Share, a SparseDataset or a path, got {type(data).__name__}"
             )
-        return [data]
+        found, members = data, self._members
+        place = where if members.size == 1 else f"{where}: process {members.rank}"
+        members.together(lambda: self._check_parts(place, found.data.shards))
+        return [found]
 
     def _part_sizes(self, parts: list[Any]) -> list[int]:
         return [size for part in parts for size in part.sizes.tolist()]
@@ -138,12 +142,24 @@ class DistributedTrainer(Trainer):
         sums.index_add_(0, inverse, gradient.to(sums.dtype))
         return rows, sums.to(gradient.dtype)
 
+    def _sum_of_weights(self, parts: list[Any]) -> float:
+        mine = [_Part(*piece) for part in parts for piece in part.data.shards]
+        return self._members.sum(super()._sum_of_weights(mine))[0]
+
     def _sum_of_losses(self, parts: list[Any]) -> tuple[float, float]:
         mine = [_Part(*piece) for part in parts for piece in part.data.shards]
         total, weight = self._members.sum(*super()._sum_of_losses(mine))
         return total, weight
 
     # ---------------------------------------------------------------- keeping
+
+    def _check_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        def check() -> None:
+            if self._members.rank == 0:
+                Path(path).mkdir(parents=True, exist_ok=True)
+                check_writable(Path(path) / _INFO)
+
+        self._members.together(check)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint into a folder, by ``torch.distributed.checkpoint``; every process writes a part of it.
@@ -187,9 +203,9 @@ class DistributedTrainer(Trainer):
         def finish() -> None:
             if members.rank == 0:
                 flush_to_disk(new)
-                shutil.rmtree(target, ignore_errors=True)
-                new.rename(target)
+                _put_in_place(new, target)
                 flush_to_disk(folder)
+                # Older ones; if the same step has been saved before, that too, as ``new``.
                 for other in [*folder.glob(f"{_STEP}*"), *folder.glob(f".{_STEP}*.tmp")]:
                     if other != target:
                         shutil.rmtree(other, ignore_errors=True)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""Files that are whole or not there, what is no file, and what can be known before there is anything to write."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from ffm_ext._files import atomic_write, check_writable
+
+
+def test_a_pipe_stays_one_and_gets_the_file_whole(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_writable(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    with atomic_write(pipe) as temporary:
+        assert temporary != pipe
+        temporary.write_bytes(b"hel")
+        with open(temporary, "ab") as file:
+            file.write(b"lo")
+        assert not read
+    reader.join(60)
+    assert read == [b"hello"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_what_cannot_be_written_is_known_before_and_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for name, error in (
+        ("no/where", FileNotFoundError),
+        ("file/below", NotADirectoryError),
+        ("folder", IsADirectoryError),
+    ):
+        path = tmp_path / name
+        message = re.escape(f"'{path}'") + "$"
+        with pytest.raises(error, match=message):
+            check_writable(path)
+        with pytest.raises(error, match=message), atomic_write(path):
+            pass
+    (tmp_path / "file").write_text("old")
+    for name in ("file", "new"):
+        check_writable(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
