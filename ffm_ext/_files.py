@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_write", "flush_to_disk"]
+__all__ = ["atomic_write", "check_writable", "flush_to_disk"]
 
 
 @contextlib.contextmanager
@@ -44,6 +45,22 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     # The name, too, is on the disk only once its folder is.
     flush_to_disk(target.parent)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises OSError where ``path`` cannot be made or replaced."""
+    folder = os.path.dirname(os.path.realpath(path))
+    problem = 0
+    if os.path.isdir(path):
+        problem = errno.EISDIR
+    elif os.path.exists(path) and not os.path.isfile(path):  # a device or FIFO is written to
+        problem = 0 if os.access(path, os.W_OK) else errno.EACCES
+    elif not os.path.isdir(folder):
+        problem = errno.ENOTDIR if os.path.exists(folder) else errno.ENOENT
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        problem = errno.EACCES
+    if problem:
+        raise OSError(problem, os.strerror(problem), os.fspath(path))
 
 
 def flush_to_disk(path: Path) -> None:
