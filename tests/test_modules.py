@@ -8,7 +8,9 @@ import io
 import itertools
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
@@ -198,6 +200,28 @@ def test_ffm(how: str, within_field: bool) -> None:
         SparseBatch.from_scipy(sp.csr_matrix(X.numpy()), fields),
     ):
         torch.testing.assert_close(model(batch), expected)
+
+
+def test_sizes_may_be_numpys(tmp_path: Path) -> None:
+    """As ``ids.max() + 1`` is one. A model of such is saved as any other."""
+    a, b, c = np.array([4, 7, 2])
+    for n, model in enumerate(
+        (
+            FFM(np.int32(4), num_features=a + b + c, num_fields=np.int64(3)),
+            FFM(4, num_features=torch.tensor(13), num_fields=3),  # type: ignore[arg-type]
+            FFM(4, field_dims=np.array([4, 7, 2])),  # type: ignore[arg-type]
+            FFM(4, fields={"a": a, "b": 7, "c": c}),
+        )
+    ):
+        ffm_ext.interop.save_model(model, tmp_path / f"{n}")
+        loaded = ffm_ext.interop.load_model(tmp_path / f"{n}").interaction
+        assert (loaded.num_features, loaded.num_fields, loaded.embed_dim) == (13, 3, 4)
+    with pytest.raises(ValueError, match=r"fields\['a'\] is a count where"):
+        FFM(4, fields={"a": a, "b": [4, 5]})
+    assert FM(a, c).weight.shape == (4, 2)
+    for layer in (FFMInteraction(a, b, c), FieldAwareFactorizationMachine([a, b], c).interaction):
+        sizes = (layer.num_features, layer.num_fields, layer.embed_dim)
+        assert {type(size) for size in sizes} == {int}
 
 
 def test_ffm_takes_ids_that_count_from_zero_in_every_field() -> None:
