@@ -258,6 +258,24 @@ def test_vocabulary() -> None:
     assert reordered.feature_names[2:] == ("a=x", "a=y", "a=z")
 
 
+def test_an_encoding_may_be_that_of_several_columns() -> None:
+    shared = Vocabulary(min_count=1)
+    encoder = FieldEncoder(dict.fromkeys("ab", shared)).fit({"a": ["x", "y"], "b": ["z", "z"]})
+    assert encoder.field_dims == (4, 3)
+    assert encoder.feature_names[2:4] == ("a=x", "a=y")
+    assert encoder.feature_names[6:] == ("b=z",)
+    assert shared.categories == []
+
+
+def test_columns_with_numbers_for_names() -> None:
+    frame = pytest.importorskip("pandas").DataFrame(np.array([[1, 2], [3, 2]]))
+    encoder = FieldEncoder().fit(frame)
+    assert encoder.feature_names == (
+        *("0=<missing>", "0=<unknown>", "0=1", "0=3"),
+        *("1=<missing>", "1=<unknown>", "1=2"),
+    )
+
+
 def test_hashes_stay_the_same() -> None:
     """Models that people have trained depend on these numbers."""
     texts = np.array(["a", "b", "ä", "", "1"], dtype=object)

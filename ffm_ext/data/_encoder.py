@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import Counter
@@ -225,7 +226,8 @@ class FieldEncoder:
                         f"{', '.join(get_args(Kind))}"
                     )
                 encoding = _ENCODINGS[encoding]()
-            self.columns[name] = encoding
+            # What fit learns is of one column, and the caller's object may be that of several.
+            self.columns[name] = copy.deepcopy(encoding)
 
     @property
     def num_fields(self) -> int:
@@ -259,7 +261,7 @@ class FieldEncoder:
         """What each of the N features stands for, such as ``"user=alice"``, ``"age in [20, 30)"``, ``"site#17"``."""
         self._check_fitted()
         return tuple(
-            name + rest for name, encoding in self.columns.items() for rest in encoding.names()
+            f"{name}{rest}" for name, encoding in self.columns.items() for rest in encoding.names()
         )
 
     def fit(self, frame: Any) -> FieldEncoder:
