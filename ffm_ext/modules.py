@@ -12,7 +12,15 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from ._arguments import GradMode, Output, check_contents, check_modes, checks_contents, outside
+from ._arguments import (
+    GradMode,
+    Output,
+    check_contents,
+    check_modes,
+    checks_contents,
+    outside,
+    sum_dtype,
+)
 from .autograd import interaction, is_exporting, is_from_backward
 from .batch import SparseBatch
 from .functional import ffm_interaction
@@ -196,11 +204,22 @@ class FFMInteraction(nn.Module):
             self._fused.param_groups[0]["params"] = [self.weight]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FFMInteraction:
-        """The count of updates stays on the CPU, where each backward reads it without waiting for a device."""
-        step = self._buffers.get("optimizer_step")
+        """A fused optimizer's sums move with the table, and stay as precise as sums are where it is converted.
+
+        Its count of updates stays on the CPU, where each backward reads it without waiting for a device.
+        """
+        states = {
+            name: buffer
+            for name, buffer in self._buffers.items()
+            if name.startswith("optimizer_") and buffer is not None
+        }
         super()._apply(lambda tensor: keep_huge_pages(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
-        if step is not None:
-            self._buffers["optimizer_step"] = step
+        for name, before in states.items():
+            after, dtype = self.get_buffer(name), sum_dtype(self.weight)
+            if name == "optimizer_step":
+                self._buffers[name] = before
+            elif after.dtype != dtype:
+                self._buffers[name] = keep_huge_pages(before, before.to(after.device, dtype))
         self._follow_weight()
         return self
 
