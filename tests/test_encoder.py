@@ -317,6 +317,13 @@ def test_saved_and_loaded(make: Make, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.json"]
 
 
+def test_numpys_integers_are_saved_too(tmp_path: Path) -> None:
+    two = np.int64(2)
+    encoder = FieldEncoder({"site": Hash(two, two), "age": Bins(two), "user": Vocabulary(two)})
+    encoder.fit(TRAIN).save(tmp_path / "encoder.json")
+    assert FieldEncoder.load(tmp_path / "encoder.json").columns == encoder.columns
+
+
 def test_files_that_hold_no_encoder(tmp_path: Path) -> None:
     path = tmp_path / "encoder.json"
     FieldEncoder(COLUMNS).fit(TRAIN).save(path)
