@@ -332,6 +332,16 @@ def test_shape_of_the_table(interaction: Callable[..., torch.Tensor]) -> None:
         interaction(CSR.weight[..., None], *lists)
 
 
+@pytest.mark.parametrize("name", ["fields", "offsets"])
+def test_lists_that_are_not_whole(name: str) -> None:
+    for where, interaction in (
+        ("ffm_forward", ffm_interaction),
+        ("reference.ffm_interaction", ffm_ext.reference.ffm_interaction),
+    ):
+        with raises(ValueError, f"{where}: indices is [nnz], so {name} is needed too"):
+            interaction(*replace(CSR, **{name: None}).args)  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------------------------------- modules
 
 
