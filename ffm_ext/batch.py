@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -149,28 +150,38 @@ class SparseBatch:
     def from_lists(cls, samples: Iterable[Sequence[tuple[int, int, float]]]) -> SparseBatch:
         """From Python lists: a sample is a sequence of ``(field, feature, value)``, as in a libffm line.
 
+        Args:
+            samples: ``field`` and ``feature`` are integers of Python or NumPy, ``value`` is any real number.
+
         Raises:
-            ValueError: an entry is not such a triple; the text names it and its position.
+            ValueError: a sample is no sequence, or an entry is not such a triple; the text names it and its position.
         """
-        entries: list[tuple[int, int, float]] = []
-        offsets = [0]
+        # They take what is of their kind, and nothing else.
+        fields, indices, values, offsets = array("q"), array("q"), array("d"), array("q", [0])
         for b, sample in enumerate(samples):
-            for i, entry in enumerate(sample):
+            try:
+                entries = enumerate(sample)
+            except TypeError:
+                raise ValueError(
+                    f"SparseBatch.from_lists: samples[{b}] = {sample!r} is not a sequence"
+                ) from None
+            for i, entry in entries:
                 try:
                     field, feature, value = entry
-                except (TypeError, ValueError):
+                    fields.append(field)
+                    indices.append(feature)
+                    values.append(value)
+                except (TypeError, ValueError, OverflowError):
                     raise ValueError(
                         f"SparseBatch.from_lists: samples[{b}][{i}] = {entry!r} "
-                        "is not (field, feature, value)"
+                        "is not (field, feature, value), two int64 and a number"
                     ) from None
-                entries.append((field, feature, value))
-            offsets.append(len(entries))
-        fields, indices, values = zip(*entries, strict=True) if entries else ((), (), ())
+            offsets.append(len(fields))
         return cls(
-            torch.tensor(indices, dtype=torch.int64),
-            torch.tensor(fields, dtype=torch.int64),
-            torch.tensor(values, dtype=torch.get_default_dtype()),
-            torch.tensor(offsets, dtype=torch.int64),
+            torch.from_numpy(np.array(indices)),
+            torch.from_numpy(np.array(fields)),
+            torch.from_numpy(np.array(values)).to(torch.get_default_dtype()),
+            torch.from_numpy(np.array(offsets)),
         )
 
     def __len__(self) -> int:

@@ -379,10 +379,7 @@ def _load_libffm_text(file: BinaryIO, fail: _Failure) -> FFM:
     N, F, K, normalize = header
     if normalize > 1:
         fail(f"line 4: normalization = {normalize} is neither 0 nor 1")
-    # A factor takes two bytes at least; a table that the file cannot hold is not made.
-    size = os.fstat(file.fileno()).st_size
-    if size < N * F * K * 2:
-        fail(f"{size} bytes are too few for n = {N}, m = {F}, k = {K}; is it truncated?")
+    _check_text_holds(file, N, F, K, fail)
     model = _libffm_model(N, F, K, bool(normalize))
     _read_vectors(file, model.interaction, "w%d,%d ", 5, fail)
     return model
@@ -475,7 +472,11 @@ def _xlearn_sizes(file: BinaryIO, line: bytes, N: int, fail: _Failure) -> tuple[
         fail(f"the last line, {_shown(last)}, is no vector of factors; is it truncated?")
     if int(match[1]) != N - 1:
         fail(f"it has {N} linear weights, but ends at {_shown(last)}; is it truncated?")
-    return int(match[2]) + 1, len(match[3].split())
+    F, K = int(match[2]) + 1, len(match[3].split())
+    if not K:
+        fail(f"the last line, {_shown(last)}, has no factors")
+    _check_text_holds(file, N, F, K, fail)
+    return F, K
 
 
 # ------------------------------------------------------------------------------------------ torchfm
@@ -744,6 +745,15 @@ def _write_vectors(file: BinaryIO, layer: FFMInteraction, prefix: str) -> None:
             for f, vector in enumerate(row)
         )
         file.write(b"".join(lines))
+
+
+def _check_text_holds(file: BinaryIO, N: int, F: int, K: int, fail: _Failure) -> None:
+    """A table that the file cannot hold is not made: a factor takes two bytes at least."""
+    size = os.fstat(file.fileno()).st_size
+    if size < N * F * K * 2:
+        fail(
+            f"{size} bytes are too few for {N} features, {F} fields and {K} factors; is it truncated?"
+        )
 
 
 def _read_vectors(

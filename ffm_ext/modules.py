@@ -4,13 +4,23 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from numbers import Integral
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from ._arguments import GradMode, Output, check_contents, check_modes, checks_contents, outside
+from ._arguments import (
+    GradMode,
+    Output,
+    check_contents,
+    check_modes,
+    checks_contents,
+    outside,
+    sum_dtype,
+)
 from .autograd import interaction, is_exporting, is_from_backward
 from .batch import SparseBatch
 from .functional import ffm_interaction
@@ -43,6 +53,7 @@ class FFMInteraction(nn.Module):
             huge pages (see :func:`ffm_ext.memory.empty_table`).
 
     Raises:
+        TypeError: a size is not an integer.
         ValueError: a size is not positive, or a mode does not exist.
     """
 
@@ -59,7 +70,7 @@ class FFMInteraction(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        _check_positive(
+        num_features, num_fields, embed_dim = _check_positive(
             "FFMInteraction", num_features=num_features, num_fields=num_fields, embed_dim=embed_dim
         )
         check_modes("FFMInteraction", output, grad)
@@ -193,11 +204,22 @@ class FFMInteraction(nn.Module):
             self._fused.param_groups[0]["params"] = [self.weight]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FFMInteraction:
-        """The count of updates stays on the CPU, where each backward reads it without waiting for a device."""
-        step = self._buffers.get("optimizer_step")
+        """A fused optimizer's sums move with the table, and stay as precise as sums are where it is converted.
+
+        Its count of updates stays on the CPU, where each backward reads it without waiting for a device.
+        """
+        states = {
+            name: buffer
+            for name, buffer in self._buffers.items()
+            if name.startswith("optimizer_") and buffer is not None
+        }
         super()._apply(lambda tensor: keep_huge_pages(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
-        if step is not None:
-            self._buffers["optimizer_step"] = step
+        for name, before in states.items():
+            after, dtype = self.get_buffer(name), sum_dtype(self.weight)
+            if name == "optimizer_step":
+                self._buffers[name] = before
+            elif after.dtype != dtype:
+                self._buffers[name] = keep_huge_pages(before, before.to(after.device, dtype))
         self._follow_weight()
         return self
 
@@ -249,6 +271,10 @@ class FieldAwareFactorizationMachine(_Described):
 
     A ``state_dict`` of the old layer (F tables ``embeddings.{g}.weight`` ``[N, K]``) loads as it is. The initial table
     is Xavier-uniform a field, as there.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: there is no field, or a size is not positive.
     """
 
     offsets: Tensor
@@ -263,7 +289,7 @@ class FieldAwareFactorizationMachine(_Described):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        field_dims = [int(n) for n in field_dims]
+        field_dims = _check_dims("FieldAwareFactorizationMachine", field_dims)
         self.interaction = FFMInteraction(
             sum(field_dims),
             len(field_dims),
@@ -404,7 +430,9 @@ class FFM(_Described):
         field_names: the names, ``"0"``, ``"1"``, … where none were given.
 
     Raises:
-        ValueError: none or several of the three descriptions are given, or one contradicts itself.
+        TypeError: a size is not an integer.
+        ValueError: none or several of the three descriptions are given, one contradicts itself, or a size is not
+            positive.
     """
 
     feature_fields: Tensor | None
@@ -438,19 +466,21 @@ class FFM(_Described):
         if fields is not None:
             names = [str(name) for name in fields]
             sizes = list(fields.values())
-            if all(isinstance(n, int) for n in sizes):
-                field_dims = [int(n) for n in sizes]  # type: ignore[arg-type]
+            if all(isinstance(n, Integral) for n in sizes):
+                field_dims = sizes  # type: ignore[assignment]
             else:
                 feature_fields = _fields_from_ids(names, sizes)
                 num_features, num_fields = feature_fields.numel(), len(names)
         if field_dims is not None:
-            dims = [int(n) for n in field_dims]
-            _check_positive("FFM", **{f"field_dims[{f}]": n for f, n in enumerate(dims)})
+            dims = _check_dims("FFM", field_dims)
             starts = _field_starts(dims)
             feature_fields = _each_repeated(dims)
             num_features, num_fields = sum(dims), len(dims)
         if num_features is None or num_fields is None:
             raise ValueError("FFM: num_features and num_fields go together")
+        num_features, num_fields, embed_dim = _check_positive(
+            "FFM", num_features=num_features, num_fields=num_fields, embed_dim=embed_dim
+        )
         self.field_names = names or [str(f) for f in range(num_fields)]
         self.normalize = normalize
         self.linear = _Linear(
@@ -542,6 +572,10 @@ class FM(nn.Module):
         embed_dim: K, the number of latent factors.
         grad: ``"sparse"`` or ``"dense"`` gradients of the two tables.
         dtype, device: of the parameters.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: a size is not positive, or a mode does not exist.
     """
 
     def __init__(
@@ -554,7 +588,9 @@ class FM(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        _check_positive("FM", num_features=num_features, embed_dim=embed_dim)
+        num_features, embed_dim = _check_positive(
+            "FM", num_features=num_features, embed_dim=embed_dim
+        )
         check_modes("FM", "sum", grad)
         self.linear = _Linear(num_features, grad, dtype=dtype, device=device)
         self.grad = grad
@@ -758,7 +794,7 @@ def _each_repeated(field_dims: Sequence[int]) -> Tensor:
 
 def _fields_from_ids(names: Sequence[str], ids: Sequence[int | Sequence[int]]) -> Tensor:
     for name, features in zip(names, ids, strict=True):
-        if isinstance(features, int):
+        if isinstance(features, Integral):
             raise ValueError(f"FFM: fields[{name!r}] is a count where other fields list their ids")
     columns = [torch.tensor(list(features), dtype=torch.int64, device="cpu") for features in ids]  # type: ignore[arg-type]
     flat = torch.cat(columns)
@@ -774,7 +810,19 @@ def _fields_from_ids(names: Sequence[str], ids: Sequence[int | Sequence[int]]) -
     return owners[order]
 
 
-def _check_positive(where: str, **sizes: int) -> None:
+def _check_dims(where: str, field_dims: Sequence[SupportsIndex]) -> list[int]:
+    sizes = {f"field_dims[{f}]": n for f, n in enumerate(field_dims)}
+    return _check_positive(where, num_fields=len(sizes), **sizes)[1:]
+
+
+def _check_positive(where: str, **sizes: SupportsIndex) -> list[int]:
+    """The sizes as Python's own integers, which JSON takes; those of NumPy and of tensors go as well."""
+    found = []
     for name, size in sizes.items():
-        if size <= 0:
-            raise ValueError(f"{where}: {name} = {size} must be positive")
+        try:
+            found.append(operator.index(size))
+        except TypeError:
+            raise TypeError(f"{where}: {name} = {size!r} must be an integer") from None
+        if found[-1] <= 0:
+            raise ValueError(f"{where}: {name} = {found[-1]} must be positive")
+    return found

@@ -54,6 +54,9 @@ def ffm_interaction(
 
     (Juan et al., "Field-aware Factorization Machines for CTR Prediction", RecSys 2016, regrouped by field.)
     The values of ids, fields and offsets are not checked beyond what PyTorch's indexing does.
+
+    Raises:
+        ValueError: there is no such mode, ``weight`` is no table, or ``fields`` or ``offsets`` are missing.
     """
     check_modes("reference.ffm_interaction", output, grad)
     N, F, K = table_shape("reference.ffm_interaction", weight, indices, num_fields)
@@ -65,7 +68,11 @@ def ffm_interaction(
         entry_fields = torch.arange(F, device=indices.device).repeat(B)
         entry_samples = torch.arange(B, device=indices.device).repeat_interleave(F)
     else:
-        assert fields is not None and offsets is not None
+        if fields is None or offsets is None:
+            missing = "fields" if fields is None else "offsets"
+            raise ValueError(
+                f"reference.ffm_interaction: indices is [nnz], so {missing} is needed too"
+            )
         B, nnz = offsets.numel() - 1, indices.numel()
         entry_fields = fields.long()
         counts = offsets.diff().long()

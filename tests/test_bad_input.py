@@ -332,6 +332,16 @@ def test_shape_of_the_table(interaction: Callable[..., torch.Tensor]) -> None:
         interaction(CSR.weight[..., None], *lists)
 
 
+@pytest.mark.parametrize("name", ["fields", "offsets"])
+def test_lists_that_are_not_whole(name: str) -> None:
+    for where, interaction in (
+        ("ffm_forward", ffm_interaction),
+        ("reference.ffm_interaction", ffm_ext.reference.ffm_interaction),
+    ):
+        with raises(ValueError, f"{where}: indices is [nnz], so {name} is needed too"):
+            interaction(*replace(CSR, **{name: None}).args)  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------------------------------- modules
 
 
@@ -416,6 +426,19 @@ def test_sizes_of_modules() -> None:
     ):
         with raises(ValueError, f"FFMInteraction: {text}"):
             FFMInteraction(*sizes)
+        with raises(ValueError, f"FFM: {text}"):
+            FFM(sizes[2], num_features=sizes[0], num_fields=sizes[1])
+    described: dict[str, Callable[[Any], torch.nn.Module]] = {
+        "FFM": lambda dims: FFM(4, field_dims=dims),
+        "FieldAwareFactorizationMachine": lambda dims: FieldAwareFactorizationMachine(dims, 4),
+    }
+    for name, make in described.items():
+        with raises(ValueError, f"{name}: num_fields = 0 must be positive"):
+            make([])
+        with raises(ValueError, f"{name}: field_dims[1] = -2 must be positive"):
+            make([5, -2])
+        with raises(TypeError, f"{name}: field_dims[1] = 2.5 must be an integer"):
+            make([5, 2.5])
     with raises(ValueError, "FFMInteraction: output = 'max' is not one of sum, dot, hadamard"):
         FFMInteraction(11, 3, 4, output="max")  # type: ignore[arg-type]
     with raises(ValueError, "FFMInteraction: grad = 'fast' is not one of dense, sparse, atomic"):

@@ -262,12 +262,17 @@ def test_errors_of_the_other_constructors() -> None:
         TypeError, "SparseBatch.from_torch_csr: t must be sparse_csr, got torch.sparse_coo"
     ):
         SparseBatch.from_torch_csr(torch.eye(5).to_sparse(), FEATURE_FIELDS)
-    message = "SparseBatch.from_lists: samples[1][0] = (0, 1) is not (field, feature, value)"
-    with raises(ValueError, message):
-        SparseBatch.from_lists([[(0, 1, 1.0)], [(0, 1)]])  # type: ignore[list-item]
-    message = "SparseBatch.from_lists: samples[0][1] = 7 is not (field, feature, value)"
-    with raises(ValueError, message):
-        SparseBatch.from_lists([[(0, 1, 1.0), 7]])  # type: ignore[list-item]
+    wrong: tuple[Any, ...] = ((0, 1), 7, None, (0.7, 3, 1.0), (0, 3.9, 1.0), (0, "a", 1.0),
+                              (0, 1, "1.0"), (None, 1, 1.0), (0, 2**63, 1.0))  # fmt: skip
+    for entry in wrong:
+        message = (
+            f"SparseBatch.from_lists: samples[1][1] = {entry!r} is not (field, feature, value), "
+            "two int64 and a number"
+        )
+        with raises(ValueError, message):
+            SparseBatch.from_lists([[], [(0, 1, 1.0), entry]])
+    with raises(ValueError, "SparseBatch.from_lists: samples[1] = None is not a sequence"):
+        SparseBatch.from_lists([[], None])  # type: ignore[list-item]
 
 
 # --------------------------------------------------------------------------------------- indexing

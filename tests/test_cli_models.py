@@ -155,6 +155,7 @@ def test_check(files, capsys):
         (["train", "bad.ffm"], "bad.ffm:1:5: "),
         (["train", "empty.ffm"], "empty.ffm: no samples"),
         (["train", "tr.ffm", "-r", "-1"], "AdaGrad: lr = -1.0 is out of range"),
+        (["train", "tr.ffm", "-k", "0"], "embed_dim = 0 must be positive"),
         (["train", "tr.ffm", "--auto-stop"], "auto_stop needs valid"),
         (["train", "tr.ffm", "--resume", "tr.ffm"], "not a whole safetensors file"),
         (["predict", "tr.ffm", "tr.ffm"], "no model that is known here"),
@@ -167,6 +168,53 @@ def test_errors_are_one_message(argv, message, files, capsys):
     assert cli.main(argv) == 1
     captured = capsys.readouterr()
     assert message in captured.err and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("none/out", "No such file or directory: 'none/out'"),
+        ("tr.ffm/out", "Not a directory: 'tr.ffm/out'"),
+        (".", "Is a directory: '.'"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_work(
+    target, message, files, capsys, monkeypatch
+):
+    tr, va = files
+    run("train", "-t", 1, "--quiet", tr, "m")
+    run("convert", va, "folder", "--to", "dataset")
+
+    def work(*_, **__):
+        raise AssertionError
+
+    for name in ("load_data", "load_any_model"):
+        monkeypatch.setattr(_models, name, work)
+    for argv in (
+        ["train", tr, target],
+        ["predict", va, "m", target],
+        ["convert", "m", target, "--to", "libffm"],
+        ["convert", "folder", target, "--to", "text"],
+    ):
+        assert cli.main(argv) == 1
+        assert capsys.readouterr().err.endswith(message + "\n")
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_broken_lines_of_all_data_are_counted(together, files, capfd, monkeypatch):
+    for path in files:
+        Path(path).write_text(Path(path).read_text() + "1 0:x:1\n")
+    argv = ["train", "-t", "1", "--lenient", "--quiet", "-p", "va.ffm", "tr.ffm"]
+    if together:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+        err = subprocess.run(
+            [sys.executable, *launcher, "-m", "ffm_ext", *argv], capture_output=True, text=True
+        ).stderr
+    else:
+        run(*argv)
+        err = capfd.readouterr().err
+    for name in ("tr.ffm", "va.ffm"):
+        assert f"{name}: 1 broken lines skipped" in err.splitlines()
 
 
 def test_the_loss_of_a_model_is_kept(files, capsys):

@@ -287,6 +287,15 @@ def test_saved_and_opened(tmp_path: Path) -> None:
     assert [path.name for path in sorted(tmp_path.iterdir())] == [f"data-{i}" for i in range(4)]
 
 
+def test_tensors_that_share_memory(tmp_path: Path) -> None:
+    numbers = torch.arange(6)
+    for i, fields in enumerate((numbers[:4], numbers[1:5])):  # those of indices, and in part
+        batch = SparseBatch(numbers[:4], fields, None, numbers[:5])
+        data = SparseDataset([Shard(batch, torch.ones(4), None)])
+        data.save(tmp_path / f"{i}")
+        assert samples(open_dataset(tmp_path / f"{i}")) == samples(data)
+
+
 def test_int64_ids_are_kept(tmp_path: Path) -> None:
     SparseDataset.from_arrays(torch.tensor([[2**40, 0]]), [1]).save(tmp_path / "data")
     found = open_dataset(tmp_path / "data")

@@ -16,6 +16,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import distributed_checks as checks
@@ -539,6 +540,17 @@ def test_without_torchrec_the_error_says_how_to_install_it() -> None:
     assert found.returncode == 1
     assert "EmbeddingFFM needs torchrec and fbgemm_gpu" in found.stderr
     assert "pip install 'ffm-ext[distributed]'" in found.stderr
+
+
+@pytest.mark.parametrize("device", ["meta", torch.device("meta")])
+def test_the_bias_is_never_on_the_meta_device(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ffm_ext.distributed import EmbeddingFFM, _torchrec
+
+    made = SimpleNamespace(
+        EmbeddingConfig=SimpleNamespace, EmbeddingCollection=lambda **_: torch.nn.Module()
+    )
+    monkeypatch.setattr(_torchrec, "_torchrec", lambda _: made)
+    assert EmbeddingFFM({"a": 3}, 4, device=device).bias.device.type == "cpu"
 
 
 TORCHREC = {

@@ -258,6 +258,24 @@ def test_vocabulary() -> None:
     assert reordered.feature_names[2:] == ("a=x", "a=y", "a=z")
 
 
+def test_an_encoding_may_be_that_of_several_columns() -> None:
+    shared = Vocabulary(min_count=1)
+    encoder = FieldEncoder(dict.fromkeys("ab", shared)).fit({"a": ["x", "y"], "b": ["z", "z"]})
+    assert encoder.field_dims == (4, 3)
+    assert encoder.feature_names[2:4] == ("a=x", "a=y")
+    assert encoder.feature_names[6:] == ("b=z",)
+    assert shared.categories == []
+
+
+def test_columns_with_numbers_for_names() -> None:
+    frame = pytest.importorskip("pandas").DataFrame(np.array([[1, 2], [3, 2]]))
+    encoder = FieldEncoder().fit(frame)
+    assert encoder.feature_names == (
+        *("0=<missing>", "0=<unknown>", "0=1", "0=3"),
+        *("1=<missing>", "1=<unknown>", "1=2"),
+    )
+
+
 def test_hashes_stay_the_same() -> None:
     """Models that people have trained depend on these numbers."""
     texts = np.array(["a", "b", "ä", "", "1"], dtype=object)
@@ -297,6 +315,13 @@ def test_saved_and_loaded(make: Make, tmp_path: Path) -> None:
     a, b = encoder.transform(make(TEST)), found.transform(make(TEST))
     assert torch.equal(a.indices, b.indices)
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.json"]
+
+
+def test_numpys_integers_are_saved_too(tmp_path: Path) -> None:
+    two = np.int64(2)
+    encoder = FieldEncoder({"site": Hash(two, two), "age": Bins(two), "user": Vocabulary(two)})
+    encoder.fit(TRAIN).save(tmp_path / "encoder.json")
+    assert FieldEncoder.load(tmp_path / "encoder.json").columns == encoder.columns
 
 
 def test_files_that_hold_no_encoder(tmp_path: Path) -> None:

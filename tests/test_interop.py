@@ -205,7 +205,10 @@ def test_damaged_libffm_texts(tmp_path: Path) -> None:
     for damaged, message in (
         (text[:20], "line 4: expected 'normalization <number>'"),
         (replaced(text, 3, "k 0\n"), "line 3: 'k 0' is no size"),
-        (replaced(text, 2, "m 99999999\n"), "1... bytes are too few for n = 11, m = 99999999"),
+        (
+            replaced(text, 2, "m 99999999\n"),
+            "1... bytes are too few for 11 features, 99999999 fields",
+        ),
         (replaced(text, 4, "normalization 3\n"), "line 4: normalization = 3 is neither"),
         (replaced(text, 8, "w1,1 1 2 3 4\n"), "line 8: expected 'w1,0 ', found 'w1,1 1 2 3 4'"),
         (replaced(text, 8, "w1,0 1 2 3\n"), "line 8: expected 4 finite numbers, found '1 2 3'"),
@@ -365,6 +368,11 @@ def test_damaged_xlearn_texts(tmp_path: Path) -> None:
             "it has 11 linear weights, but ends at 'v_9_2",
         ),
         (replaced(text, 45, ""), "line 15: expected 'v_1_0: '"),
+        ("bias: 0\ni_0: 0\nv_0_0: \n", "the last line, 'v_0_0: ', has no factors"),
+        (
+            "bias: 0\ni_0: 0\nv_0_99999999999: 1 2\n",
+            "36 bytes are too few for 1 features, 100000000000 fields and 2 factors",
+        ),
     ):
         path.write_text(damaged)
         with fails(path, message):

@@ -8,7 +8,9 @@ import io
 import itertools
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 import ffm_ext
 from ffm_ext import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine, SparseBatch
 from ffm_ext.autograd import is_from_backward
+from ffm_ext.optim import FTRL, AdaGrad, Adam, Optimizer
 
 OPTIMIZERS: dict[str, Callable[[object], torch.optim.Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.5),
@@ -198,6 +201,28 @@ def test_ffm(how: str, within_field: bool) -> None:
         SparseBatch.from_scipy(sp.csr_matrix(X.numpy()), fields),
     ):
         torch.testing.assert_close(model(batch), expected)
+
+
+def test_sizes_may_be_numpys(tmp_path: Path) -> None:
+    """As ``ids.max() + 1`` is one. A model of such is saved as any other."""
+    a, b, c = np.array([4, 7, 2])
+    for n, model in enumerate(
+        (
+            FFM(np.int32(4), num_features=a + b + c, num_fields=np.int64(3)),
+            FFM(4, num_features=torch.tensor(13), num_fields=3),  # type: ignore[arg-type]
+            FFM(4, field_dims=np.array([4, 7, 2])),  # type: ignore[arg-type]
+            FFM(4, fields={"a": a, "b": 7, "c": c}),
+        )
+    ):
+        ffm_ext.interop.save_model(model, tmp_path / f"{n}")
+        loaded = ffm_ext.interop.load_model(tmp_path / f"{n}").interaction
+        assert (loaded.num_features, loaded.num_fields, loaded.embed_dim) == (13, 3, 4)
+    with pytest.raises(ValueError, match=r"fields\['a'\] is a count where"):
+        FFM(4, fields={"a": a, "b": [4, 5]})
+    assert FM(a, c).weight.shape == (4, 2)
+    for layer in (FFMInteraction(a, b, c), FieldAwareFactorizationMachine([a, b], c).interaction):
+        sizes = (layer.num_features, layer.num_fields, layer.embed_dim)
+        assert {type(size) for size in sizes} == {int}
 
 
 def test_ffm_takes_ids_that_count_from_zero_in_every_field() -> None:
@@ -477,6 +502,34 @@ def test_converted_tables_lie_on_huge_pages(monkeypatch: pytest.MonkeyPatch) -> 
     FFMInteraction(1 << 10, 4, 8).to(torch.bfloat16)
     layer.to("meta").to_empty(device="cpu")
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("optimizer", [AdaGrad(lr=0.1), Adam(), FTRL()], ids=lambda o: o.name)
+def test_a_fused_optimizer_goes_on_when_its_table_is_converted(
+    optimizer: Optimizer, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    layer = FFMInteraction(11, 3, 4, device=device)
+    layer.fuse_optimizer(optimizer)
+    x = torch.randint(11, (9, 3)).to(device)
+    layer(x).square().sum().backward()
+    names = [name for name in layer.state_dict() if name not in ("weight", "optimizer_step")]
+    states = {name: layer.get_buffer(name).clone() for name in names}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64, torch.float16):
+        layer.to(dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for name, state in states.items():
+            assert torch.equal(layer.get_buffer(name), state.to(wide))
+            assert layer.get_buffer(name).dtype == wide
+        before = layer.weight.clone()
+        other = copy.deepcopy(layer)
+        other(x).square().sum().backward()
+        assert not torch.equal(other.weight, before)
+        assert torch.equal(layer.weight, before)
+    layer(x).square().sum().backward()
+    assert int(layer.get_buffer("optimizer_step")) == 2
+    layer.to("meta")
+    assert all(layer.get_buffer(name).is_meta for name in names)
 
 
 def test_advice_for_huge_pages() -> None:

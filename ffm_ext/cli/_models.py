@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import interop
-from .._files import atomic_write
+from .._files import atomic_write, check_writable
 from ..batch import SparseBatch
 from ..data import (
     SparseDataset,
@@ -38,8 +38,10 @@ from ..training import Epoch, Mode, Progress, Trainer
 
 
 def load_data(path: Path, lenient: bool = False) -> SparseDataset:
-    """A folder that ``convert`` made, or a libffm text."""
-    return open_dataset(path) if path.is_dir() else read_libffm(path, lenient=lenient)
+    """A folder that ``convert`` made, or a libffm text. How many lines were skipped is said."""
+    data = open_dataset(path) if path.is_dir() else read_libffm(path, lenient=lenient)
+    _report_skipped(data.metadata.get("skipped", 0), path)
+    return data
 
 
 def data_in_pieces(path: Path, lenient: bool = False) -> Iterator[SparseDataset]:
@@ -322,7 +324,7 @@ def _new_model(args: argparse.Namespace, both: list[SparseDataset]) -> tuple[FFM
     sizes = [(data.num_features, data.num_fields) for data in both]
     bias, linear = args.bias, args.linear
     within_field, normalize = not args.no_within_field, not args.no_norm
-    embed_dim = args.embed_dim or 4
+    embed_dim = 4 if args.embed_dim is None else args.embed_dim
     if old is not None:
         layer = old.interaction
         sizes.append((layer.num_features, layer.num_fields))
@@ -370,11 +372,11 @@ def train(args: argparse.Namespace) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process, and others
         _train_together(args)
         return
+    check_writable(_target(args))
     data = load_data(args.train, args.lenient)
     valid = None if args.valid is None else load_data(args.valid, args.lenient)
     if len(data) == 0:
         raise ValueError(f"{args.train}: no samples")
-    _report_skipped(data.metadata.get("skipped", 0), args.train)
     trainer = Trainer.load(args.resume) if args.resume else _new_trainer(args, data, valid, Trainer)
 
     def validate() -> tuple[Tensor, Tensor]:
@@ -399,7 +401,7 @@ def _train_together(args: argparse.Namespace) -> None:
     """The same as one of several processes; the first alone prints, and writes the model."""
     import torch.distributed as dist
 
-    from ..distributed import DistributedTrainer, read_share
+    from ..distributed import DistributedTrainer, Share, read_share
     from ..distributed._group import Group, join_torchrun
     from ..distributed._training import newest_checkpoint
 
@@ -407,17 +409,18 @@ def _train_together(args: argparse.Namespace) -> None:
     members = Group()
     first = members.rank == 0
     args.quiet |= not first
-    threads = args.threads
-    data = read_share(args.train, ranges=args.ranges, lenient=args.lenient, num_threads=threads)
-    valid = (
-        None
-        if args.valid is None
-        else read_share(args.valid, ranges=args.ranges, lenient=args.lenient, num_threads=threads)
-    )
+    members.together(lambda: check_writable(_target(args)) if first else None)
+
+    def read(path: Path) -> Share:
+        found = read_share(path, ranges=args.ranges, lenient=args.lenient, num_threads=args.threads)
+        if first:
+            _report_skipped(found.data.metadata.get("skipped", 0), path)
+        return found
+
+    data = read(args.train)
+    valid = None if args.valid is None else read(args.valid)
     if data.num_samples == 0:
         raise ValueError(f"{args.train}: no samples")
-    if first:
-        _report_skipped(data.data.metadata.get("skipped", 0), args.train)
     resume = args.resume
     # After a failure the agent starts all processes again, with the arguments of the first time.
     if args.checkpoint is not None and newest_checkpoint(args.checkpoint):
@@ -580,6 +583,8 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
+    if args.output is not None:
+        check_writable(args.output)
     model, _, said = load_as_told(args.model, args)
     loss = said or "logistic"
     skipped = missing = entries = 0
@@ -743,13 +748,14 @@ def convert(args: argparse.Namespace) -> None:
 def _convert_data(args: argparse.Namespace) -> None:
     if args.to == "dataset":
         data = convert_libffm(args.source, args.target, lenient=args.lenient)
+        _report_skipped(data.metadata.get("skipped", 0), args.source)
     else:
-        data = load_data(args.source, args.lenient)
-        write_libffm(data, args.target)
-    _report_skipped(data.metadata.get("skipped", 0), args.source)
+        check_writable(args.target)
+        write_libffm(load_data(args.source, args.lenient), args.target)
 
 
 def _convert_model(args: argparse.Namespace) -> None:
+    check_writable(args.target)
     model, _, loss = load_as_told(args.source, args)
     if args.to == "model":
         interop.save_model(model, args.target, loss=loss)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from ffm_ext._files import atomic_write
 from ffm_ext.batch import SparseBatch
+from ffm_ext.modules import _check_positive
 
 from ._dataset import compact
 from ._frames import Column, columns_of
@@ -45,8 +48,7 @@ class Vocabulary:
     kind: ClassVar[Kind] = "vocabulary"
 
     def __post_init__(self) -> None:
-        if self.min_count < 1:
-            raise ValueError(f"Vocabulary: min_count = {self.min_count} must be positive")
+        (self.min_count,) = _check_positive("Vocabulary", min_count=self.min_count)
 
     @property
     def num_features(self) -> int:
@@ -87,8 +89,8 @@ class Hash:
     kind: ClassVar[Kind] = "hash"
 
     def __post_init__(self) -> None:
-        if self.buckets < 1:
-            raise ValueError(f"Hash: buckets = {self.buckets} must be positive")
+        (self.buckets,) = _check_positive("Hash", buckets=self.buckets)
+        self.seed = operator.index(self.seed)
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"Hash: seed = {self.seed} must be in [0, 2**64)")
 
@@ -130,8 +132,7 @@ class Bins:
     kind: ClassVar[Kind] = "bins"
 
     def __post_init__(self) -> None:
-        if self.bins < 1:
-            raise ValueError(f"Bins: bins = {self.bins} must be positive")
+        (self.bins,) = _check_positive("Bins", bins=self.bins)
 
     @property
     def num_features(self) -> int:
@@ -225,7 +226,8 @@ class FieldEncoder:
                         f"{', '.join(get_args(Kind))}"
                     )
                 encoding = _ENCODINGS[encoding]()
-            self.columns[name] = encoding
+            # What fit learns is of one column, and the caller's object may be that of several.
+            self.columns[name] = copy.deepcopy(encoding)
 
     @property
     def num_fields(self) -> int:
@@ -259,7 +261,7 @@ class FieldEncoder:
         """What each of the N features stands for, such as ``"user=alice"``, ``"age in [20, 30)"``, ``"site#17"``."""
         self._check_fitted()
         return tuple(
-            name + rest for name, encoding in self.columns.items() for rest in encoding.names()
+            f"{name}{rest}" for name, encoding in self.columns.items() for rest in encoding.names()
         )
 
     def fit(self, frame: Any) -> FieldEncoder:

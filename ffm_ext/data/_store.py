@@ -99,7 +99,7 @@ class DatasetWriter:
         }
         path = self._new / _part_name(len(self._shards))
         try:
-            save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path)
+            save_file(_apart({k: v for k, v in tensors.items() if v is not None}), path)
         except SafetensorError as error:
             raise OSError(f"{self.folder}: {error}") from error
         path.chmod(
@@ -138,6 +138,17 @@ class DatasetWriter:
 def beside(target: Path) -> Path:
     """A path that nobody uses, on the file system of ``target``."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory, as safetensors wants them."""
+    found, end = {name: tensor.contiguous() for name, tensor in tensors.items()}, 0
+    for name, tensor in sorted(found.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            found[name] = tensor.clone()
+        else:
+            end = tensor.data_ptr() + tensor.nbytes
+    return found
 
 
 def _part_name(i: int) -> str:

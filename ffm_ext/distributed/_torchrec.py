@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ffm_ext.functional import ffm_interaction
-from ffm_ext.modules import initial_std
+from ffm_ext.modules import _check_positive, initial_std
 
 if TYPE_CHECKING:
     from torchrec import KeyedJaggedTensor
@@ -58,7 +58,8 @@ class EmbeddingFFM(nn.Module):
 
     Raises:
         ModuleNotFoundError: TorchRec is not installed; the text says how it is.
-        ValueError: there is no field, or F·K is not a multiple of 4.
+        TypeError: a size is not an integer.
+        ValueError: there is no field, a size is not positive, or F·K is not a multiple of 4.
     """
 
     def __init__(
@@ -71,6 +72,11 @@ class EmbeddingFFM(nn.Module):
     ) -> None:
         torchrec = _torchrec("EmbeddingFFM")
         super().__init__()
+        embed_dim, *sizes = _check_positive(
+            "EmbeddingFFM",
+            embed_dim=embed_dim,
+            **{f"fields[{name!r}]": size for name, size in fields.items()},
+        )
         width = len(fields) * embed_dim
         if width < 1 or width % 4:
             raise ValueError(
@@ -80,6 +86,7 @@ class EmbeddingFFM(nn.Module):
         self.fields = list(fields)
         self.embed_dim = embed_dim
         self.within_field = within_field
+        device = torch.device("cpu" if device is None else device)
         bound = math.sqrt(3) * initial_std(len(fields), embed_dim)  # uniform, the same deviation
         self.embeddings = torchrec.EmbeddingCollection(
             tables=[
@@ -91,11 +98,11 @@ class EmbeddingFFM(nn.Module):
                     weight_init_min=-bound,
                     weight_init_max=bound,
                 )
-                for name, size in fields.items()
+                for name, size in zip(fields, sizes, strict=True)
             ],
-            device=torch.device(device or "cpu"),
+            device=device,
         )
-        self.bias = nn.Parameter(torch.zeros((), device=None if device == "meta" else device))
+        self.bias = nn.Parameter(torch.zeros((), device=None if device.type == "meta" else device))
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Scores of a batch.
