@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Files that are either whole or not there."""
+"""Files and folders that are either whole or not there."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import secrets
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_write", "check_writable", "flush_to_disk"]
+__all__ = ["atomic_write", "beside", "check_writable", "flush_to_disk", "put_in_place"]
 
 
 @contextlib.contextmanager
@@ -81,11 +82,32 @@ def _new_beside(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
+    temporary = beside(target)
     with _naming(path):
         # Not tempfile, whose files only their owner may read: umask has its say here.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return target, temporary
+
+
+def beside(target: Path) -> Path:
+    """A path that nobody uses, on the file system of ``target``."""
+    return target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
+
+
+def put_in_place(new: Path, target: Path) -> None:
+    """Give the folder ``new`` the name ``target``; what had it is afterwards called ``new``, or removed."""
+    if target.exists():
+        # Linux can exchange two names at once; so there is no moment at which neither folder is there.
+        here, exchange = -100, 2
+        renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+        if renameat2 and not renameat2(here, os.fsencode(new), here, os.fsencode(target), exchange):
+            return
+        old = beside(target)
+        target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        new.rename(target)
 
 
 @contextlib.contextmanager

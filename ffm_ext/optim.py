@@ -206,8 +206,17 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def of(cls, handle: int) -> FusedOptimizer:
-        """The one with this ``handle``: a number, because operators take numbers."""
-        return cls._all[handle]
+        """The one with this ``handle``: a number, because operators take numbers.
+
+        Raises:
+            RuntimeError: it is gone, and its layer with it.
+        """
+        optimizer = cls._all.get(handle)
+        if optimizer is None:
+            raise RuntimeError(
+                "backward reached a fused layer that has been deleted: its table cannot be updated"
+            )
+        return optimizer
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "optimizer": self.optimizer}

@@ -57,7 +57,7 @@ class QuantizedFFMInteraction(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        _check_positive(
+        num_features, num_fields, embed_dim = _check_positive(
             "QuantizedFFMInteraction",
             num_features=num_features,
             num_fields=num_fields,

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from ffm_ext import SparseBatch
+from ffm_ext import SparseBatch, _files
 from ffm_ext._arguments import check_contents
 from ffm_ext.data import (
     Shard,
@@ -373,7 +373,7 @@ def test_replaced(tmp_path: Path) -> None:
 def test_replaced_where_names_cannot_be_exchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_store.ctypes, "CDLL", lambda _: object())
+    monkeypatch.setattr(_files.ctypes, "CDLL", lambda _: object())
     test_replaced(tmp_path)
 
 

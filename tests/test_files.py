@@ -14,6 +14,38 @@ import pytest
 from ffm_ext._files import atomic_write, check_writable
 
 
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic_write(path) as temporary:
+        assert temporary.parent == tmp_path
+        temporary.write_text("first")
+        assert not path.exists()
+    assert path.read_text() == "first"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    path.chmod(0o640)
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with atomic_write(link) as temporary:
+        temporary.write_text("second")
+    assert link.is_symlink()
+    assert path.read_text() == "second"
+    assert path.stat().st_mode & 0o777 == 0o640
+
+    def interrupted() -> None:
+        with atomic_write(path) as temporary:
+            temporary.write_text("third")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "second"
+    assert sorted(tmp_path.iterdir()) == [path, link]
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "no" / "where"):
+        pass
+
+
 def test_a_pipe_stays_one_and_gets_the_file_whole(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

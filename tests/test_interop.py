@@ -24,7 +24,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from ffm_ext import FFM, SparseBatch, interop, quantize
-from ffm_ext._files import atomic_write
 from ffm_ext.interop import (
     from_torchfm,
     load_libffm,
@@ -749,38 +748,6 @@ except OSError as error:
     assert done.stdout == "OSError\n", done.stderr
     assert (tmp_path / "model").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_atomic_write(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    with atomic_write(path) as temporary:
-        assert temporary.parent == tmp_path
-        temporary.write_text("first")
-        assert not path.exists()
-    assert path.read_text() == "first"
-    umask = os.umask(0)
-    os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
-    path.chmod(0o640)
-    link = tmp_path / "link"
-    link.symlink_to(path)
-    with atomic_write(link) as temporary:
-        temporary.write_text("second")
-    assert link.is_symlink()
-    assert path.read_text() == "second"
-    assert path.stat().st_mode & 0o777 == 0o640
-
-    def interrupted() -> None:
-        with atomic_write(path) as temporary:
-            temporary.write_text("third")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert path.read_text() == "second"
-    assert sorted(tmp_path.iterdir()) == [path, link]
-    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "no" / "where"):
-        pass
 
 
 def test_a_loaded_model_is_not_drawn_first(tmp_path: Path) -> None:

@@ -344,3 +344,12 @@ def test_bad_input():
     ):
         with pytest.raises((ValueError, IndexError), match=match):
             update(**options)
+
+
+def test_a_layer_that_is_gone_is_said_to_be():
+    made = layer(N, F, K)
+    made.fuse_optimizer(optim.SGD(lr=0.1))
+    loss = loss_of(made, batch(N, F))
+    del made
+    with pytest.raises(RuntimeError, match="fused layer that has been deleted"):
+        loss.backward()

@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from problems import (
@@ -310,6 +311,7 @@ def test_no_gradient() -> None:
 def test_bad_sizes_and_modes() -> None:
     with pytest.raises(ValueError, match="QuantizedFFMInteraction: embed_dim = 0 must be positive"):
         ffm_ext.QuantizedFFMInteraction(11, 7, 0)
+    assert type(ffm_ext.QuantizedFFMInteraction(np.int64(11), 7, 4).num_features) is int
     with pytest.raises(ValueError, match="QuantizedFFMInteraction: output = 'mean' is not one of"):
         ffm_ext.QuantizedFFMInteraction(11, 7, 4, output="mean")  # type: ignore[arg-type]
     layer = ffm_ext.FFMInteraction(11, 7, 4)

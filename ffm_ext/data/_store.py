@@ -11,10 +11,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import secrets
 import shutil
 from os import PathLike
 from pathlib import Path
@@ -26,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ffm_ext._files import flush_to_disk
+from ffm_ext._files import beside, flush_to_disk, put_in_place
 from ffm_ext.batch import SparseBatch
 
 from ._dataset import Shard, SparseDataset
@@ -123,7 +121,7 @@ class DatasetWriter:
         flush_to_disk(path)
         flush_to_disk(self._new)
         _check_replaceable(self.folder)
-        _put_in_place(self._new, self.folder)
+        put_in_place(self._new, self.folder)
         flush_to_disk(self.folder.parent)
 
     def __exit__(
@@ -133,11 +131,6 @@ class DatasetWriter:
         trace: TracebackType | None,
     ) -> None:
         shutil.rmtree(self._new, ignore_errors=True)  # after an exchange: what was there before
-
-
-def beside(target: Path) -> Path:
-    """A path that nobody uses, on the file system of ``target``."""
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,22 +153,6 @@ def _check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir() or any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not a dataset; it is left as it is")
-
-
-def _put_in_place(new: Path, target: Path) -> None:
-    """Give ``new`` the name ``target``; what had it is afterwards called ``new``, or removed."""
-    if target.exists():
-        # Linux can exchange two names at once; so there is no moment at which neither dataset is there.
-        here, exchange = -100, 2
-        renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-        if renameat2 and not renameat2(here, os.fsencode(new), here, os.fsencode(target), exchange):
-            return
-        old = beside(target)
-        target.rename(old)
-        new.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        new.rename(target)
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

@@ -26,9 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ffm_ext._arguments import sum_dtype
-from ffm_ext._files import check_writable, flush_to_disk
+from ffm_ext._files import check_writable, flush_to_disk, put_in_place
 from ffm_ext.data import SparseDataset
-from ffm_ext.data._store import _put_in_place
 from ffm_ext.modules import FFM
 from ffm_ext.training import Trainer, _Part
 
@@ -203,7 +202,7 @@ class DistributedTrainer(Trainer):
         def finish() -> None:
             if members.rank == 0:
                 flush_to_disk(new)
-                _put_in_place(new, target)
+                put_in_place(new, target)
                 flush_to_disk(folder)
                 # Older ones; if the same step has been saved before, that too, as ``new``.
                 for other in [*folder.glob(f"{_STEP}*"), *folder.glob(f".{_STEP}*.tmp")]:
