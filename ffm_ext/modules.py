@@ -430,7 +430,7 @@ class FFM(_Described):
         field_names: the names, ``"0"``, ``"1"``, … where none were given.
 
     Raises:
-        TypeError: a size is not an integer.
+        TypeError: a size or an id is not an integer.
         ValueError: none or several of the three descriptions are given, one contradicts itself, or a size is not
             positive.
     """
@@ -793,10 +793,15 @@ def _each_repeated(field_dims: Sequence[int]) -> Tensor:
 
 
 def _fields_from_ids(names: Sequence[str], ids: Sequence[int | Sequence[int]]) -> Tensor:
+    columns: list[Tensor] = []
     for name, features in zip(names, ids, strict=True):
         if isinstance(features, Integral):
             raise ValueError(f"FFM: fields[{name!r}] is a count where other fields list their ids")
-    columns = [torch.tensor(list(features), dtype=torch.int64, device="cpu") for features in ids]  # type: ignore[arg-type]
+        try:
+            column = [operator.index(i) for i in features]  # type: ignore[union-attr]
+        except TypeError as error:
+            raise TypeError(f"FFM: fields[{name!r}] must list integer ids: {error}") from None
+        columns.append(torch.tensor(column, dtype=torch.int64, device="cpu"))
     flat = torch.cat(columns)
     owners = _each_repeated([c.numel() for c in columns])
     order = flat.argsort(stable=True)

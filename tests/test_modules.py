@@ -219,6 +219,8 @@ def test_sizes_may_be_numpys(tmp_path: Path) -> None:
         assert (loaded.num_features, loaded.num_fields, loaded.embed_dim) == (13, 3, 4)
     with pytest.raises(ValueError, match=r"fields\['a'\] is a count where"):
         FFM(4, fields={"a": a, "b": [4, 5]})
+    with pytest.raises(TypeError, match=r"FFM: fields\['b'\] must list integer ids: 'float'"):
+        FFM(4, fields={"a": [0, 1], "b": [2.5, 3.0]})
     assert FM(a, c).weight.shape == (4, 2)
     for layer in (FFMInteraction(a, b, c), FieldAwareFactorizationMachine([a, b], c).interaction):
         sizes = (layer.num_features, layer.num_fields, layer.embed_dim)
