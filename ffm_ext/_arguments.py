@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
@@ -74,12 +75,31 @@ def checks_contents(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or (tensor.is_cuda and _C.checks_contents())
 
 
+def check_positive(where: str, **sizes: SupportsIndex) -> list[int]:
+    """The sizes as Python's own integers, which JSON takes; those of NumPy and of tensors go as well.
+
+    Raises:
+        TypeError: one is not an integer.
+        ValueError: one is not positive.
+    """
+    found = []
+    for name, size in sizes.items():
+        try:
+            found.append(operator.index(size))
+        except TypeError:
+            raise TypeError(f"{where}: {name} = {size!r} must be an integer") from None
+        if found[-1] <= 0:
+            raise ValueError(f"{where}: {name} = {found[-1]} must be positive")
+    return found
+
+
 def check_contents(
     where: str, indices: Tensor, values: Tensor | None, offsets: Tensor | None, num_features: int
 ) -> None:
     """What the operators check by themselves, for modules made of PyTorch's own, which trust their lists.
 
-    Where :func:`checks_contents` says so: elsewhere it would wait for the device.
+    Where :func:`checks_contents` says so: elsewhere it would wait for the device. Nothing that is large is copied; only
+    where something is wrong a second look says where.
 
     Raises:
         IndexError: an id is outside ``[0, num_features)``.
@@ -87,17 +107,13 @@ def check_contents(
     """
     if not checks_contents(indices):
         return
-
-    def place(name: str, at: Tensor) -> str:
-        return f"{name}[{', '.join(map(str, at.tolist()))}]"
-
     if offsets is not None:
         B = offsets.numel() - 1
         if offsets[0] != 0:
             raise ValueError(f"{where}: offsets[0] = {int(offsets[0])} must be 0")
-        falls = (offsets.diff() < 0).nonzero()
-        if falls.numel():
-            b = int(falls[0])
+        falls = offsets[1:] < offsets[:-1]
+        if falls.any():
+            b = int(falls.nonzero()[0])
             raise ValueError(
                 f"{where}: offsets[{b + 1}] = {int(offsets[b + 1])} is less than "
                 f"offsets[{b}] = {int(offsets[b])}"
@@ -107,18 +123,38 @@ def check_contents(
                 f"{where}: offsets[{B}] = {int(offsets[B])} must be the number of entries, "
                 f"{indices.numel()}"
             )
-    wrong = outside(indices, num_features)
-    if wrong.any():
-        at = wrong.nonzero()[0]
+    check_ids(where, "indices", indices, num_features, f"a table of {num_features} features")
+    if values is not None:
+        check_finite(where, "values", values)
+
+
+def check_ids(where: str, name: str, ids: Tensor, size: int, of: str) -> None:
+    """Raise IndexError unless all ids are in ``[0, size)``, as many as ``of`` says what there are."""
+    if not _all_within(ids, 0, size - 1):
         raise IndexError(
-            f"{where}: {place('indices', at)} = {int(indices[tuple(at)])} is out of range for a table "
-            f"of {num_features} features"
+            f"{where}: {_first(name, ids, outside(ids, size))} is out of range for {of}"
         )
-    if values is not None and not values.isfinite().all():
-        at = (~values.isfinite()).nonzero()[0]
-        raise ValueError(
-            f"{where}: {place('values', at)} = {float(values[tuple(at)])} is not finite"
-        )
+
+
+def check_finite(where: str, name: str, numbers: Tensor) -> None:
+    """Raise ValueError unless all numbers are finite."""
+    limits = torch.finfo(numbers.dtype)
+    if not _all_within(numbers, limits.min, limits.max):
+        raise ValueError(f"{where}: {_first(name, numbers, ~numbers.isfinite())} is not finite")
+
+
+def _first(name: str, tensor: Tensor, wrong: Tensor) -> str:
+    """The first element that is wrong: ``"indices[3, 17] = -1"``."""
+    at = wrong.nonzero()[0].tolist()
+    return f"{name}[{', '.join(map(str, at))}] = {tensor[tuple(at)].item()}"
+
+
+def _all_within(numbers: Tensor, low: float, high: float) -> bool:
+    """Whether all lie in ``[low, high]``; NaN does not."""
+    if not numbers.numel():
+        return True
+    least, greatest = numbers.aminmax()
+    return bool(low <= least.item() and greatest.item() <= high)
 
 
 def alert_not_deterministic(what: str, instead: str) -> None:

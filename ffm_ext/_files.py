@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_write", "beside", "check_writable", "flush_to_disk", "put_in_place"]
+__all__ = ["atomic_write", "beside", "check_writable", "flush_to_disk", "is_stream", "put_in_place"]
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: ``path`` is a folder, its folder does not exist or cannot be written to, or the disk is full.
     """
-    if _is_stream(path):
+    if is_stream(path):
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, "file")
             temporary.touch()
@@ -62,13 +62,13 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: it could not; the text names ``path``.
     """
-    if not _is_stream(path):
+    if not is_stream(path):
         _new_beside(path)[1].unlink()
     elif not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
 
 
-def _is_stream(path: str | os.PathLike[str]) -> bool:
+def is_stream(path: str | os.PathLike[str]) -> bool:
     """Whether a path names what is neither file nor folder: nothing may take its place."""
     try:
         mode = os.stat(path).st_mode

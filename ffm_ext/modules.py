@@ -17,6 +17,7 @@ from ._arguments import (
     Output,
     check_contents,
     check_modes,
+    check_positive,
     checks_contents,
     outside,
     sum_dtype,
@@ -70,7 +71,7 @@ class FFMInteraction(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        num_features, num_fields, embed_dim = _check_positive(
+        num_features, num_fields, embed_dim = check_positive(
             "FFMInteraction", num_features=num_features, num_fields=num_fields, embed_dim=embed_dim
         )
         check_modes("FFMInteraction", output, grad)
@@ -478,7 +479,7 @@ class FFM(_Described):
             num_features, num_fields = sum(dims), len(dims)
         if num_features is None or num_fields is None:
             raise ValueError("FFM: num_features and num_fields go together")
-        num_features, num_fields, embed_dim = _check_positive(
+        num_features, num_fields, embed_dim = check_positive(
             "FFM", num_features=num_features, num_fields=num_fields, embed_dim=embed_dim
         )
         self.field_names = names or [str(f) for f in range(num_fields)]
@@ -588,7 +589,7 @@ class FM(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        num_features, embed_dim = _check_positive(
+        num_features, embed_dim = check_positive(
             "FM", num_features=num_features, embed_dim=embed_dim
         )
         check_modes("FM", "sum", grad)
@@ -817,17 +818,4 @@ def _fields_from_ids(names: Sequence[str], ids: Sequence[int | Sequence[int]]) -
 
 def _check_dims(where: str, field_dims: Sequence[SupportsIndex]) -> list[int]:
     sizes = {f"field_dims[{f}]": n for f, n in enumerate(field_dims)}
-    return _check_positive(where, num_fields=len(sizes), **sizes)[1:]
-
-
-def _check_positive(where: str, **sizes: SupportsIndex) -> list[int]:
-    """The sizes as Python's own integers, which JSON takes; those of NumPy and of tensors go as well."""
-    found = []
-    for name, size in sizes.items():
-        try:
-            found.append(operator.index(size))
-        except TypeError:
-            raise TypeError(f"{where}: {name} = {size!r} must be an integer") from None
-        if found[-1] <= 0:
-            raise ValueError(f"{where}: {name} = {found[-1]} must be positive")
-    return found
+    return check_positive(where, num_fields=len(sizes), **sizes)[1:]

@@ -9,11 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._arguments import Output, check_modes
+from ._arguments import Output, check_modes, check_positive
 from ._fake import packed_row_bytes
 from .batch import SparseBatch
 from .memory import empty_table
-from .modules import FFMInteraction, _check_positive, _entries, _no_torchscript
+from .modules import FFMInteraction, _entries, _no_torchscript
 
 __all__ = ["QuantizedFFMInteraction", "quantize"]
 
@@ -57,7 +57,7 @@ class QuantizedFFMInteraction(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        num_features, num_fields, embed_dim = _check_positive(
+        num_features, num_fields, embed_dim = check_positive(
             "QuantizedFFMInteraction",
             num_features=num_features,
             num_fields=num_fields,

@@ -45,11 +45,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arguments import alert_not_deterministic, sum_dtype
+from ._arguments import alert_not_deterministic, check_contents, check_finite, sum_dtype
 from ._files import atomic_write, check_writable
 from .batch import SparseBatch
 from .data import SparseDataset, open_dataset
-from .data._dataset import _numbers, check_entries, check_finite
+from .data._dataset import _numbers, check_entries
 from .interop import Loss, model_arguments, model_from_arguments
 from .modules import FFM, _entries, _global_ids
 from .optim import OPTIMIZERS, AdaGrad, Optimizer
@@ -654,15 +654,12 @@ class Trainer:
         layer = self.model.interaction
         for number, (x, labels, weights) in enumerate(parts):
             place = where if len(parts) == 1 else f"{where}: shards[{number}]"
-            indices, fields, values, offsets = (
-                (x.indices, x.fields, x.values, x.offsets)
-                if isinstance(x, SparseBatch)
-                else (x, None, None, None)
-            )
-            if indices.dtype not in (torch.int32, torch.int64):
-                raise ValueError(f"{place}: x must be int32 or int64, got {indices.dtype}")
-            sizes = layer.num_features, layer.num_fields
-            check_entries(place, indices, fields, values, offsets, *sizes)
+            if isinstance(x, SparseBatch):
+                check_entries(place, x, layer.num_features, layer.num_fields)
+            elif x.dtype in (torch.int32, torch.int64):
+                check_contents(place, x, None, None, layer.num_features)
+            else:
+                raise ValueError(f"{place}: x must be int32 or int64, got {x.dtype}")
             if has_labels:
                 check_finite(place, "labels", labels)
             if has_labels and weights is not None:

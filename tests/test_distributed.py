@@ -395,6 +395,14 @@ def test_a_checkpoint_wants_its_own_data_and_a_whole_folder(tmp_path: Path) -> N
         DistributedTrainer.load(tmp_path / "checkpoint")
 
 
+def trainer_with_checkpoint(folder: Path) -> DistributedTrainer:
+    """After an epoch of ``train.ffm``; what it was then is in ``checkpoint``."""
+    write_data(folder / "train.ffm", 100, 0)
+    made = checks.trainer(folder)
+    made.fit(folder / "train.ffm", epochs=1, checkpoint=folder / "checkpoint")
+    return made
+
+
 def test_ctrl_c_while_a_checkpoint_is_read_or_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,9 +411,7 @@ def test_ctrl_c_while_a_checkpoint_is_read_or_written(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    write_data(tmp_path / "train.ffm", 100, 0)
-    made = checks.trainer(tmp_path)
-    made.fit(tmp_path / "train.ffm", epochs=1, checkpoint=tmp_path / "checkpoint")
+    made = trainer_with_checkpoint(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(HuggingFaceStorageWriter, "write_data", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -422,9 +428,7 @@ def test_the_same_step_saved_again_leaves_one_checkpoint_at_every_moment(
     def fail(*_: object) -> None:
         raise OSError("killed")
 
-    write_data(tmp_path / "train.ffm", 100, 0)
-    made = checks.trainer(tmp_path)
-    made.fit(tmp_path / "train.ffm", epochs=1, checkpoint=tmp_path / "checkpoint")
+    made = trainer_with_checkpoint(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", fail)
         with contextlib.suppress(OSError):

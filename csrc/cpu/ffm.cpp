@@ -89,37 +89,40 @@ Problem checked_samples(const char* op, const Batch& batch) {
 // The columns of a row that are read by themselves should be worth its cache lines.
 constexpr int64_t kColumnBytes = 128;
 
-// How many parts the fields are cut into, a divisor of `parts`, so that nobody else is at work on the rows of a part's
-// entries: more than one in a matrix whose fields have ids of their own.
-int64_t field_parts(const Problem& p, const Gradient& grad, int64_t parts) {
-  if (p.fields || grad.update || grad.grad_values) return 1;
+// The fields in parts, as many as a divisor of `parts`, so that nobody else is at work on the rows of a part's entries:
+// several in a matrix whose fields have ids of their own, else one.
+std::vector<Range> parts_of_fields(const Problem& p, const Gradient& grad, int64_t parts) {
+  const std::vector<Range> whole = {{0, p.num_fields}};
+  if (p.fields || grad.update || grad.grad_values) return whole;
   const int64_t row_bytes = p.row_size() * element_bytes(p.dtype);
   int64_t n = std::min({parts, p.num_fields, row_bytes / kColumnBytes});
   while (n > 1 && parts % n != 0) --n;
-  if (n <= 1) return 1;
-  std::vector<Range> ids(n, {p.num_features, 0});
+  if (n <= 1) return whole;
+  std::vector<Range> fields(n), ids(n);
   parallel_ranges(n, p.num_fields, [&](int64_t part, int64_t first, int64_t last) {
-    Range seen = ids[part];
+    Range seen = {p.num_features, 0};
     for (int64_t b = 0; b < p.batch_size; ++b) {
       for (int64_t f = first; f < last; ++f) {
         const int64_t id = p.indices[b * p.num_fields + f];
         seen = {std::min(seen.begin, id), std::max(seen.end, id + 1)};
       }
     }
+    fields[part] = {first, last};
     ids[part] = seen;
   });
   std::sort(ids.begin(), ids.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
   for (int64_t i = 1; i < n; ++i) {
-    if (ids[i].begin < ids[i - 1].end) return 1;
+    if (ids[i].begin < ids[i - 1].end) return whole;
   }
-  return n;
+  return fields;
 }
 
 // `groups`, where there are gradients of rows.
 void run_samples(const Problem& p, Gradient grad, const RowGroups* groups) {
   const BackwardKernels& kernels = backward_kernels();
-  const int64_t parts = sample_parts(p, 0, p.batch_size), parts_of_fields = groups ? field_parts(p, grad, parts) : 1;
-  const int64_t parts_of_samples = parts / parts_of_fields;
+  const int64_t parts = sample_parts(p, 0, p.batch_size);
+  const std::vector<Range> fields = parts_of_fields(p, grad, groups ? parts : 1);
+  const int64_t shares = static_cast<int64_t>(fields.size()), parts_of_samples = parts / shares;
   const Scratch scratch(parts, kernels.scratch_bytes(p, grad.update != nullptr));
   std::vector<Block> blocks = {{0, p.batch_size}};
   std::unique_ptr<int64_t[]> stage_slots;
@@ -135,11 +138,10 @@ void run_samples(const Problem& p, Gradient grad, const RowGroups* groups) {
   grad.stage_slots = stage_slots.get();
   for (const Block& block : blocks) {
     parallel_parts(parts, [&](int64_t part) {
-      const int64_t i = part / parts_of_fields, f = part % parts_of_fields;
+      const int64_t i = part / shares;
       const Range samples = {block_part_begin(p, block, i, parts_of_samples),
                              block_part_begin(p, block, i + 1, parts_of_samples)};
-      const Range fields = {p.num_fields * f / parts_of_fields, p.num_fields * (f + 1) / parts_of_fields};
-      kernels.backward(p, grad, samples, fields, scratch.of(part));
+      kernels.backward(p, grad, samples, fields[part % shares], scratch.of(part));
     });
     if (block.num_staged == 0) continue;
     parallel_parts(parts_of_samples, [&](int64_t part) {

@@ -25,7 +25,6 @@ class KeptMemory {
       if (old) release(block);
       return old;
     });
-    // The smallest that fits; of several, the one last used: the others grow old.
     // The smallest that fits; of equal ones that last used, so that the others grow old.
     auto best = free_.end();
     for (auto block = free_.begin(); block != free_.end(); ++block) {

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import interop
-from .._files import atomic_write, check_writable
+from .._files import atomic_write, check_writable, is_stream
 from ..batch import SparseBatch
 from ..data import (
     SparseDataset,
@@ -626,8 +626,8 @@ def _output(path: Path | None) -> Iterator[TextIO]:
     """Standard output, or a file that is there only when it is whole."""
     if path is None:
         yield sys.stdout
-    elif path.exists() and not path.is_file():
-        with open(path, "w") as file:  # a pipe, /dev/null: nothing to rename
+    elif is_stream(path):
+        with open(path, "w") as file:  # line by line, as they come
             yield file
     else:
         with atomic_write(path) as new, open(new, "w") as file:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ffm_ext._arguments import check_contents, outside
+from ffm_ext._arguments import check_contents, check_finite, check_ids
 from ffm_ext.batch import SparseBatch
 
 MAX_INT32 = 2**31 - 1
@@ -125,15 +125,7 @@ class SparseDataset(Dataset[Shard]):
             None if weights is None else _numbers(where, "weights", weights, len(batch)),
         )
         dataset = cls([shard], num_features=num_features, num_fields=num_fields)
-        check_entries(
-            where,
-            batch.indices,
-            batch.fields,
-            batch.values,
-            batch.offsets,
-            dataset.num_features,
-            dataset.num_fields,
-        )
+        check_entries(where, batch, dataset.num_features, dataset.num_fields)
         return dataset
 
     def __len__(self) -> int:
@@ -365,55 +357,15 @@ def _numbers(where: str, name: str, numbers: Any, n: int) -> Tensor:
     return tensor
 
 
-def check_finite(where: str, name: str, numbers: Tensor) -> None:
-    """Raise ValueError unless all of ``numbers``, ``[n]``, are finite."""
-    if not _all_finite(numbers):
-        at = int((~numbers.isfinite()).nonzero()[0])
-        raise ValueError(f"{where}: {name}[{at}] = {float(numbers[at])} is not finite")
-
-
-def check_entries(
-    where: str,
-    indices: Tensor,
-    fields: Tensor | None,
-    values: Tensor | None,
-    offsets: Tensor | None,
-    num_features: int,
-    num_fields: int,
-) -> None:
+def check_entries(where: str, batch: SparseBatch, num_features: int, num_fields: int) -> None:
     """What the operators check of a batch, for a whole dataset before its first batch is used.
-
-    Nothing that is large is copied; only where something is wrong a second look says where.
 
     Raises:
         IndexError: an id is outside ``[0, num_features)``, or a field outside ``[0, num_fields)``.
         ValueError: offsets do not rise from 0 to nnz, or a value is not finite.
     """
-    is_good = _all_within(indices, 0, num_features - 1) and (values is None or _all_finite(values))
-    if offsets is not None:
-        ends = int(offsets[0]), int(offsets[-1])
-        rises = bool((offsets[1:] >= offsets[:-1]).all())
-        is_good = is_good and rises and ends == (0, indices.numel())
-    if not is_good:
-        check_contents(where, indices, values, offsets, num_features)
-    if fields is not None and not _all_within(fields, 0, num_fields - 1):
-        at = int(outside(fields, num_fields).nonzero()[0])
-        raise IndexError(
-            f"{where}: fields[{at}] = {int(fields[at])} is out of range for {num_fields} fields"
-        )
-
-
-def _all_within(numbers: Tensor, low: float, high: float) -> bool:
-    """Whether all lie in ``[low, high]``; NaN does not."""
-    if not numbers.numel():
-        return True
-    least, greatest = numbers.aminmax()
-    return bool(low <= least.item() and greatest.item() <= high)
-
-
-def _all_finite(numbers: Tensor) -> bool:
-    limits = torch.finfo(numbers.dtype)
-    return _all_within(numbers, limits.min, limits.max)
+    check_contents(where, batch.indices, batch.values, batch.offsets, num_features)
+    check_ids(where, "fields", batch.fields, num_fields, f"{num_fields} fields")
 
 
 def _pick(shard: Shard, which: slice | Tensor) -> Shard:

@@ -20,9 +20,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ffm_ext._arguments import check_positive
 from ffm_ext._files import atomic_write
 from ffm_ext.batch import SparseBatch
-from ffm_ext.modules import _check_positive
 
 from ._dataset import compact
 from ._frames import Column, columns_of
@@ -48,7 +48,7 @@ class Vocabulary:
     kind: ClassVar[Kind] = "vocabulary"
 
     def __post_init__(self) -> None:
-        (self.min_count,) = _check_positive("Vocabulary", min_count=self.min_count)
+        (self.min_count,) = check_positive("Vocabulary", min_count=self.min_count)
 
     @property
     def num_features(self) -> int:
@@ -89,7 +89,7 @@ class Hash:
     kind: ClassVar[Kind] = "hash"
 
     def __post_init__(self) -> None:
-        (self.buckets,) = _check_positive("Hash", buckets=self.buckets)
+        (self.buckets,) = check_positive("Hash", buckets=self.buckets)
         self.seed = operator.index(self.seed)
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"Hash: seed = {self.seed} must be in [0, 2**64)")
@@ -132,7 +132,7 @@ class Bins:
     kind: ClassVar[Kind] = "bins"
 
     def __post_init__(self) -> None:
-        (self.bins,) = _check_positive("Bins", bins=self.bins)
+        (self.bins,) = check_positive("Bins", bins=self.bins)
 
     @property
     def num_features(self) -> int:

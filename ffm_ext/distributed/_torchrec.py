@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ffm_ext._arguments import check_positive
 from ffm_ext.functional import ffm_interaction
-from ffm_ext.modules import _check_positive, initial_std
+from ffm_ext.modules import initial_std
 
 if TYPE_CHECKING:
     from torchrec import KeyedJaggedTensor
@@ -72,7 +73,7 @@ class EmbeddingFFM(nn.Module):
     ) -> None:
         torchrec = _torchrec("EmbeddingFFM")
         super().__init__()
-        embed_dim, *sizes = _check_positive(
+        embed_dim, *sizes = check_positive(
             "EmbeddingFFM",
             embed_dim=embed_dim,
             **{f"fields[{name!r}]": size for name, size in fields.items()},
