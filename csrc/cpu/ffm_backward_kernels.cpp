@@ -134,7 +134,7 @@ void backward(const Problem& p, const Gradient& grad, Range samples, Range field
     if (grad_rows) grad_rows.put(e, x, gradient);
   };
   const auto prefetch_sum = [&](int64_t e) __attribute__((always_inline)) { grad_rows.prefetch_sum(e); };
-  RowsAhead<T, decltype(prefetch_sum)> ahead(p, samples, fields, prefetch_sum);
+  RowsAhead<T, decltype(prefetch_sum)> ahead(p, arena, kOutput == Output::kSum, samples, fields, prefetch_sum);
 
   for (int64_t b = samples.begin; b < samples.end; ++b) {
     const int64_t first = p.entries_begin(b), last = p.entries_begin(b + 1);
@@ -159,8 +159,9 @@ void backward(const Problem& p, const Gradient& grad, Range samples, Range field
             const auto work_on = [&](auto fields_at_once) {
               A* const d_fields = d + (keeps_all ? f * stride : 0);
               field_gradients<embed_dim(), rest(), fields_at_once()>(s, grad_output, rows, f, p.num_fields, K, d_fields,
-                                                                     stride);
+                                                                     stride, ahead);
               for (int64_t r = 0; r < fields_at_once() && !keeps_all; ++r) put_field(f + r, d_fields + r * stride);
+              for (int r = 0; r < fields_at_once(); ++r) ahead.ask_other_row(f + r);
               ahead.step(fields_at_once());
               f += fields_at_once();
             };
@@ -201,7 +202,9 @@ void backward(const Problem& p, const Gradient& grad, Range samples, Range field
   fence_streams();
 }
 
-size_t backward_bytes(const Problem& p, bool updates) { return field_sums_bytes(p, gradient_rows(p, updates)); }
+size_t backward_bytes(const Problem& p, bool updates) {
+  return field_sums_bytes(p, gradient_rows(p, updates)) + Places<char>::bytes(p);
+}
 
 void dispatch_backward(const Problem& p, const Gradient& grad, Range samples, Range fields, void* scratch) {
   dispatch_all(p, [&](auto scalar, auto embed_dim, auto output) {

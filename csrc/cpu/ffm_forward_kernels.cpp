@@ -25,15 +25,14 @@ void forward(const Problem& p, T* out, int64_t begin, int64_t end, void* scratch
   const int64_t P = F * (F - 1) / 2, num_terms = P + (p.within_field ? F : 0);
   Arena arena(scratch);
   FieldSums<T> s(p, arena);
-  RowsAhead<T> ahead(p, begin, end);
+  RowsAhead<T> ahead(p, arena, kOutput == Output::kSum, {begin, end}, {0, F});
   for (int64_t b = begin; b < end; ++b) {
     s.load_sample(p.entries_begin(b), p.entries_begin(b + 1));
     ahead.at_sample(b, s.num_active() * (s.num_active() - 1) / 2);
     s.with_rows([&](auto rows) {
       using R = std::remove_const_t<std::remove_pointer_t<std::remove_pointer_t<decltype(rows)>>>;
       if constexpr (kOutput == Output::kSum) {
-        const auto step = [&](int64_t work) { ahead.step(work); };
-        store(out + b, sum_pairs<kEmbedDim>(p, s, rows, step));
+        store(out + b, sum_pairs<kEmbedDim>(p, s, rows, ahead));
       } else {
         constexpr bool kDot = kOutput == Output::kDot;
         const int64_t width = kDot ? 1 : K;
@@ -77,18 +76,24 @@ template <typename T>
 void gather_sum(const Problem& p, T* out, int64_t begin, int64_t end) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
-  const int64_t row_size = p.row_size();
+  constexpr int64_t kLine = kCacheLine / sizeof(T), kWindowBytes = 24 << 10;
+  const int64_t row_size = p.row_size(), last = p.entries_begin(end);
+  const int64_t rows_ahead = std::max<int64_t>(1, kWindowBytes / (row_size * static_cast<int64_t>(sizeof(T))));
   const Entries<T> entries(p);
-  RowsAhead<T> ahead(p, begin, end);
+  for (int64_t e = p.entries_begin(begin); e < std::min(last, p.entries_begin(begin) + rows_ahead); ++e) {
+    prefetch(entries.row(e), row_size);
+  }
   for (int64_t b = begin; b < end; ++b) {
-    ahead.at_sample(b, p.entries_begin(b + 1) - p.entries_begin(b));
     Vec<A, L> wide[2] = {};
     A rest = 0;
     for (int64_t e = p.entries_begin(b); e < p.entries_begin(b + 1); ++e) {
-      ahead.step(1);
       const T* const row = entries.row(e);
+      // Each place is a cue to ask for that of a later row, as in rows_ahead.h.
+      const T* const later = entries.row(std::min(e + rows_ahead, last - 1));
+      prefetch_line(later + row_size - 1);
       int64_t i = 0;
       for (; i + 2 * L <= row_size; i += 2 * L) {
+        for (int64_t k = 0; k < 2 * L; k += kLine) prefetch_line(later + i + k);
         if constexpr (std::is_same_v<T, BFloat16>) {
           const auto [even, odd] = halves_of_bfloat16(load_bits<2 * L>(row + i));
           wide[0] += even;
@@ -98,10 +103,10 @@ void gather_sum(const Problem& p, T* out, int64_t begin, int64_t end) {
           wide[1] += load<L>(row + i + L);
         }
       }
+      for (int64_t k = i; k < row_size; k += kLine) prefetch_line(later + k);
       for (; i + L <= row_size; i += L) wide[0] += load<L>(row + i);
       for (; i < row_size; ++i) rest += load(row + i);
     }
-    ahead.after_sample();
     store(out + b, sum<A, L>(wide[0] + wide[1]) + rest);
   }
 }
@@ -123,7 +128,8 @@ void dispatch_gather_sum(const Problem& p, void* out, int64_t begin, int64_t end
 }  // namespace
 
 extern const ForwardKernels forward_kernels;
-const ForwardKernels forward_kernels = {[](const Problem& p) { return field_sums_bytes(p, 0); }, dispatch_forward,
-                                        dispatch_gather_sum};
+const ForwardKernels forward_kernels = {
+    [](const Problem& p) { return field_sums_bytes(p, 0) + Places<char>::bytes(p); }, dispatch_forward,
+    dispatch_gather_sum};
 
 }  // namespace ffm::FFM_ISA

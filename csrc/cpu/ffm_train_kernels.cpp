@@ -46,6 +46,100 @@ struct LossAt {
   A value, slope;
 };
 
+// Asks for what else an entry's update reads and writes: the states of its row, its linear weight and the states of
+// that.
+template <typename T>
+class OtherRows {
+ public:
+  using A = Sum<T>;
+
+  OtherRows(const Problem& p, const Training& t) : p_(p), t_(t) {}
+
+  __attribute__((always_inline)) void operator()(int64_t e) const {
+    const int64_t row = p_.indices[e];
+    for (const void* const state : t_.table.states) {
+      if (state) prefetch(static_cast<const A*>(state) + row * t_.table.state_row_size, t_.table.state_row_size);
+    }
+    ask_linear(row);
+  }
+  __attribute__((always_inline)) void ask_linear(int64_t row) const {
+    if (!t_.linear.weight) return;
+    prefetch_line(static_cast<const A*>(t_.linear.weight) + row);
+    for (const void* const state : t_.linear.states) {
+      if (state) prefetch_line(static_cast<const A*>(state) + row);
+    }
+  }
+
+ private:
+  const Problem& p_;
+  const Training& t_;
+};
+
+// The rows of weights that later samples need are asked for during an update, the longer half of a sample, the states
+// during the forward pass that comes before they are needed: this is told where that pass is.
+template <typename T>
+class StatesAhead {
+ public:
+  using A = Sum<T>;
+  using Rows = RowsAhead<T, OtherRows<T>>;
+
+  StatesAhead(const Problem& p, const Training& t, Arena& arena, Rows& rows, int64_t end)
+      : p_(p),
+        t_(t),
+        other_rows_(p, t),
+        rows_(rows),
+        end_(end),
+        has_wide_rows_(t.table.state_row_size == p.row_size()),
+        places_{{p, arena, 0, t.table.state_row_size}, {p, arena, 0, t.table.state_row_size}} {}
+
+  // Sample b is next.
+  void at_sample(int64_t b) {
+    const int64_t later = b + rows_.distance() - 1;
+    num_states_ = 0;
+    if (!rows_.is_by_place() || later >= end_) return;
+    while (num_states_ < 2 && t_.table.states[num_states_]) ++num_states_;
+    for (int64_t f = 0; f < p_.num_fields; ++f) {
+      const int64_t row = p_.indices[p_.entries_begin(later) + f];
+      for (int i = 0; i < num_states_; ++i) {
+        places_[i].set_row(f, static_cast<const A*>(t_.table.states[i]) + row * t_.table.state_row_size);
+      }
+      other_rows_.ask_linear(row);
+    }
+  }
+
+  template <int kEmbedDim, int kFields, bool kAlways = false>
+  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g) const {
+    if (!has_wide_rows_) return f == g ? ask_rows<kFields>(f) : void();
+    for (int i = 0; i < num_states_; ++i) places_[i].template ask_tile<kEmbedDim, kFields, kAlways>(f, g);
+  }
+  template <int kEmbedDim, int kFields, bool kAlways = false, int kRows = kFields>
+  __attribute__((always_inline)) void ask_vectors(int64_t f, int64_t g, int64_t embed_dim) const {
+    if (!has_wide_rows_) return f == g ? ask_rows<kRows>(f) : void();
+    for (int i = 0; i < num_states_; ++i) {
+      places_[i].template ask_vectors<kEmbedDim, kFields, kAlways, kRows>(f, g, embed_dim);
+    }
+  }
+  void step(int64_t work) const { rows_.step(work); }
+
+ private:
+  // Rows of a number a K-vector are short.
+  template <int kRows>
+  __attribute__((always_inline)) void ask_rows(int64_t f) const {
+    for (int i = 0; i < num_states_; ++i) {
+      for (int r = 0; r < kRows; ++r) prefetch(places_[i].row(f + r), t_.table.state_row_size);
+    }
+  }
+
+  const Problem& p_;
+  const Training& t_;
+  const OtherRows<T> other_rows_;
+  Rows& rows_;
+  int64_t end_;
+  bool has_wide_rows_;
+  int num_states_ = 0;
+  Places<A> places_[2];
+};
+
 // A sample at a time: what its rows, its linear weights and the bias do.
 template <typename T, int kEmbedDim>
 class Trainer {
@@ -70,8 +164,8 @@ class Trainer {
   }
 
   // The loss of the sample with the entries [first, last), weighted.
-  template <typename Step>
-  A train(int64_t first, int64_t last, A label, A weight, int64_t step, const Step& on_step) {
+  A train(int64_t first, int64_t last, A label, A weight, int64_t step, const typename StatesAhead<T>::Rows& rows_ahead,
+          const StatesAhead<T>& states_ahead) {
     A r = 1;
     if (t_.normalize) {
       A squares = static_cast<A>(last - first);
@@ -83,7 +177,7 @@ class Trainer {
     }
     const A root = std::sqrt(r);
     A score = 0;
-    s_.with_rows([&](auto rows) { score = r * sum_pairs<kEmbedDim>(p_, s_, rows, on_step); });
+    s_.with_rows([&](auto rows) { score = r * sum_pairs<kEmbedDim>(p_, s_, rows, states_ahead); });
     if (t_.linear.weight) {
       A sum = 0;
       for (int64_t e = first; e < last; ++e) sum += entries_.value(e) * linear_weight(e);
@@ -95,17 +189,19 @@ class Trainer {
 
     optimizer_.set_step(step);
     switch (optimizer_.kind) {
-      case OptimizerKind::kSgd: update<Elementwise<T, Sgd, kEmbedDim>>(first, last, slope * r); break;
-      case OptimizerKind::kAdaGrad: update<Elementwise<T, AdaGrad, kEmbedDim>>(first, last, slope * r); break;
+      case OptimizerKind::kSgd: update<Elementwise<T, Sgd, kEmbedDim>>(first, last, slope * r, rows_ahead); break;
+      case OptimizerKind::kAdaGrad:
+        update<Elementwise<T, AdaGrad, kEmbedDim>>(first, last, slope * r, rows_ahead);
+        break;
       case OptimizerKind::kVectorAdaGrad:
         if (kMayRound && optimizer_.is_stochastic) {
-          update<VectorWise<T, kEmbedDim, kMayRound>>(first, last, slope * r);
+          update<VectorWise<T, kEmbedDim, kMayRound>>(first, last, slope * r, rows_ahead);
         } else {
-          update<VectorWise<T, kEmbedDim, false>>(first, last, slope * r);
+          update<VectorWise<T, kEmbedDim, false>>(first, last, slope * r, rows_ahead);
         }
         break;
-      case OptimizerKind::kAdam: update<Elementwise<T, Adam, kEmbedDim>>(first, last, slope * r); break;
-      case OptimizerKind::kFtrl: update<Elementwise<T, Ftrl, kEmbedDim>>(first, last, slope * r); break;
+      case OptimizerKind::kAdam: update<Elementwise<T, Adam, kEmbedDim>>(first, last, slope * r, rows_ahead); break;
+      case OptimizerKind::kFtrl: update<Elementwise<T, Ftrl, kEmbedDim>>(first, last, slope * r, rows_ahead); break;
     }
     if (t_.linear.weight) {
       const A one = 1;
@@ -168,16 +264,17 @@ class Trainer {
     return sum<int64_t, kLanes<int64_t>>(is_repeated) == 0;
   }
 
-  template <typename Form>
-  void update(int64_t first, int64_t last, A slope) {
+  template <typename Form, typename Ahead>
+  void update(int64_t first, int64_t last, A slope, const Ahead& ahead) {
     const PairUpdates<T, Form, kEmbedDim> updates(optimizer_, place_bits_, slope, p_.embed_dim, gradients_);
     if (load_fields(first, last, slope)) {
       if (!entries_.has_values() && updates.takes(NoScale{})) {
-        return updates.update_fields(learnt_, p_.num_fields, NoScale{});
+        return updates.update_fields(learnt_, p_.num_fields, NoScale{}, ahead);
       }
       const A* const wide_scale = entries_.has_values() ? s_.wide_scale() : s_.wide_ones();
-      return updates.update_fields(learnt_, p_.num_fields, wide_scale);
+      return updates.update_fields(learnt_, p_.num_fields, wide_scale, ahead);
     }
+    ahead.ask_rows();
     for (int64_t i = first; i < last; ++i) {
       set_entry(0, i);
       learn(0, 1, slope);
@@ -210,27 +307,18 @@ double train(const Problem& p, const Training& t, const float* labels, const flo
   using A = Sum<T>;
   Arena arena(scratch);
   Trainer<T, kEmbedDim> trainer(p, t, arena);
-  const auto prefetch_states = [&](int64_t e) __attribute__((always_inline)) {
-    const int64_t row = p.indices[e];
-    for (void* const state : t.table.states) {
-      if (state) prefetch(static_cast<const A*>(state) + row * t.table.state_row_size, t.table.state_row_size);
-    }
-    if (!t.linear.weight) return;
-    prefetch(static_cast<const A*>(t.linear.weight) + row, 1);
-    for (void* const state : t.linear.states) {
-      if (state) prefetch(static_cast<const A*>(state) + row, 1);
-    }
-  };
-  RowsAhead<T, decltype(prefetch_states)> ahead(p, begin, end, prefetch_states);
-  const auto on_step = [&](int64_t work) { ahead.step(work); };
+  typename StatesAhead<T>::Rows rows_ahead(p, arena, true, {begin, end}, {0, p.num_fields}, OtherRows<T>(p, t));
+  StatesAhead<T> states_ahead(p, t, arena, rows_ahead, end);
   double loss = 0;
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = p.entries_begin(b), last = p.entries_begin(b + 1);
     FieldSums<T>& s = trainer.sums();
     s.load_sample(first, last);
-    ahead.at_sample(b, s.num_active() * (s.num_active() - 1) / 2);
-    loss += trainer.train(first, last, A(labels[b]), weights ? A(weights[b]) : A(1), step + b, on_step);
-    ahead.after_sample();
+    rows_ahead.at_sample(b, s.num_active() * (s.num_active() - 1) / 2);
+    states_ahead.at_sample(b);
+    const A weight = weights ? A(weights[b]) : A(1);
+    loss += trainer.train(first, last, A(labels[b]), weight, step + b, rows_ahead, states_ahead);
+    rows_ahead.after_sample();
   }
   return loss;
 }
@@ -241,7 +329,7 @@ size_t train_bytes(const Problem& p) {
     using T = typename decltype(scalar)::type;
     Arena arena(nullptr);
     Trainer<T, 0>(p, {}, arena);
-    bytes = arena.used();
+    bytes = arena.used() + 3 * Places<char>::bytes(p);
   });
   return bytes;
 }

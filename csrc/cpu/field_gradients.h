@@ -2,7 +2,7 @@
 // The gradients of a sample's field sums. Included after vec.h, inside the namespace of an ISA.
 #pragma once
 
-#include "field_sums.h"
+#include "rows_ahead.h"
 
 // d = dL/dS[f]: for every field g that has entries, grad_output(f, g) * S[g, f]; zero at f itself.
 // terms.pair(f, g) is the gradient of the pair's terms, terms.at(term, k) that of its number k.
@@ -23,10 +23,11 @@ void field_gradient(const FieldSums<T>& s, const Terms& terms, const R* const* r
 }
 
 // The same for kSum, where all fields have entries: d[r] = dL/dS[f + r] for `kFields` fields, a register at a time.
-// What the last register of a K-vector has too much, the next one overwrites. See dispatch_registers.
-template <int kEmbedDim, int kRest, int kFields, typename T, typename R>
+// What the last register of a K-vector has too much, the next one overwrites. See dispatch_registers, and rows_ahead.h
+// for `ahead`.
+template <int kEmbedDim, int kRest, int kFields, typename T, typename R, typename Ahead>
 void field_gradients(const FieldSums<T>& s, Sum<T> grad_output, const R* const* rows, int64_t f, int64_t F,
-                     int64_t embed_dim, Sum<T>* d, int64_t stride) {
+                     int64_t embed_dim, Sum<T>* d, int64_t stride, const Ahead& ahead) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   const int64_t K = kEmbedDim ? kEmbedDim : embed_dim;
@@ -43,9 +44,11 @@ void field_gradients(const FieldSums<T>& s, Sum<T> grad_output, const R* const* 
       Vec<A, L> x = grad_output - Vec<A, L>{};
       if (has_values) x *= load_pairs(s.wide_scale() + g * K);
       for (int r = 0; r < kFields; ++r) store<L>(d + r * stride + g * K, x * columns[r]);
+      ahead.template ask_vectors<kEmbedDim, kFields>(g, f, K);
     }
   }
   for (; g < F; ++g) {
+    ahead.template ask_vectors<kEmbedDim, kFields, false, 1>(g, f, K);
     for (int r = 0; r < kFields; ++r) {
       const R* const column = rows[g] + (f + r) * K;
       A* const to = d + r * stride + g * K;

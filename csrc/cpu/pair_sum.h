@@ -2,7 +2,7 @@
 // The sum over the pairs of a sample. Included after vec.h, inside the namespace of an ISA.
 #pragma once
 
-#include "field_sums.h"
+#include "rows_ahead.h"
 
 // Where a tile's lanes all count, in place of a function that masks those of a row.
 struct AllLanes {};
@@ -22,6 +22,14 @@ __attribute__((always_inline)) inline void for_tiles(int64_t F, const Tile& tile
   if (whole < F) diagonal(g_last, done);
 }
 
+// fn(I) for I = 0 .. n - 1, as constants.
+template <int n, typename Fn>
+__attribute__((always_inline)) inline void for_constants(const Fn& fn) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (fn(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, n>{});
+}
+
 // Sum over the pairs of a sample, in registers until its end. R is what its rows are stored in; see dispatch_registers.
 // kScaled: fields have values.
 template <typename R, int kEmbedDim, int kRest, bool kScaled>
@@ -29,38 +37,55 @@ class PairSum {
  public:
   using A = Sum<R>;
 
-  // All pairs of the fields that have entries. step(n) is called after every few rows, with the number of their pairs.
-  template <typename T, typename Step>
-  void add_pairs(const FieldSums<T>& s, const R* const* rows, int64_t embed_dim, const Step& step) {
+  // All pairs of the fields that have entries; `ahead` is told where it is (rows_ahead.h).
+  template <typename T, typename Ahead>
+  __attribute__((always_inline)) void add_pairs(const FieldSums<T>& s, const R* const* rows, int64_t embed_dim,
+                                                Ahead& ahead) {
     const int64_t K = kEmbedDim ? kEmbedDim : embed_dim, m = s.num_active();
     int64_t i = 0;
     if constexpr (kFields > 1 && kKeepsNarrow) {
-      if (s.is_dense() && m >= kFields) return add_tiles(s, rows, step);
+      if (s.is_dense() && m >= kFields) return add_tiles(s, rows, ahead);
     } else if constexpr (kFields > 1) {
       for (; s.is_dense() && i + kFields <= m; i += kFields) {
         int64_t j = i + kFields;
-        for (; j + kFields <= m; j += kFields) add_tile(s, rows, i, j, AllLanes{});
-        for (int64_t f = i; f < i + kFields; ++f) {
-          for (int64_t g = f + 1; g < i + kFields; ++g) add_pair(s, rows, f, g, K);
-          for (int64_t g = j; g < m; ++g) add_pair(s, rows, f, g, K);
+        for (; j + kFields <= m; j += kFields) {
+          add_tile(s, rows, i, j, AllLanes{});
+          ahead.template ask_tile<kEmbedDim, kFields>(i, j);
         }
-        step(kFields * (m - i) - kFields * (kFields + 1) / 2);
+        ahead.template ask_tile<kEmbedDim, kFields>(i, i);
+        for_constants<kFields>([&](auto r) __attribute__((always_inline)) {
+          for_constants<kFields>([&](auto q) __attribute__((always_inline)) {
+            if constexpr (r < q) add_pair<q % kSums>(s, rows, i + r, i + q, K);
+          });
+        });
+        if (j < m) ahead.template ask_vectors<kEmbedDim, kFields>(i, j, K);
+        for (; j < m; ++j) {
+          for_constants<kFields>([&](auto r)
+                                     __attribute__((always_inline)) { add_pair<r % kSums>(s, rows, i + r, j, K); });
+          ahead.template ask_vectors<kEmbedDim, kFields, false, 1>(j, i, K);
+        }
+        ahead.step(kFields * (m - i) - kFields * (kFields + 1) / 2);
       }
     }
     for (; i < m; ++i) {
       const int64_t f = s.active(i);
       int64_t j = i + 1;
-      for (; j + 1 < m; j += 2) {
-        add_pair(s, rows, f, s.active(j), K);
-        add_pair<kSums / 2>(s, rows, f, s.active(j + 1), K);
-      }
-      if (j < m) add_pair(s, rows, f, s.active(j), K);
-      step(m - 1 - i);
+      const auto add = [&](auto r) __attribute__((always_inline)) {
+        const int64_t g = s.active(j + r);
+        add_pair<r>(s, rows, f, g, K);
+        ahead.template ask_vectors<kEmbedDim, 1>(f, g, K);
+        ahead.template ask_vectors<kEmbedDim, 1>(g, f, K);
+      };
+      for (; j + kSums <= m; j += kSums) for_constants<kSums>(add);
+      for (; j < m; ++j) add(std::integral_constant<int, 0>{});
+      ahead.template ask_vectors<kEmbedDim, 1>(f, f, K);
+      ahead.step(m - 1 - i);
     }
   }
 
   A total() const {
-    return sum<A, kWide>((wide_[0] + wide_[1]) + (wide_[2] + wide_[3])) + sum<A, kLast>(rest_[0] + rest_[1]);
+    return sum<A, kWide>((wide_[0] + wide_[1]) + (wide_[2] + wide_[3])) +
+           sum<A, kLast>((rest_[0] + rest_[1]) + (rest_[2] + rest_[3]));
   }
 
  private:
@@ -75,17 +100,25 @@ class PairSum {
   using Lanes = Vec<Lane, L>;
 
   // All pairs in tiles: where half as many registers hold a row, pairs by themselves would take as long as the rest.
-  template <typename T, typename Step>
-  void add_tiles(const FieldSums<T>& s, const R* const* rows, const Step& step) {
+  template <typename T, typename Ahead>
+  __attribute__((always_inline)) void add_tiles(const FieldSums<T>& s, const R* const* rows, Ahead& ahead) {
     const int64_t F = s.num_active();
     const Lanes field = run_of_lane<Lane, L, kEmbedDim>();
     const auto at_least = [&](int64_t first) { return field >= static_cast<Lane>(first); };
     for_tiles<kFields>(
-        F, [&](int64_t f, int64_t g) { add_tile(s, rows, f, g, AllLanes{}); },
-        [&](int64_t f, int64_t g, int64_t done) { add_tile(s, rows, f, g, [&](int64_t) { return at_least(done); }); },
+        F,
+        [&](int64_t f, int64_t g) {
+          add_tile(s, rows, f, g, AllLanes{});
+          ahead.template ask_tile<kEmbedDim, kFields>(f, g);
+        },
+        [&](int64_t f, int64_t g, int64_t done) {
+          add_tile(s, rows, f, g, [&](int64_t) { return at_least(done); });
+          ahead.template ask_tile<kEmbedDim, kFields, true>(f, g);
+        },
         [&](int64_t f, int64_t done) {
           add_tile(s, rows, f, f, [&](int64_t r) { return at_least(r >= done ? r + 1 : kFields); });
-          step(kFields * std::max<int64_t>(0, F - f - kFields) + kFields * (kFields - 1) / 2);
+          ahead.template ask_tile<kEmbedDim, kFields, true>(f, f);
+          ahead.step(kFields * std::max<int64_t>(0, F - f - kFields) + kFields * (kFields - 1) / 2);
         });
   }
 
@@ -123,7 +156,7 @@ class PairSum {
       add(wide_[(kFirstSum + k / L) % kSums], factors<L>(a + k, L), factors<L>(b + k, L), x);
     }
     if constexpr (kRest > 0) {
-      add(rest_[kFirstSum / (kSums / 2)], factors<kRest>(a + k, K - k), factors<kRest>(b + k, K - k), x);
+      add(rest_[kFirstSum], factors<kRest>(a + k, K - k), factors<kRest>(b + k, K - k), x);
     }
   }
 
@@ -150,23 +183,23 @@ class PairSum {
   static constexpr int kWide = kKeepsNarrow ? L / 2 : L;
   static constexpr int kLast = kRest == 0 ? 1 : kKeepsNarrow ? kRest / 2 : kRest;
   Vec<A, kWide> wide_[kSums] = {};
-  Vec<A, kLast> rest_[2] = {};
+  Vec<A, kLast> rest_[kSums] = {};
 };
 
 // That sum, for whatever K and values the Problem has.
-template <int kEmbedDim, typename T, typename R, typename Step>
+template <int kEmbedDim, typename T, typename R, typename Ahead>
 __attribute__((always_inline)) inline Sum<T> sum_pairs(const Problem& p, const FieldSums<T>& s, const R* const* rows,
-                                                       const Step& step) {
+                                                       Ahead& ahead) {
   using A = Sum<T>;
   const int64_t K = kEmbedDim ? kEmbedDim : p.embed_dim;
   A y = dispatch_registers<kEmbedDim, kLanes<A>>(K, [&](auto embed_dim, auto rest) {
     if (p.values) {
       PairSum<R, embed_dim(), rest(), true> pairs;
-      pairs.add_pairs(s, rows, K, step);
+      pairs.add_pairs(s, rows, K, ahead);
       return pairs.total();
     }
     PairSum<R, embed_dim(), rest(), false> pairs;
-    pairs.add_pairs(s, rows, K, step);
+    pairs.add_pairs(s, rows, K, ahead);
     return pairs.total();
   });
   if (p.within_field && s.is_summed()) {

@@ -335,20 +335,35 @@ class PairUpdates {
   }
 
   // All pairs of the fields 0 .. F - 1, entry f being field f's. wide_scale: the x of entry g, K times for each g.
-  // Entries by value: their arrays are known to stay where they are, whatever is stored.
-  template <typename Scale>
-  void update_fields(LearntEntries<T> entries, int64_t F, Scale wide_scale) const {
+  // Entries by value: their arrays are known to stay where they are, whatever is stored. `ahead`: see rows_ahead.h.
+  template <typename Scale, typename Ahead>
+  void update_fields(LearntEntries<T> entries, int64_t F, Scale wide_scale, const Ahead& ahead) const {
     if constexpr (kFields > 1) {
       if (F >= kFields) {
         for_tiles<kFields>(
-            F, [&](int64_t f, int64_t g) { update_tile(entries, f, g, AllLanes{}, AllLanes{}, wide_scale); },
-            [&](int64_t f, int64_t g, int64_t done) { update_last(entries, f, g, done, wide_scale); },
-            [&](int64_t f, int64_t done) { update_diagonal(entries, f, done, wide_scale); });
+            F,
+            [&](int64_t f, int64_t g) {
+              ahead.template ask_tile<kEmbedDim, kFields>(f, g);
+              update_tile(entries, f, g, AllLanes{}, AllLanes{}, wide_scale);
+            },
+            [&](int64_t f, int64_t g, int64_t done) {
+              ahead.template ask_tile<kEmbedDim, kFields, true>(f, g);
+              update_last(entries, f, g, done, wide_scale);
+            },
+            [&](int64_t f, int64_t done) {
+              ahead.template ask_tile<kEmbedDim, kFields, true>(f, f);
+              update_diagonal(entries, f, done, wide_scale);
+            });
         return;
       }
     }
     for (int64_t f = 0; f < F; ++f) {
-      for (int64_t g = f + 1; g < F; ++g) update_pair(entries, f, f, g, g);
+      ahead.template ask_vectors<kEmbedDim, 1>(f, f, embed_dim_);
+      for (int64_t g = f + 1; g < F; ++g) {
+        ahead.template ask_vectors<kEmbedDim, 1>(f, g, embed_dim_);
+        ahead.template ask_vectors<kEmbedDim, 1>(g, f, embed_dim_);
+        update_pair(entries, f, f, g, g);
+      }
     }
   }
 

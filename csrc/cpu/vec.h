@@ -458,13 +458,16 @@ inline A dot(const T* a, const A* b, int64_t n) {
   return sum<A, L>(wide) + rest;
 }
 
-// Asks for the cache lines of n elements: into the second level, since the first has no room for two samples. As many
-// requests for every row, wherever it begins, so that the end of the loop is foreseen; the last may ask twice.
+// Asks for a cache line: into the second level, since the first has no room for two samples.
 // Inlined by force: GCC takes a function that does nothing else for one without effect, and drops its calls.
+__attribute__((always_inline)) inline void prefetch_line(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// Asks for the cache lines of n elements. As many requests for every row, wherever it begins, so that the end of the
+// loop is foreseen; the last may ask twice.
 template <typename T>
 __attribute__((always_inline)) inline void prefetch(const T* p, int64_t n) {
   const char* const first = reinterpret_cast<const char*>(p);
   const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
-  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(first + i, 0, 2);
-  __builtin_prefetch(first + bytes - 1, 0, 2);
+  for (int64_t i = 0; i < bytes; i += kCacheLine) prefetch_line(first + i);
+  prefetch_line(first + bytes - 1);
 }

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: MIT
+// Asking for the rows of later samples while a sample is worked on. Included like vec.h, inside the namespace of an
+// ISA.
+//
+// Whoever goes over pairs tells an object such as these where it is, by
+//   ask_tile, ask_vectors  it is at these K-vectors, of fields in their order,
+//   step(work)             it has done so many of the units of work that a sample takes.
+// Where samples are a matrix, every K-vector is a cue to ask for the same place of a later sample: requests then come
+// as evenly as loads do, and neither keeps the other waiting for a line buffer. Of other samples it is not known in
+// time where a field's row is, so whole rows are asked for in bursts: a core keeps more lines in flight when no loads
+// stand between the requests.
+#pragma once
+
+#include "field_sums.h"
+
+// A row for each field, to be asked for place by place.
+template <typename T>
+class Places {
+ public:
+  // Columns are those of the fields from first_field on, up to the number `end` of a row.
+  Places(const Problem& p, Arena& arena, int64_t first_field, int64_t end)
+      : first_field_(first_field), end_(end), rows_(arena.take<const T*>(p.num_fields)) {}
+
+  // Of each piece of memory that is taken.
+  static size_t bytes(const Problem& p) {
+    Arena arena(nullptr);
+    Places(p, arena, 0, 0);
+    return arena.used();
+  }
+
+  const T* row(int64_t f) const { return rows_[f]; }
+  // The last place of a row may reach into one more line.
+  __attribute__((always_inline)) void set_row(int64_t f, const T* row) const {
+    rows_[f] = row;
+    prefetch_line(row + end_ - 1);
+  }
+
+  // Those for kFields fields from g on, in as many rows from f on, and the other way round.
+  template <int kEmbedDim, int kFields, bool kAlways = false>
+  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g) const {
+    ask_vectors<kEmbedDim, kFields, kAlways>(f, g, kEmbedDim);
+    if (f != g) ask_vectors<kEmbedDim, kFields, kAlways>(g, f, kEmbedDim);
+  }
+
+  // Those for kFields fields from g on, a line at most or one field, in the rows of kRows fields from f on. Such as
+  // share a line are asked for once, at the first of it, or always: where g is out of step.
+  template <int kEmbedDim, int kFields, bool kAlways = false, int kRows = kFields>
+  __attribute__((always_inline)) void ask_vectors(int64_t f, int64_t g, int64_t embed_dim) const {
+    constexpr int64_t kLine = kCacheLine / sizeof(T), kPerLine = kEmbedDim > 0 ? kLine / kEmbedDim : 1;
+    if constexpr (kPerLine > 1 && kFields % kPerLine != 0 && !kAlways) {
+      if ((g - first_field_) % kPerLine != 0) return;
+    }
+    const int64_t K = kEmbedDim ? kEmbedDim : embed_dim;
+    for (int r = 0; r < kRows; ++r) {
+      const T* const vectors = rows_[f + r] + g * K;
+      int64_t k = 0;
+      do {
+        prefetch_line(vectors + k);
+        k += kLine;
+      } while (k < K);
+    }
+  }
+
+ private:
+  int64_t first_field_, end_;
+  const T** rows_;
+};
+
+// Those of the table. Given fields, only the columns for these are asked for. Given also(e), entry e needs another row,
+// which that asks for; where there are fewer than all fields, for the entries of these.
+struct NoOtherRow {
+  void operator()(int64_t) const {}
+};
+template <typename T, typename Also = NoOtherRow>
+class RowsAhead {
+ public:
+  // by_place: whether the kernel says where it is, where samples are a matrix.
+  RowsAhead(const Problem& p, Arena& arena, bool by_place, Range samples, Range fields, const Also& also = {})
+      : p_(p),
+        also_(also),
+        entries_(p),
+        fields_(fields),
+        columns_{fields.begin * p.embed_dim, fields.end * p.embed_dim},
+        end_(samples.end),
+        last_(p.entries_begin(end_)),
+        burst_(rows_of(kBurstBytes)),
+        window_(rows_of(kWindowBytes)),
+        requested_(p.entries_begin(samples.begin)),
+        is_by_place_(by_place && !p.fields),
+        distance_(is_by_place_ ? std::max<int64_t>(1, window_ / p.num_fields) : 1),
+        places_(p, arena, fields.begin, columns_.end) {
+    if (samples.begin < end_) request(p.entries_begin(std::min(end_, samples.begin + distance_)));
+  }
+
+  bool is_by_place() const { return is_by_place_; }
+  // How many samples ahead rows are asked for, by place.
+  int64_t distance() const { return distance_; }
+
+  // Sample b is next, and takes `work` units of step().
+  void at_sample(int64_t b, int64_t work) {
+    if (is_by_place_) {
+      has_later_ = b + distance_ < end_;
+      if (!has_later_) return;
+      later_ = p_.entries_begin(b + distance_);
+      for (int64_t f = 0; f < p_.num_fields; ++f) places_.set_row(f, entries_.row(later_ + f));
+      return;
+    }
+    work_a_burst_ = burst_ * work / std::max<int64_t>(1, p_.entries_begin(b + 1) - p_.entries_begin(b));
+    next_sample_end_ = b + 2 <= end_ ? p_.entries_begin(b + 2) : last_;
+    limit_ = std::min(last_, std::max(next_sample_end_, p_.entries_begin(b) + window_));
+  }
+  void step(int64_t work) {
+    if (is_by_place_) return;
+    work_done_ += work;
+    if (work_done_ < work_a_burst_) return;
+    work_done_ -= work_a_burst_;
+    request(std::min(limit_, requested_ + burst_));
+  }
+  void after_sample() {
+    if (!is_by_place_) request(next_sample_end_);
+  }
+
+  template <int kEmbedDim, int kFields, bool kAlways = false>
+  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g) const {
+    if (has_later_) places_.template ask_tile<kEmbedDim, kFields, kAlways>(f, g);
+  }
+  template <int kEmbedDim, int kFields, bool kAlways = false, int kRows = kFields>
+  __attribute__((always_inline)) void ask_vectors(int64_t f, int64_t g, int64_t embed_dim) const {
+    if (has_later_) places_.template ask_vectors<kEmbedDim, kFields, kAlways, kRows>(f, g, embed_dim);
+  }
+  // What goes with the entry of field f.
+  __attribute__((always_inline)) void ask_other_row(int64_t f) const {
+    if (has_later_) also_(later_ + f);
+  }
+  // All at once, by who does not go from place to place.
+  void ask_rows() const {
+    for (int64_t f = 0; has_later_ && f < p_.num_fields; ++f) {
+      prefetch(places_.row(f) + columns_.begin, columns_.end - columns_.begin);
+    }
+  }
+
+ private:
+  static constexpr int64_t kBurstBytes = 4 << 10, kWindowBytes = 24 << 10;
+
+  int64_t rows_of(int64_t bytes) const {
+    return std::max<int64_t>(1, bytes / ((columns_.end - columns_.begin) * static_cast<int64_t>(sizeof(T))));
+  }
+  void request(int64_t limit) {
+    for (; requested_ < limit; ++requested_) {
+      prefetch(entries_.row(requested_) + columns_.begin, columns_.end - columns_.begin);
+      if (fields_.begin <= field_ && field_ < fields_.end) also_(requested_);
+      if (++field_ == p_.num_fields) field_ = 0;
+    }
+  }
+
+  const Problem& p_;
+  const Also also_;
+  Entries<T> entries_;
+  const Range fields_, columns_;
+  int64_t end_, last_, burst_, window_, requested_;
+  // The field of the entry that comes next, if the samples are a matrix.
+  int64_t field_ = 0;
+  int64_t next_sample_end_ = 0, limit_ = 0, work_done_ = 0, work_a_burst_ = 0;
+
+  bool is_by_place_, has_later_ = false;
+  int64_t distance_;
+  Places<T> places_;
+  int64_t later_ = 0;  // the first entry of the sample that is asked for
+};
