@@ -42,8 +42,8 @@ class Places {
     if (f != g) ask_vectors<kEmbedDim, kFields, kAlways>(g, f, kEmbedDim);
   }
 
-  // Those for kFields fields from g on, a line at most or one field, in the rows of kRows fields from f on. Such as
-  // share a line are asked for once, at the first of it, or always: where g is out of step.
+  // Those for kFields fields from g on, in the rows of kRows fields from f on. Such as share a line are asked for once,
+  // at the first of it, or always: where g is out of step.
   template <int kEmbedDim, int kFields, bool kAlways = false, int kRows = kFields>
   __attribute__((always_inline)) void ask_vectors(int64_t f, int64_t g, int64_t embed_dim) const {
     constexpr int64_t kLine = kCacheLine / sizeof(T), kPerLine = kEmbedDim > 0 ? kLine / kEmbedDim : 1;
@@ -53,11 +53,12 @@ class Places {
     const int64_t K = kEmbedDim ? kEmbedDim : embed_dim;
     for (int r = 0; r < kRows; ++r) {
       const T* const vectors = rows_[f + r] + g * K;
+      // What is wider than a row's type, as states of bfloat16 weights are, takes several lines.
       int64_t k = 0;
       do {
         prefetch_line(vectors + k);
         k += kLine;
-      } while (k < K);
+      } while (k < kFields * K);
     }
   }
 
