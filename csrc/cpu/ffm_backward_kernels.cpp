@@ -134,7 +134,8 @@ void backward(const Problem& p, const Gradient& grad, Range samples, Range field
     if (grad_rows) grad_rows.put(e, x, gradient);
   };
   const auto prefetch_sum = [&](int64_t e) __attribute__((always_inline)) { grad_rows.prefetch_sum(e); };
-  RowsAhead<T, decltype(prefetch_sum)> ahead(p, arena, kOutput == Output::kSum, samples, fields, prefetch_sum);
+  constexpr Ask kAsk = kOutput == Output::kSum ? Ask::kByPlaceEndsFirst : Ask::kInBursts;
+  RowsAhead<T, decltype(prefetch_sum)> ahead(p, arena, kAsk, samples, fields, prefetch_sum);
 
   for (int64_t b = samples.begin; b < samples.end; ++b) {
     const int64_t first = p.entries_begin(b), last = p.entries_begin(b + 1);

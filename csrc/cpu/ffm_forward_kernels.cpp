@@ -25,7 +25,8 @@ void forward(const Problem& p, T* out, int64_t begin, int64_t end, void* scratch
   const int64_t P = F * (F - 1) / 2, num_terms = P + (p.within_field ? F : 0);
   Arena arena(scratch);
   FieldSums<T> s(p, arena);
-  RowsAhead<T> ahead(p, arena, kOutput == Output::kSum, {begin, end}, {0, F});
+  constexpr Ask kAsk = kOutput == Output::kSum ? Ask::kByPlaceEndsFirst : Ask::kInBursts;
+  RowsAhead<T> ahead(p, arena, kAsk, {begin, end}, {0, F});
   for (int64_t b = begin; b < end; ++b) {
     s.load_sample(p.entries_begin(b), p.entries_begin(b + 1));
     ahead.at_sample(b, s.num_active() * (s.num_active() - 1) / 2);
@@ -76,9 +77,9 @@ template <typename T>
 void gather_sum(const Problem& p, T* out, int64_t begin, int64_t end) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
-  constexpr int64_t kLine = kCacheLine / sizeof(T), kWindowBytes = 24 << 10;
+  constexpr int64_t kLine = kCacheLine / sizeof(T);
   const int64_t row_size = p.row_size(), last = p.entries_begin(end);
-  const int64_t rows_ahead = std::max<int64_t>(1, kWindowBytes / (row_size * static_cast<int64_t>(sizeof(T))));
+  const int64_t rows_ahead = rows_in(kWindowBytes, row_size * static_cast<int64_t>(sizeof(T)));
   const Entries<T> entries(p);
   for (int64_t e = p.entries_begin(begin); e < std::min(last, p.entries_begin(begin) + rows_ahead); ++e) {
     prefetch(entries.row(e), row_size);

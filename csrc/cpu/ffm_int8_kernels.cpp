@@ -19,7 +19,7 @@ namespace {
 
 #include "vec.h"
 // after vec.h, which it uses
-#include "field_sums.h"
+#include "rows_ahead.h"
 
 // A packed table and the entries of a batch that name its rows. A row begins with its scales.
 class PackedEntries {
@@ -126,6 +126,50 @@ inline void store_below(float* out, int64_t i, int64_t n, Vec<float, N> v) {
   for (int64_t j = i; j < n; ++j) out[j] = v[j - i];
 }
 
+// Asks for the rows of later samples, as many lines with every tile that is met as bring a sample's before its end. A
+// row is too few lines for a tile to be the cue for its own place (rows_ahead.h).
+class PackedRowsAhead {
+ public:
+  PackedRowsAhead(const Problem& p, const PackedEntries& entries, Range samples, int64_t tiles)
+      : p_(p),
+        entries_(entries),
+        row_bytes_(packed_row_bytes(p.num_fields, p.embed_dim)),
+        last_sample_(samples.end),
+        distance_(std::max<int64_t>(1, rows_in(kWindowBytes, row_bytes_) / p.num_fields)),
+        lines_a_tile_(((row_bytes_ + kCacheLine - 1) / kCacheLine * p.num_fields + tiles - 1) / tiles),
+        next_(p.entries_begin(samples.begin)) {
+    set_end(samples.begin);
+    after_sample();
+  }
+
+  void at_sample(int64_t b) { set_end(b + 1); }
+  __attribute__((always_inline)) void at_tile() {
+    for (int64_t i = 0; i < lines_a_tile_; ++i) ask_line();
+  }
+  void after_sample() {
+    while (next_ < end_ || line_ < row_end_) ask_line();
+  }
+
+ private:
+  void set_end(int64_t b) { end_ = p_.entries_begin(std::min(last_sample_, b + distance_)); }
+  __attribute__((always_inline)) void ask_line() {
+    if (line_ >= row_end_) {
+      if (next_ == end_) return;
+      const char* const row = entries_.row(next_++);
+      line_ = row - reinterpret_cast<uintptr_t>(row) % kCacheLine;
+      row_end_ = row + row_bytes_;
+    }
+    prefetch_line(line_);
+    line_ += kCacheLine;
+  }
+
+  const Problem& p_;
+  const PackedEntries& entries_;
+  int64_t row_bytes_, last_sample_, distance_, lines_a_tile_;
+  int64_t next_, end_ = 0;  // entries
+  const char *line_ = nullptr, *row_end_ = nullptr;
+};
+
 // The pairs of samples that have one entry a field, in the order of the fields. kEmbedDim is what a packed row has, 4,
 // 8 or 16; 0 is a multiple of 16.
 template <int kEmbedDim>
@@ -166,21 +210,32 @@ class PairTiles {
     }
   }
 
-  // The sum of all.
-  float sum() const {
+  int64_t num_tiles() const {
+    int64_t n = 0;
+    for (int64_t i = 0; i < row_blocks_; ++i) n += column_blocks_ - i * kRows / kColumns;
+    return n;
+  }
+
+  // The sum of all; `ahead` is told of every tile.
+  float sum(PackedRowsAhead& ahead) const {
     Floats total = {};
     for (int64_t i = 0; i < row_blocks_; ++i) {
       int64_t j = i * kRows / kColumns;
+      ahead.at_tile();
       total += tile(i, j) * upper(row_begin(i), column_begin(j));
-      for (++j; j < column_blocks_; ++j) total += tile(i, j);
+      for (++j; j < column_blocks_; ++j) {
+        ahead.at_tile();
+        total += tile(i, j);
+      }
     }
     return FFM_ISA::sum<float, kPairs>(total);
   }
 
   // The dot products of the pairs in their order, terms [P].
-  void dots(float* terms) const {
+  void dots(float* terms, PackedRowsAhead& ahead) const {
     for (int64_t i = 0; i < row_blocks_; ++i) {
       for (int64_t j = i * kRows / kColumns; j < column_blocks_; ++j) {
+        ahead.at_tile();
         const Floats pairs = tile(i, j);
         for (int r = 0; r < kRows; ++r) {
           const int64_t f = row_begin(i) + r, g = column_begin(j);
@@ -285,19 +340,20 @@ void forward(const Problem& p, float* out, int64_t begin, int64_t end, void* scr
   const PackedEntries entries(p);
   Arena arena(scratch);
   PairTiles<kEmbedDim> pairs(p, arena);
+  PackedRowsAhead ahead(p, entries, {begin, end}, pairs.num_tiles());
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = p.entries_begin(b);
-    // All at once, while nothing else is asked of memory: spread over the tiles they would keep loads waiting.
-    if (b + 1 < end) entries.prefetch_rows(first + F, first + 2 * F);
+    ahead.at_sample(b);
     for (int64_t f = 0; f < F; ++f) pairs.set_row(f, entries.row(first + f));
     if (p.values) pairs.set_values(entries.values(first));
     if (p.output == Output::kSum) {
-      out[b] = pairs.sum();
+      out[b] = pairs.sum(ahead);
     } else {
       float* const terms = out + b * num_terms * width;
-      p.output == Output::kDot ? pairs.dots(terms) : pairs.products(terms);
+      p.output == Output::kDot ? pairs.dots(terms, ahead) : pairs.products(terms);
       for (int64_t t = P * width; t < num_terms * width; ++t) terms[t] = 0;
     }
+    ahead.after_sample();
   }
 }
 

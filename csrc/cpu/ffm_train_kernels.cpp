@@ -108,9 +108,9 @@ class StatesAhead {
   }
 
   template <int kEmbedDim, int kFields, bool kAlways = false>
-  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g) const {
+  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g, int64_t embed_dim = kEmbedDim) const {
     if (!has_wide_rows_) return f == g ? ask_rows<kFields>(f) : void();
-    for (int i = 0; i < num_states_; ++i) places_[i].template ask_tile<kEmbedDim, kFields, kAlways>(f, g);
+    for (int i = 0; i < num_states_; ++i) places_[i].template ask_tile<kEmbedDim, kFields, kAlways>(f, g, embed_dim);
   }
   template <int kEmbedDim, int kFields, bool kAlways = false, int kRows = kFields>
   __attribute__((always_inline)) void ask_vectors(int64_t f, int64_t g, int64_t embed_dim) const {
@@ -307,7 +307,8 @@ double train(const Problem& p, const Training& t, const float* labels, const flo
   using A = Sum<T>;
   Arena arena(scratch);
   Trainer<T, kEmbedDim> trainer(p, t, arena);
-  typename StatesAhead<T>::Rows rows_ahead(p, arena, true, {begin, end}, {0, p.num_fields}, OtherRows<T>(p, t));
+  typename StatesAhead<T>::Rows rows_ahead(p, arena, Ask::kByPlace, {begin, end}, {0, p.num_fields},
+                                           OtherRows<T>(p, t));
   StatesAhead<T> states_ahead(p, t, arena, rows_ahead, end);
   double loss = 0;
   for (int64_t b = begin; b < end; ++b) {

@@ -73,12 +73,11 @@ class PairSum {
       const auto add = [&](auto r) __attribute__((always_inline)) {
         const int64_t g = s.active(j + r);
         add_pair<r>(s, rows, f, g, K);
-        ahead.template ask_vectors<kEmbedDim, 1>(f, g, K);
-        ahead.template ask_vectors<kEmbedDim, 1>(g, f, K);
+        ahead.template ask_tile<kEmbedDim, 1>(f, g, K);
       };
       for (; j + kSums <= m; j += kSums) for_constants<kSums>(add);
       for (; j < m; ++j) add(std::integral_constant<int, 0>{});
-      ahead.template ask_vectors<kEmbedDim, 1>(f, f, K);
+      ahead.template ask_tile<kEmbedDim, 1>(f, f, K);
       ahead.step(m - 1 - i);
     }
   }

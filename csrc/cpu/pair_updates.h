@@ -358,10 +358,9 @@ class PairUpdates {
       }
     }
     for (int64_t f = 0; f < F; ++f) {
-      ahead.template ask_vectors<kEmbedDim, 1>(f, f, embed_dim_);
+      ahead.template ask_tile<kEmbedDim, 1>(f, f, embed_dim_);
       for (int64_t g = f + 1; g < F; ++g) {
-        ahead.template ask_vectors<kEmbedDim, 1>(f, g, embed_dim_);
-        ahead.template ask_vectors<kEmbedDim, 1>(g, f, embed_dim_);
+        ahead.template ask_tile<kEmbedDim, 1>(f, g, embed_dim_);
         update_pair(entries, f, f, g, g);
       }
     }

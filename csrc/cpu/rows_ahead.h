@@ -13,13 +13,20 @@
 
 #include "field_sums.h"
 
+// Rows that are asked for together, and rows that are on their way at a time.
+constexpr int64_t kBurstBytes = 4 << 10, kWindowBytes = 24 << 10;
+inline int64_t rows_in(int64_t bytes, int64_t row_bytes) { return std::max<int64_t>(1, bytes / row_bytes); }
+
 // A row for each field, to be asked for place by place.
 template <typename T>
 class Places {
  public:
   // Columns are those of the fields from first_field on, up to the number `end` of a row.
   Places(const Problem& p, Arena& arena, int64_t first_field, int64_t end)
-      : first_field_(first_field), end_(end), rows_(arena.take<const T*>(p.num_fields)) {}
+      : first_field_(first_field),
+        end_(end),
+        rows_(arena.take<const T*>(p.num_fields)),
+        next_(arena.take<const T*>(p.num_fields)) {}
 
   // Of each piece of memory that is taken.
   static size_t bytes(const Problem& p) {
@@ -29,17 +36,20 @@ class Places {
   }
 
   const T* row(int64_t f) const { return rows_[f]; }
-  // The last place of a row may reach into one more line.
+  // The last place of a row may reach into one more line, which is asked for at once, or before: of the next row.
   __attribute__((always_inline)) void set_row(int64_t f, const T* row) const {
     rows_[f] = row;
     prefetch_line(row + end_ - 1);
   }
+  void set_next_row(int64_t f, const T* row) const { next_[f] = row; }
+  __attribute__((always_inline)) void ask_next_end(int64_t f) const { prefetch_line(next_[f] + end_ - 1); }
+  void turn_to_next() { std::swap(rows_, next_); }
 
   // Those for kFields fields from g on, in as many rows from f on, and the other way round.
   template <int kEmbedDim, int kFields, bool kAlways = false>
-  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g) const {
-    ask_vectors<kEmbedDim, kFields, kAlways>(f, g, kEmbedDim);
-    if (f != g) ask_vectors<kEmbedDim, kFields, kAlways>(g, f, kEmbedDim);
+  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g, int64_t embed_dim = kEmbedDim) const {
+    ask_vectors<kEmbedDim, kFields, kAlways>(f, g, embed_dim);
+    if (f != g) ask_vectors<kEmbedDim, kFields, kAlways>(g, f, embed_dim);
   }
 
   // Those for kFields fields from g on, in the rows of kRows fields from f on. Such as share a line are asked for once,
@@ -65,7 +75,13 @@ class Places {
  private:
   int64_t first_field_, end_;
   const T** rows_;
+  const T** next_;
 };
+
+// How a kernel asks: in bursts; or by place, where samples are a matrix, and there the ends of rows with the rest or a
+// sample before it. The first access to a row looks its page up. A core does that for few rows at once and waits for
+// more, so it had better be spread over a sample: but not in training, where the core is busy with more lines.
+enum class Ask { kInBursts, kByPlace, kByPlaceEndsFirst };
 
 // Those of the table. Given fields, only the columns for these are asked for. Given also(e), entry e needs another row,
 // which that asks for; where there are fewer than all fields, for the entries of these.
@@ -75,8 +91,7 @@ struct NoOtherRow {
 template <typename T, typename Also = NoOtherRow>
 class RowsAhead {
  public:
-  // by_place: whether the kernel says where it is, where samples are a matrix.
-  RowsAhead(const Problem& p, Arena& arena, bool by_place, Range samples, Range fields, const Also& also = {})
+  RowsAhead(const Problem& p, Arena& arena, Ask ask, Range samples, Range fields, const Also& also = {})
       : p_(p),
         also_(also),
         entries_(p),
@@ -87,10 +102,17 @@ class RowsAhead {
         burst_(rows_of(kBurstBytes)),
         window_(rows_of(kWindowBytes)),
         requested_(p.entries_begin(samples.begin)),
-        is_by_place_(by_place && !p.fields),
+        is_by_place_(ask != Ask::kInBursts && !p.fields),
+        asks_ends_first_(is_by_place_ && ask == Ask::kByPlaceEndsFirst),
         distance_(is_by_place_ ? std::max<int64_t>(1, window_ / p.num_fields) : 1),
+        ends_a_field_((p.num_fields - 1) / std::max<int64_t>(1, fields.end - fields.begin) + 1),
         places_(p, arena, fields.begin, columns_.end) {
-    if (samples.begin < end_) request(p.entries_begin(std::min(end_, samples.begin + distance_)));
+    if (samples.begin >= end_) return;
+    const int64_t first = std::min(end_, samples.begin + distance_);
+    request(p.entries_begin(first));
+    if (!asks_ends_first_ || first == end_) return;
+    set_next(first);
+    for (int64_t f = 0; f < p.num_fields; ++f) places_.ask_next_end(f);
   }
 
   bool is_by_place() const { return is_by_place_; }
@@ -100,10 +122,17 @@ class RowsAhead {
   // Sample b is next, and takes `work` units of step().
   void at_sample(int64_t b, int64_t work) {
     if (is_by_place_) {
-      has_later_ = b + distance_ < end_;
+      const int64_t later = b + distance_;
+      has_later_ = later < end_;
+      has_next_ = asks_ends_first_ && later + 1 < end_;
       if (!has_later_) return;
-      later_ = p_.entries_begin(b + distance_);
-      for (int64_t f = 0; f < p_.num_fields; ++f) places_.set_row(f, entries_.row(later_ + f));
+      later_ = p_.entries_begin(later);
+      if (asks_ends_first_) {
+        places_.turn_to_next();
+        if (has_next_) set_next(later + 1);
+      } else {
+        for (int64_t f = 0; f < p_.num_fields; ++f) places_.set_row(f, entries_.row(later_ + f));
+      }
       return;
     }
     work_a_burst_ = burst_ * work / std::max<int64_t>(1, p_.entries_begin(b + 1) - p_.entries_begin(b));
@@ -122,16 +151,19 @@ class RowsAhead {
   }
 
   template <int kEmbedDim, int kFields, bool kAlways = false>
-  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g) const {
-    if (has_later_) places_.template ask_tile<kEmbedDim, kFields, kAlways>(f, g);
+  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g, int64_t embed_dim = kEmbedDim) const {
+    if (has_later_) places_.template ask_tile<kEmbedDim, kFields, kAlways>(f, g, embed_dim);
+    if (f == g) ask_ends(f, f + kFields);
   }
   template <int kEmbedDim, int kFields, bool kAlways = false, int kRows = kFields>
   __attribute__((always_inline)) void ask_vectors(int64_t f, int64_t g, int64_t embed_dim) const {
     if (has_later_) places_.template ask_vectors<kEmbedDim, kFields, kAlways, kRows>(f, g, embed_dim);
   }
-  // What goes with the entry of field f.
+  // What goes with the entry of field f, by who does not ask for tiles.
   __attribute__((always_inline)) void ask_other_row(int64_t f) const {
     if (has_later_) also_(later_ + f);
+    const int64_t row = (f - fields_.begin) * ends_a_field_;
+    ask_ends(row, std::min(p_.num_fields, row + ends_a_field_));
   }
   // All at once, by who does not go from place to place.
   void ask_rows() const {
@@ -141,10 +173,16 @@ class RowsAhead {
   }
 
  private:
-  static constexpr int64_t kBurstBytes = 4 << 10, kWindowBytes = 24 << 10;
-
+  // Those of the next rows, of fields [begin, end).
+  __attribute__((always_inline)) void ask_ends(int64_t begin, int64_t end) const {
+    for (int64_t f = begin; has_next_ && f < end; ++f) places_.ask_next_end(f);
+  }
+  void set_next(int64_t b) {
+    const int64_t first = p_.entries_begin(b);
+    for (int64_t f = 0; f < p_.num_fields; ++f) places_.set_next_row(f, entries_.row(first + f));
+  }
   int64_t rows_of(int64_t bytes) const {
-    return std::max<int64_t>(1, bytes / ((columns_.end - columns_.begin) * static_cast<int64_t>(sizeof(T))));
+    return rows_in(bytes, (columns_.end - columns_.begin) * static_cast<int64_t>(sizeof(T)));
   }
   void request(int64_t limit) {
     for (; requested_ < limit; ++requested_) {
@@ -163,8 +201,8 @@ class RowsAhead {
   int64_t field_ = 0;
   int64_t next_sample_end_ = 0, limit_ = 0, work_done_ = 0, work_a_burst_ = 0;
 
-  bool is_by_place_, has_later_ = false;
-  int64_t distance_;
+  bool is_by_place_, asks_ends_first_, has_later_ = false, has_next_ = false;
+  int64_t distance_, ends_a_field_;
   Places<T> places_;
   int64_t later_ = 0;  // the first entry of the sample that is asked for
 };
