@@ -234,7 +234,7 @@ class Trainer:
         Raises:
             TypeError: ``train`` or ``valid`` is none of these, or a number is not whole.
             ValueError: an option makes no sense, shapes of the data do not fit each other or the model, a number in it
-                is not finite, or ``valid`` has no samples.
+                is not finite, or ``train`` or ``valid`` has no samples or weights whose sum is not positive.
             IndexError: an id or a field of the data is out of range.
             RuntimeError: the mode is ``"hogwild"`` and ``torch.use_deterministic_algorithms(True)`` is set.
             FloatingPointError: the loss, or that of ``valid``, is not finite any more; the text says when.
@@ -256,10 +256,10 @@ class Trainer:
             )
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
-        parts = self._parts("Trainer.fit: train", train)
+        parts = self._weighted_parts("Trainer.fit: train", train)
         valid_parts = None
         if valid is not None:
-            valid_parts = self._parts_to_evaluate("Trainer.fit: valid", valid)
+            valid_parts = self._weighted_parts("Trainer.fit: valid", valid)
 
         def save() -> None:
             if checkpoint is not None:
@@ -297,9 +297,16 @@ class Trainer:
         """One pass over ``data``, for what arrives a piece at a time. The mean loss, before each update.
 
         It counts as an epoch, so that the next pass takes another order.
+
+        Raises:
+            ValueError, IndexError: as :meth:`fit`.
         """
         self._run_epoch(
-            self._parts("Trainer.partial_fit: data", data), self.epoch + 1, None, None, None
+            self._weighted_parts("Trainer.partial_fit: data", data),
+            self.epoch + 1,
+            None,
+            None,
+            None,
         )
         return self._finish_epoch(None, False, 1).train_loss
 
@@ -552,7 +559,7 @@ class Trainer:
         Raises:
             TypeError, ValueError, IndexError: as :meth:`fit`.
         """
-        return self._mean_loss(self._parts_to_evaluate("Trainer.evaluate: data", data))
+        return self._mean_loss(self._weighted_parts("Trainer.evaluate: data", data))
 
     def predict(self, data: Data | Tensor | SparseBatch) -> Tensor:
         """Probabilities of a positive label (logistic), or values (squared): ``[n]`` float32.
@@ -610,8 +617,8 @@ class Trainer:
         """The samples of ``data``, all of which can be trained with or evaluated."""
         return self._local_parts(where, data)
 
-    def _parts_to_evaluate(self, where: str, data: Any) -> list[Any]:
-        """Those of ``data``, of which there is a mean loss."""
+    def _weighted_parts(self, where: str, data: Any) -> list[Any]:
+        """The same of data that has a mean loss."""
         parts = self._parts(where, data)
         if not self._sum_of_weights(parts) > 0:
             raise ValueError(f"{where} has no samples, or weights whose sum is not positive")

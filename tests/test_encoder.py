@@ -324,6 +324,23 @@ def test_numpys_integers_are_saved_too(tmp_path: Path) -> None:
     assert FieldEncoder.load(tmp_path / "encoder.json").columns == encoder.columns
 
 
+def test_names_of_several_levels_are_saved(tmp_path: Path) -> None:
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({("a", 1): ["u", "v"], ("b", ("c", None)): ["p", "q"], 2: ["x", "y"]})
+    encoder = FieldEncoder().fit(frame)
+    encoder.save(tmp_path / "encoder.json")
+    found = FieldEncoder.load(tmp_path / "encoder.json")
+    assert found.columns == encoder.columns
+    assert torch.equal(found.transform(frame).indices, encoder.transform(frame).indices)
+    numbered = FieldEncoder({np.int64(3): "vocabulary"}).fit({3: ["u"]})
+    numbered.save(tmp_path / "encoder.json")
+    assert FieldEncoder.load(tmp_path / "encoder.json").columns == numbered.columns
+    dated = FieldEncoder().fit({pd.Timestamp("2026-01-01"): ["u"]})
+    with pytest.raises(TypeError, match=r"FieldEncoder.save: a column's name has Timestamp"):
+        dated.save(tmp_path / "encoder.json")
+    assert FieldEncoder.load(tmp_path / "encoder.json").columns == numbered.columns
+
+
 def test_files_that_hold_no_encoder(tmp_path: Path) -> None:
     path = tmp_path / "encoder.json"
     FieldEncoder(COLUMNS).fit(TRAIN).save(path)

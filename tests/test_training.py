@@ -893,7 +893,7 @@ def test_a_loss_that_is_not_finite_stops():
         trainer.fit(data, epochs=50)
 
 
-def test_validation_that_says_nothing():
+def test_data_that_say_nothing():
     lists, labels = samples("one-hot", n=20)
     batch = ffm_ext.SparseBatch.from_lists(lists)
     made = model()
@@ -905,9 +905,17 @@ def test_validation_that_says_nothing():
                 trainer.fit((batch, labels), valid, auto_stop=auto_stop)
         with pytest.raises(ValueError, match=r"evaluate: data has no samples, or weights whose"):
             trainer.evaluate(valid)
+        with pytest.raises(ValueError, match=r"fit: train has no samples, or weights whose"):
+            trainer.fit(valid)
+        with pytest.raises(ValueError, match=r"partial_fit: data has no samples, or weights whose"):
+            trainer.partial_fit(valid)
+    assert trainer.epoch == 0
     assert torch.equal(made.interaction.weight, before)
+    other = next(i for i, one in enumerate(lists) if lists[0][0] not in one)
     with torch.no_grad():
         made.interaction.weight[lists[0][0][1]] = float("inf")
     with pytest.raises(FloatingPointError, match=r"the loss of valid is (nan|inf) after epoch 1"):
-        trainer.fit((batch[:0], labels[:0]), (batch, labels), auto_stop=True)
+        trainer.fit(
+            (batch[other : other + 1], labels[other : other + 1]), (batch, labels), auto_stop=True
+        )
     assert trainer.history == []

@@ -307,7 +307,13 @@ class FieldEncoder:
         return self.fit(frame).transform(frame)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it as JSON, for :meth:`load`. The file is there whole, or as it was."""
+        """Write it as JSON, for :meth:`load`. The file is there whole, or as it was.
+
+        Raises:
+            RuntimeError: it is not fitted.
+            TypeError: a column's name is no text, number or ``None``, nor a tuple of these.
+            OSError: it cannot be written.
+        """
         self._check_fitted()
         info = {
             "format": FORMAT,
@@ -318,7 +324,8 @@ class FieldEncoder:
             ],
         }
         with atomic_write(path) as new:
-            new.write_text(json.dumps(info, indent=1, ensure_ascii=False), encoding="utf-8")
+            text = json.dumps(info, indent=1, ensure_ascii=False, default=_number_of_name)
+            new.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> FieldEncoder:
@@ -335,7 +342,7 @@ class FieldEncoder:
             encoder = cls({})
             for column in info["columns"]:
                 name, kind = column.pop("name"), column.pop("kind")
-                encoder.columns[name] = _ENCODINGS[kind](**column)
+                encoder.columns[_name_of_json(name)] = _ENCODINGS[kind](**column)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: corrupt: {type(error).__name__}: {error}") from None
         encoder._is_fitted = True
@@ -430,3 +437,14 @@ def _as_numbers(values: Array) -> npt.NDArray[np.float64]:
         return values.astype(np.float64)
     except (TypeError, ValueError):
         raise ValueError("numbers are needed, got something else") from None
+
+
+def _number_of_name(part: Any) -> Any:
+    if isinstance(part, np.generic):
+        return part.item()
+    raise TypeError(f"FieldEncoder.save: a column's name has {part!r}, which JSON cannot hold")
+
+
+def _name_of_json(name: Any) -> Any:
+    """JSON has lists for tuples, which the names of a frame with several levels are."""
+    return tuple(_name_of_json(part) for part in name) if isinstance(name, list) else name
