@@ -126,8 +126,9 @@ inline void store_below(float* out, int64_t i, int64_t n, Vec<float, N> v) {
   for (int64_t j = i; j < n; ++j) out[j] = v[j - i];
 }
 
-// Asks for the rows of later samples, as many lines with every tile that is met as bring a sample's before its end. A
-// row is too few lines for a tile to be the cue for its own place (rows_ahead.h).
+// Asks for the rows of later samples, as many lines with every tile that is met as bring a sample's before its end: two
+// samples ahead at least, as they are small. A row is too few lines for a tile to be the cue for its own place
+// (rows_ahead.h).
 class PackedRowsAhead {
  public:
   PackedRowsAhead(const Problem& p, const PackedEntries& entries, Range samples, int64_t tiles)
@@ -135,7 +136,7 @@ class PackedRowsAhead {
         entries_(entries),
         row_bytes_(packed_row_bytes(p.num_fields, p.embed_dim)),
         last_sample_(samples.end),
-        distance_(std::max<int64_t>(1, rows_in(kWindowBytes, row_bytes_) / p.num_fields)),
+        distance_(std::max<int64_t>(2, rows_in(kWindowBytes, row_bytes_) / p.num_fields)),
         lines_a_tile_(((row_bytes_ + kCacheLine - 1) / kCacheLine * p.num_fields + tiles - 1) / tiles),
         next_(p.entries_begin(samples.begin)) {
     set_end(samples.begin);
