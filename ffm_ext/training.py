@@ -301,13 +301,8 @@ class Trainer:
         Raises:
             ValueError, IndexError: as :meth:`fit`.
         """
-        self._run_epoch(
-            self._weighted_parts("Trainer.partial_fit: data", data),
-            self.epoch + 1,
-            None,
-            None,
-            None,
-        )
+        parts = self._weighted_parts("Trainer.partial_fit: data", data)
+        self._run_epoch(parts, self.epoch + 1, None, None, None)
         return self._finish_epoch(None, False, 1).train_loss
 
     def _run_epoch(

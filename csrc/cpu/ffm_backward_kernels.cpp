@@ -134,8 +134,7 @@ void backward(const Problem& p, const Gradient& grad, Range samples, Range field
     if (grad_rows) grad_rows.put(e, x, gradient);
   };
   const auto prefetch_sum = [&](int64_t e) __attribute__((always_inline)) { grad_rows.prefetch_sum(e); };
-  constexpr Ask kAsk = kOutput == Output::kSum ? Ask::kByPlaceEndsFirst : Ask::kInBursts;
-  RowsAhead<T, decltype(prefetch_sum)> ahead(p, arena, kAsk, samples, fields, prefetch_sum);
+  RowsAhead<T, decltype(prefetch_sum)> ahead(p, arena, kAskFor<kOutput>, samples, fields, prefetch_sum);
 
   for (int64_t b = samples.begin; b < samples.end; ++b) {
     const int64_t first = p.entries_begin(b), last = p.entries_begin(b + 1);

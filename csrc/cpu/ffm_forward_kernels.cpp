@@ -25,8 +25,7 @@ void forward(const Problem& p, T* out, int64_t begin, int64_t end, void* scratch
   const int64_t P = F * (F - 1) / 2, num_terms = P + (p.within_field ? F : 0);
   Arena arena(scratch);
   FieldSums<T> s(p, arena);
-  constexpr Ask kAsk = kOutput == Output::kSum ? Ask::kByPlaceEndsFirst : Ask::kInBursts;
-  RowsAhead<T> ahead(p, arena, kAsk, {begin, end}, {0, F});
+  RowsAhead<T> ahead(p, arena, kAskFor<kOutput>, {begin, end}, {0, F});
   for (int64_t b = begin; b < end; ++b) {
     s.load_sample(p.entries_begin(b), p.entries_begin(b + 1));
     ahead.at_sample(b, s.num_active() * (s.num_active() - 1) / 2);

@@ -222,12 +222,8 @@ class PairTiles {
     Floats total = {};
     for (int64_t i = 0; i < row_blocks_; ++i) {
       int64_t j = i * kRows / kColumns;
-      ahead.at_tile();
-      total += tile(i, j) * upper(row_begin(i), column_begin(j));
-      for (++j; j < column_blocks_; ++j) {
-        ahead.at_tile();
-        total += tile(i, j);
-      }
+      total += tile(i, j, ahead) * upper(row_begin(i), column_begin(j));
+      for (++j; j < column_blocks_; ++j) total += tile(i, j, ahead);
     }
     return FFM_ISA::sum<float, kPairs>(total);
   }
@@ -236,8 +232,7 @@ class PairTiles {
   void dots(float* terms, PackedRowsAhead& ahead) const {
     for (int64_t i = 0; i < row_blocks_; ++i) {
       for (int64_t j = i * kRows / kColumns; j < column_blocks_; ++j) {
-        ahead.at_tile();
-        const Floats pairs = tile(i, j);
+        const Floats pairs = tile(i, j, ahead);
         for (int r = 0; r < kRows; ++r) {
           const int64_t f = row_begin(i) + r, g = column_begin(j);
           float* const row = terms + pair_index(f, g, F_);
@@ -295,7 +290,8 @@ class PairTiles {
   }
 
   // The pairs of the rows of block i and the columns of block j.
-  __attribute__((always_inline)) Floats tile(int64_t i, int64_t j) const {
+  __attribute__((always_inline)) Floats tile(int64_t i, int64_t j, PackedRowsAhead& ahead) const {
+    ahead.at_tile();
     const int64_t f = row_begin(i), g = column_begin(j);
     const auto left = load_pieces<uint16_t, kColumns, kRows>([&](int n) { return scale(f + n, g); });
     const auto right = load_pieces<uint16_t, kRows, kColumns>([&](int n) { return scale(g + n, f); });

@@ -83,6 +83,10 @@ class Places {
 // more, so it had better be spread over a sample: but not in training, where the core is busy with more lines.
 enum class Ask { kInBursts, kByPlace, kByPlaceEndsFirst };
 
+// Of the interaction and its gradient, which say where they are for the sum.
+template <Output kOutput>
+constexpr Ask kAskFor = kOutput == Output::kSum ? Ask::kByPlaceEndsFirst : Ask::kInBursts;
+
 // Those of the table. Given fields, only the columns for these are asked for. Given also(e), entry e needs another row,
 // which that asks for; where there are fewer than all fields, for the entries of these.
 struct NoOtherRow {

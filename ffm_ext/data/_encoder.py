@@ -323,8 +323,8 @@ class FieldEncoder:
                 for name, encoding in self.columns.items()
             ],
         }
+        text = json.dumps(info, indent=1, ensure_ascii=False, default=_number_of_name)
         with atomic_write(path) as new:
-            text = json.dumps(info, indent=1, ensure_ascii=False, default=_number_of_name)
             new.write_text(text, encoding="utf-8")
 
     @classmethod
