@@ -48,6 +48,7 @@ struct Ids {
     return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
   FFM_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
+  int64_t element_bytes() const { return is_int64 ? 8 : 4; }
 };
 
 // A table and a batch of samples. All arrays are dense and row-major. Every offset into the table is 64-bit:

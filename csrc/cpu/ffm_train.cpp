@@ -17,6 +17,27 @@ namespace {
 // Samples in the order in which they are trained, so many at a time: kernels read them one behind the other.
 constexpr int64_t kSamplesAtATime = 256;
 
+// In an order of their own, samples lie anywhere: the entries of each are asked for so many samples ahead, up to so many
+// bytes of each list, behind which a core asks by itself.
+constexpr int64_t kSamplesAhead = 16, kBytesAhead = 1 << 10;
+
+// Those of numbers[kSamplesAhead], of n that are left.
+__attribute__((always_inline)) inline void ask_entries(const Problem& p, const int64_t* numbers, int64_t n) {
+  if (n <= kSamplesAhead) return;
+  const int64_t first = p.entries_begin(numbers[kSamplesAhead]), last = p.entries_begin(numbers[kSamplesAhead] + 1);
+  if (first < 0 || first >= last || last > p.num_entries) return;
+  const auto ask = [&](const void* entries, int64_t bytes) __attribute__((always_inline)) {
+    if (entries == nullptr) return;
+    const char* const begin = static_cast<const char*>(entries) + first * bytes;
+    const char* const end = begin + std::min(kBytesAhead, (last - first) * bytes);
+    for (const char* at = begin; at < end; at += 64) __builtin_prefetch(at);
+    __builtin_prefetch(end - 1);
+  };
+  ask(p.indices.data, p.indices.element_bytes());
+  ask(p.fields.data, p.fields.element_bytes());
+  ask(p.values, element_bytes(p.dtype));
+}
+
 // A copy of some samples of a Problem.
 class Samples {
  public:
@@ -26,14 +47,15 @@ class Samples {
   const Problem& gather(const int64_t* numbers, int64_t n) {
     offsets_.assign(1, 0);
     for (int64_t i = 0; i < n; ++i) {
+      ask_entries(p_, numbers + i, n - i);
       offsets_.push_back(offsets_.back() + p_.entries_begin(numbers[i] + 1) - p_.entries_begin(numbers[i]));
     }
     copy_ = p_;
     copy_.batch_size = n;
     copy_.num_entries = offsets_.back();
     if (p_.offsets) copy_.offsets = {offsets_.data(), true};
-    copy_.indices.data = gather(p_.indices.data, p_.indices.is_int64 ? 8 : 4, numbers, n, indices_);
-    copy_.fields.data = gather(p_.fields.data, p_.fields.is_int64 ? 8 : 4, numbers, n, fields_);
+    copy_.indices.data = gather(p_.indices.data, p_.indices.element_bytes(), numbers, n, indices_);
+    copy_.fields.data = gather(p_.fields.data, p_.fields.element_bytes(), numbers, n, fields_);
     copy_.values = gather(p_.values, element_bytes(p_.dtype), numbers, n, values_);
     return copy_;
   }
@@ -59,7 +81,7 @@ class Samples {
 // check_contents of some samples alone: a pass over many comes a piece at a time.
 void check_samples(const char* op, const Problem& p, const int64_t* numbers, int64_t n) {
   const auto from = [](const Ids& ids, int64_t first) {
-    return Ids{static_cast<const char*>(ids.data) + first * (ids.is_int64 ? 8 : 4), ids.is_int64};
+    return Ids{static_cast<const char*>(ids.data) + first * ids.element_bytes(), ids.is_int64};
   };
   const auto is_good = [&](int64_t first, int64_t last) {
     if (first < 0 || first > last || last > p.num_entries) return false;
@@ -70,6 +92,7 @@ void check_samples(const char* op, const Problem& p, const int64_t* numbers, int
     return all_finite(p.dtype, static_cast<const char*>(p.values) + first * element_bytes(p.dtype), count);
   };
   for (int64_t i = 0; i < n; ++i) {
+    ask_entries(p, numbers + i, n - i);
     // The whole is looked at where something is wrong: it knows what to say.
     if (!is_good(p.entries_begin(numbers[i]), p.entries_begin(numbers[i] + 1))) return check_contents(op, p);
   }
