@@ -49,6 +49,8 @@ struct Ids {
   }
   FFM_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
   int64_t element_bytes() const { return is_int64 ? 8 : 4; }
+  // Those from number `first` on.
+  Ids from(int64_t first) const { return {static_cast<const char*>(data) + first * element_bytes(), is_int64}; }
 };
 
 // A table and a batch of samples. All arrays are dense and row-major. Every offset into the table is 64-bit:

@@ -207,6 +207,35 @@ def test_a_list_that_is_nearly_a_matrix(
         call("ffm_forward", with_entry(listed, tensor, position, bad))
 
 
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+@pytest.mark.parametrize("form", ["matrix", "list", "list of a matrix"])
+def test_many_entries(form: str, ids: torch.dtype, threads: int) -> None:
+    """So many that threads share the look at them: wherever something is wrong, it is found and named."""
+    B, F, N = 40_000, 3, 11
+    indices, values = torch.randint(N, (B, F), dtype=ids), torch.ones(B, F)
+    good = Problem(torch.ones(N, F, 4), indices, None, values, None)
+    if form != "matrix":
+        fields = torch.arange(F, dtype=ids).repeat(B)
+        if form == "list":
+            fields[:2] = torch.tensor([1, 0])
+        offsets = torch.arange(B + 1, dtype=ids) * F
+        good = Problem(good.weight, indices.flatten(), fields, values.flatten(), offsets)
+    call("ffm_forward", good)
+    for position in (0, B * F // 2 - 1, B * F // 2, B * F - 1):
+        where = f"[{position // F}, {position % F}]" if form == "matrix" else f"[{position}]"
+        for bad in (-1, N, torch.iinfo(ids).min, torch.iinfo(ids).max):
+            text = f"indices{where} = {bad} is out of range for a table of 11 features"
+            with raises(IndexError, f"ffm_forward: {text}"):
+                call("ffm_forward", with_entry(good, "indices", position, bad))
+        with raises(ValueError, f"ffm_forward: values{where} = nan is not finite"):
+            call("ffm_forward", with_entry(good, "values", position, math.nan))
+        if form != "matrix":
+            with raises(
+                IndexError, f"ffm_forward: fields[{position}] = 3 is out of range for 3 fields"
+            ):
+                call("ffm_forward", with_entry(good, "fields", position, 3))
+
+
 @case
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator(

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -19,22 +20,42 @@ namespace ffm {
 // A thread is worth its start for this many table elements.
 constexpr int64_t kGrainElements = 1 << 15;
 
+// A thread is worth its start for a look at this many entries.
+constexpr int64_t kGrainEntries = 1 << 15;
+
+// Whether fn(begin, end) holds for all parts of n things with `entries` entries.
+template <typename Fn>
+bool all_parts(int64_t n, int64_t entries, const Fn& fn) {
+  const int64_t parts = std::min(std::max<int64_t>(1, n), num_parts(entries, kGrainEntries));
+  if (parts == 1) return fn(0, n);
+  std::atomic<bool> holds = true;
+  parallel_ranges(parts, n, [&](int64_t, int64_t begin, int64_t end) {
+    if (!fn(begin, end)) holds = false;
+  });
+  return holds;
+}
+
 inline bool all_in_range(const Ids& ids, int64_t n, int64_t limit) {
   auto scan = [&]<typename Id>(const Id* data) {
-    // Compared in their own width, many at a time; as unsigned numbers, negative ones are too large as well.
+    // The sign of x, or of last - x, is set where x is outside: many at a time, on every ISA.
     using Unsigned = std::make_unsigned_t<Id>;
-    constexpr uint64_t kAll = static_cast<Unsigned>(std::numeric_limits<Id>::max()) + uint64_t{1};
-    const auto bound = static_cast<Unsigned>(std::min(static_cast<uint64_t>(limit), kAll));
-    bool bad = false;
-    for (int64_t i = 0; i < n; ++i) bad |= static_cast<Unsigned>(data[i]) >= bound;
-    return !bad;
+    const auto last = static_cast<Unsigned>(std::min<int64_t>(limit - 1, std::numeric_limits<Id>::max()));
+    Unsigned signs = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const auto x = static_cast<Unsigned>(data[i]);
+      signs |= x | (last - x);
+    }
+    return static_cast<Id>(signs) >= 0;
   };
   return ids.is_int64 ? scan(static_cast<const int64_t*>(ids.data)) : scan(static_cast<const int32_t*>(ids.data));
+}
+inline bool all_in_range_by_threads(const Ids& ids, int64_t n, int64_t limit) {
+  return all_parts(n, n, [&](int64_t begin, int64_t end) { return all_in_range(ids.from(begin), end - begin, limit); });
 }
 
 // The first of n ids that is outside [0, limit), n where there is none.
 inline int64_t first_outside(const Ids& ids, int64_t n, int64_t limit) {
-  if (all_in_range(ids, n, limit)) return n;
+  if (all_in_range_by_threads(ids, n, limit)) return n;
   int64_t i = 0;
   while (ids[i] >= 0 && ids[i] < limit) ++i;
   return i;
@@ -71,8 +92,12 @@ inline double value_at(const Problem& p, int64_t e) {
 }
 
 inline void check_values(const char* op, const Problem& p) {
-  if (all_finite(p.dtype, p.values, p.num_entries)) return;
-  for (int64_t e = 0; e < p.num_entries; ++e) {
+  const int64_t n = p.num_entries;
+  const auto are_finite = [&](int64_t begin, int64_t end) {
+    return all_finite(p.dtype, static_cast<const char*>(p.values) + begin * element_bytes(p.dtype), end - begin);
+  };
+  if (all_parts(n, n, are_finite)) return;
+  for (int64_t e = 0; e < n; ++e) {
     const double value = value_at(p, e);
     if (!std::isfinite(value)) fail_value(op, p, e, value);
   }
@@ -115,10 +140,12 @@ inline bool is_plain(const Problem& p, int64_t b) {
 inline bool is_matrix(const Problem& p) {
   const int64_t F = p.num_fields;
   if (!p.fields || p.num_entries != p.batch_size * F) return false;
-  for (int64_t b = 0; b < p.batch_size; ++b) {
-    if (p.offsets[b] != b * F || !is_plain(p, b)) return false;
-  }
-  return true;
+  return all_parts(p.batch_size, p.num_entries, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      if (p.offsets[b] != b * F || !is_plain(p, b)) return false;
+    }
+    return true;
+  });
 }
 
 // The samples of a part of a range of samples, such that parts hold about the same number of entries.

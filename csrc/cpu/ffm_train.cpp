@@ -17,8 +17,8 @@ namespace {
 // Samples in the order in which they are trained, so many at a time: kernels read them one behind the other.
 constexpr int64_t kSamplesAtATime = 256;
 
-// In an order of their own, samples lie anywhere: the entries of each are asked for so many samples ahead, up to so many
-// bytes of each list, behind which a core asks by itself.
+// In an order of their own, samples lie anywhere: the entries of each are asked for so many samples ahead, up to so
+// many bytes of each list, behind which a core asks by itself.
 constexpr int64_t kSamplesAhead = 16, kBytesAhead = 1 << 10;
 
 // Those of numbers[kSamplesAhead], of n that are left.
@@ -80,22 +80,24 @@ class Samples {
 
 // check_contents of some samples alone: a pass over many comes a piece at a time.
 void check_samples(const char* op, const Problem& p, const int64_t* numbers, int64_t n) {
-  const auto from = [](const Ids& ids, int64_t first) {
-    return Ids{static_cast<const char*>(ids.data) + first * ids.element_bytes(), ids.is_int64};
-  };
   const auto is_good = [&](int64_t first, int64_t last) {
     if (first < 0 || first > last || last > p.num_entries) return false;
     const int64_t count = last - first;
-    if (!all_in_range(from(p.indices, first), count, p.num_features)) return false;
-    if (p.fields && !all_in_range(from(p.fields, first), count, p.num_fields)) return false;
+    if (!all_in_range(p.indices.from(first), count, p.num_features)) return false;
+    if (p.fields && !all_in_range(p.fields.from(first), count, p.num_fields)) return false;
     if (!p.values) return true;
     return all_finite(p.dtype, static_cast<const char*>(p.values) + first * element_bytes(p.dtype), count);
   };
-  for (int64_t i = 0; i < n; ++i) {
-    ask_entries(p, numbers + i, n - i);
-    // The whole is looked at where something is wrong: it knows what to say.
-    if (!is_good(p.entries_begin(numbers[i]), p.entries_begin(numbers[i] + 1))) return check_contents(op, p);
-  }
+  const auto are_good = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      ask_entries(p, numbers + i, end - i);
+      if (!is_good(p.entries_begin(numbers[i]), p.entries_begin(numbers[i] + 1))) return false;
+    }
+    return true;
+  };
+  const int64_t entries = n * (p.num_entries / std::max<int64_t>(1, p.batch_size));
+  // The whole is looked at where something is wrong: it knows what to say.
+  if (!all_parts(n, entries, are_good)) check_contents(op, p);
 }
 
 Loss checked_loss(const char* op, const std::string& loss) {
@@ -159,7 +161,7 @@ Tensor ffm_train_(const Tensor& weight, const std::vector<Tensor>& states, const
   if (order) {
     numbers = checked_list(op, "order", *order, ScalarType::Long, weight, -1);
     n = numbers->numel();
-    if (!all_in_range({numbers->const_data_ptr(), true}, n, p.batch_size)) {
+    if (!all_in_range_by_threads({numbers->const_data_ptr(), true}, n, p.batch_size)) {
       fail<std::out_of_range>(op, "order names samples out of range for ", p.batch_size);
     }
     check_samples(op, p, static_cast<const int64_t*>(numbers->const_data_ptr()), n);

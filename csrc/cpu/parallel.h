@@ -44,8 +44,8 @@ class AlignedBuffer {
 
 // How many ranges [0, n) is cut into: one a thread, none shorter than `grain`.
 inline int64_t num_parts(int64_t n, int64_t grain) {
-  const int64_t threads = torch::stable::get_num_threads();
-  return std::max<int64_t>(1, std::min(threads, n / std::max<int64_t>(1, grain)));
+  const int64_t most = n / std::max<int64_t>(1, grain);
+  return most <= 1 ? 1 : std::clamp<int64_t>(torch::stable::get_num_threads(), 1, most);
 }
 
 // Calls fn(part) for every part, side by side.
