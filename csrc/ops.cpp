@@ -9,7 +9,7 @@
 //
 //   QuantizedFFMInteraction (quantized.py): ffm_quantize once, then ffm_forward_int8, by way of ffm_int8.cpp
 //
-// ffm_train_ is for the CPU alone.
+// ffm_train_ and ffm_table_ids are for the CPU alone.
 //
 // Shapes: weight [N, F, K]; indices [B, F] alone, or indices [nnz] with fields [nnz] and offsets [B + 1]; values of the
 // shape of indices. output is "sum" | "dot" | "hadamard". Gradients of values are empty where they are not asked for.
@@ -70,6 +70,10 @@ STABLE_TORCH_LIBRARY(ffm_ext, m) {
   m.def(
       "ffm_forward_int8(Tensor packed, Tensor indices, Tensor? fields, Tensor? values, Tensor? offsets, "
       "int num_fields, int embed_dim, str output, bool within_field) -> Tensor");
+
+  // ids [B, F] that count from 0 in every field, starts [F + 1] int64, where each field's features start in the table,
+  // and its end -> ids of the table, like ids. Errors speak of `where`. For the CPU alone.
+  m.def("ffm_table_ids(Tensor ids, Tensor starts, str where) -> Tensor");
 
   // The roof that benchmarks compare with: the same rows read and summed, nothing else. indices [B, F] -> [B]
   m.def("gather_sum(Tensor weight, Tensor indices) -> Tensor");

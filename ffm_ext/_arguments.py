@@ -69,10 +69,22 @@ def sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def checks_contents(tensor: Tensor) -> bool:
-    """Whether what a tensor holds is looked at: on the CPU always, on CUDA where it was asked for."""
-    if torch.compiler.is_compiling():
+    """Whether what a tensor holds is looked at: on the CPU always, on CUDA where it was asked for.
+
+    Not inside ``torch.func.vmap``, where it is that of many calls; operators look at it there.
+    """
+    if torch.compiler.is_compiling() or _is_batched(tensor):
         return False
     return tensor.device.type == "cpu" or (tensor.is_cuda and _C.checks_contents())
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def check_positive(where: str, **sizes: SupportsIndex) -> list[int]:
@@ -105,27 +117,32 @@ def check_contents(
         IndexError: an id is outside ``[0, num_features)``.
         ValueError: offsets do not rise from 0 to nnz, or a value is not finite.
     """
-    if not checks_contents(indices):
+    if not all(checks_contents(t) for t in (indices, values, offsets) if t is not None):
         return
     if offsets is not None:
-        B = offsets.numel() - 1
-        if offsets[0] != 0:
-            raise ValueError(f"{where}: offsets[0] = {int(offsets[0])} must be 0")
-        falls = offsets[1:] < offsets[:-1]
-        if falls.any():
-            b = int(falls.nonzero()[0])
-            raise ValueError(
-                f"{where}: offsets[{b + 1}] = {int(offsets[b + 1])} is less than "
-                f"offsets[{b}] = {int(offsets[b])}"
-            )
-        if offsets[B] != indices.numel():
-            raise ValueError(
-                f"{where}: offsets[{B}] = {int(offsets[B])} must be the number of entries, "
-                f"{indices.numel()}"
-            )
+        check_offsets(where, offsets, indices.numel())
     check_ids(where, "indices", indices, num_features, f"a table of {num_features} features")
     if values is not None:
         check_finite(where, "values", values)
+
+
+def check_offsets(where: str, offsets: Tensor, num_entries: int) -> None:
+    """Raise ValueError unless offsets ``[B + 1]`` rise from 0 to ``num_entries``."""
+    B = offsets.numel() - 1
+    if offsets[0] != 0:
+        raise ValueError(f"{where}: offsets[0] = {int(offsets[0])} must be 0")
+    falls = offsets[1:] < offsets[:-1]
+    if falls.any():
+        b = int(falls.nonzero()[0])
+        raise ValueError(
+            f"{where}: offsets[{b + 1}] = {int(offsets[b + 1])} is less than "
+            f"offsets[{b}] = {int(offsets[b])}"
+        )
+    if offsets[B] != num_entries:
+        raise ValueError(
+            f"{where}: offsets[{B}] = {int(offsets[B])} must be the number of entries, "
+            f"{num_entries}"
+        )
 
 
 def check_ids(where: str, name: str, ids: Tensor, size: int, of: str) -> None:

@@ -232,3 +232,8 @@ def _(
 def _(weight: Tensor, indices: Tensor) -> Tensor:
     _check_device("gather_sum", weight, indices=indices)
     return weight.new_empty(indices.shape[0])
+
+
+@torch.library.register_fake("ffm_ext::ffm_table_ids")
+def _(ids: Tensor, starts: Tensor, where: str) -> Tensor:
+    return torch.empty_like(ids, memory_format=torch.contiguous_format)

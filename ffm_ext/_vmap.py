@@ -12,12 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments import check_ids, check_offsets, checks_contents
+
 _ops = torch.ops.ffm_ext
 
 
 def _unfolded(V: int, tensor: Tensor, dim: int | None) -> Tensor:
     """``[V, …]``, by a view."""
     return tensor.expand(V, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _check(
+    in_dims: Sequence[int | None],
+    arguments: Sequence[Any],
+    offsets: Tensor | None,
+    fold_table: bool,
+) -> None:
+    """What an operator cannot see any more once calls are one: whose ids and entries they are."""
+    weight, indices = arguments[:2]
+    if not checks_contents(indices):
+        return
+    if in_dims[0] is not None or fold_table:
+        N = _unfolded(1, weight, in_dims[0]).shape[1]
+        check_ids("ffm_ext.vmap", "indices", indices, N, f"a table of {N} features")
+    if offsets is not None:
+        entries = indices.numel() // (1 if in_dims[1] is None else len(offsets))
+        for each in offsets[:1] if in_dims[4] is None else offsets:
+            check_offsets("ffm_ext.vmap", each, entries)
 
 
 def _fold(
@@ -34,6 +55,7 @@ def _fold(
     weight = arguments[0]
     indices, fields, values, offsets = (unfold(i) for i in range(1, 5))
     assert indices is not None
+    _check(in_dims, arguments, offsets, fold_table)
     step = torch.arange(V, device=weight.device)
     if fold_table or in_dims[0] is not None:
         tables = _unfolded(V, weight, in_dims[0])
@@ -87,3 +109,12 @@ def _(
     folded = _fold(V, in_dims[1:], arguments, False)
     grad_values = _ops.ffm_backward_values(seed, *folded, *arguments[5:])
     return grad_values.unflatten(0, (V, -1)), 0
+
+
+@torch.library.register_vmap("ffm_ext::ffm_table_ids")
+def _(
+    info: Any, in_dims: tuple[Any, ...], ids: Tensor, starts: Tensor, where: str
+) -> tuple[Tensor, int]:
+    V = info.batch_size
+    moved = _ops.ffm_table_ids(_unfolded(V, ids, in_dims[0]).flatten(0, 1), starts, where)
+    return moved.unflatten(0, (V, -1)), 0

@@ -139,10 +139,17 @@ _library.define(
 def _fused_step(
     grad_output: Tensor, weight: Tensor, step: Tensor, states: list[Tensor], *arguments: Any
 ) -> Tensor:
-    *lists_and_modes, fused = arguments
+    *lists_and_modes, values_grad, handle = arguments
+    fused = FusedOptimizer.of(handle)
+    if not fused.settle(weight, states):
+        if not values_grad:
+            return weight.new_empty(0)
+        return _ops.ffm_backward_values(grad_output, weight, *lists_and_modes)
     step += 1
-    update = FusedOptimizer.of(fused).update(int(step))
-    grad_values = _ops.ffm_backward_fused_(grad_output, weight, states, *lists_and_modes, *update)
+    update = fused.update(int(step))
+    grad_values = _ops.ffm_backward_fused_(
+        grad_output, weight, states, *lists_and_modes, values_grad, *update
+    )
     # Whoever saved the old table for a backward of their own must not go on with the new one.
     torch.autograd.graph.increment_version(weight)
     return grad_values
@@ -215,6 +222,17 @@ def _vjp(
     return torch.func.vjp(function, *inputs)[1]
 
 
+def _asks_for_weight(ctx: Any) -> bool:
+    """Whether this backward pass comes to the weight: not where it was asked for gradients of other inputs alone."""
+    if torch.compiler.is_compiling():
+        return True
+    node = ctx.next_functions[0][0]
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch.autograd.grad of the weight itself
+        return True
+
+
 class FFMFunction(torch.autograd.Function):
     """Arguments as :func:`interaction`, all positional."""
 
@@ -252,6 +270,8 @@ class FFMFunction(torch.autograd.Function):
         table = _table(weight, ctx.num_fields)
         lists = (indices, fields, values, offsets, ctx.output, ctx.within_field)
         needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        if ctx.grad == "fused":
+            needs_weight = needs_weight and _asks_for_weight(ctx)
         grad_weight: Tensor | None = None
         grad_values: Tensor | None = None
         if not needs_weight:

@@ -165,7 +165,9 @@ class FFMInteraction(nn.Module):
 
         The optimizer's state becomes buffers of this layer (``optimizer_step``, ``optimizer_sum``, …), which
         ``state_dict`` holds: load one into a layer that has the same optimizer fused. A graph that was made before an
-        update raises if its backward comes after it. Called again, it starts anew with the new optimizer.
+        update raises if its backward comes after it. A backward that is asked for gradients of values alone
+        (``torch.autograd.grad(out, values)``, ``backward(inputs=[values])``) updates nothing. Called again, it starts
+        anew with the new optimizer.
 
         Args:
             optimizer: one of :mod:`ffm_ext.optim`.
@@ -195,8 +197,41 @@ class FFMInteraction(nn.Module):
         self._reset_optimizer()
         return self._fused
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # [N, F·K] does not tell F from K.
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata["fields_and_factors"] = (self.num_fields, self.embed_dim)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        here = (self.num_fields, self.embed_dim)
+        there = tuple(local_metadata.get("fields_and_factors", here))
+        if there != here:
+            error_msgs.append(
+                f"{prefix}weight has {there[0]} fields of {there[1]} factors, the layer {here[0]} of {here[1]}"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
         self._follow_weight()
 
     def _follow_weight(self) -> None:
@@ -525,13 +560,19 @@ class FFM(_Described):
         """
         if isinstance(x, Tensor) and self.offsets is not None:
             x = _global_ids("FFM", x, self.offsets)
+        return self.score_table_ids(x, values)
+
+    def score_table_ids(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
+        """The same where all ids are those of the whole table, however the fields were described."""
+        table = getattr(self.interaction, "weight", None)
         dtype = torch.float32
         if self.normalize or values is not None or isinstance(x, SparseBatch):
             # That of the values. A quantized table has none to follow; it converts them by itself.
             dtype = next((parameter.dtype for parameter in self.parameters()), dtype)
         given = x.values if isinstance(x, SparseBatch) else values
         # float16 may not hold the sum of a sample whose values are all 1 before it is divided.
-        if self.normalize and (given is not None or dtype == torch.float16):
+        is_half = table is not None and table.dtype == torch.float16
+        if self.normalize and (given is not None or is_half):
             x, values = self._normalized(x, values, dtype)
         indices, _, entry_values, offsets = _entries("FFM", x, values, dtype)
         score = self.interaction(x, values)
@@ -763,9 +804,11 @@ def _reciprocal_root(x: Tensor) -> Tensor:
 def _global_ids(where: str, x: Tensor, starts: Tensor) -> Tensor:
     """Ids of the whole table from ids ``[B, F]`` that count from 0 in every field.
 
-    Each id is checked against its own field, since one past its end would be a valid id of the next: on the CPU, and
-    where :func:`ffm_ext.check_contents` asked for it.
+    Each id is checked against its own field, since one past its end would be a valid id of the next: on the CPU, also
+    in compiled and exported programs, and where :func:`ffm_ext.check_contents` asked for it.
     """
+    if x.device.type == "cpu":
+        return torch.ops.ffm_ext.ffm_table_ids(x, starts, where)
     num_fields = starts.numel() - 1
     if x.dim() != 2 or x.shape[1] != num_fields:
         raise ValueError(

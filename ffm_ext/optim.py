@@ -11,7 +11,7 @@ import itertools
 import math
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -71,6 +71,16 @@ class Optimizer:
     def new_state(self, weight: Tensor, embed_dim: int) -> dict[str, Tensor]:
         """What is kept for a table ``[N, F·K]``: name -> tensor, float32 (float64 for a float64 table)."""
         return {name: _zeros(weight) for name in self.state_names}
+
+    def keep_weights(
+        self, weight: Tensor, states: Sequence[Tensor], lr: float, weight_decay: float
+    ) -> None:
+        """Let the states stand for the weights as they are, with ``lr`` and ``weight_decay``, where they stand for any.
+
+        Args:
+            weight: the table, ``[N, F·K]`` or ``[N, F, K]``.
+            states: those of :meth:`new_state`, changed in place.
+        """
 
 
 def _number(value: Any) -> float:
@@ -157,6 +167,9 @@ class FTRL(Optimizer):
     Args:
         lr, beta: the paper's α and β.
         l1, weight_decay: the paper's λ₁ and λ₂.
+
+    Where a schedule changes ``lr`` or ``weight_decay``, ``z`` is written anew for the whole table, so that weights
+    stay; with ``lr`` 0 nothing is updated. Weights written from outside do not stay: ``z`` does not know of them.
     """
 
     lr: float = 0.1
@@ -173,9 +186,18 @@ class FTRL(Optimizer):
     def new_state(self, weight: Tensor, embed_dim: int) -> dict[str, Tensor]:
         """``z`` such that it stands for the weights as they are, and ``n`` = 0, each the shape of the table."""
         state = super().new_state(weight, embed_dim)
-        wide = weight.detach().to(state["z"].dtype)
-        state["z"].copy_(-wide * (self.beta / self.lr + self.weight_decay) - wide.sign() * self.l1)
+        self.keep_weights(weight, list(state.values()), self.lr, self.weight_decay)
         return state
+
+    def keep_weights(
+        self, weight: Tensor, states: Sequence[Tensor], lr: float, weight_decay: float
+    ) -> None:
+        """Write ``z`` anew: weights are a function of ``z``, ``n`` and the numbers."""
+        z, n = states
+        wide = weight.detach().view_as(z).to(z.dtype)
+        size = (self.beta + n.sqrt()) / lr + weight_decay
+        # Many a z stands for 0.
+        z.copy_(z.clamp(-self.l1, self.l1).where(wide == 0, -wide * size - wide.sign() * self.l1))
 
 
 OPTIMIZERS = {cls.name: cls for cls in (SGD, AdaGrad, VectorAdaGrad, Adam, FTRL)}
@@ -196,7 +218,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.optimizer = optimizer
         super().__init__(
             [layer.get_parameter("weight")],
-            {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay},
+            {
+                "lr": optimizer.lr,
+                "weight_decay": optimizer.weight_decay,
+                # The numbers by which the states stand for the weights (see Optimizer.keep_weights).
+                "settled": (optimizer.lr, optimizer.weight_decay),
+            },
         )
         self._take_handle()
 
@@ -243,6 +270,17 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: the table has no gradient."""
+
+    def settle(self, weight: Tensor, states: Sequence[Tensor]) -> bool:
+        """Let the states stand for the weights with the numbers of now; whether there is an update with these."""
+        group = self.param_groups[0]
+        now = (float(group["lr"]), float(group["weight_decay"]))
+        if isinstance(self.optimizer, FTRL) and now[0] == 0:
+            return False
+        if now != tuple(group.get("settled", now)):
+            self.optimizer.keep_weights(weight, states, *now)
+        group["settled"] = now
+        return True
 
     def update(self, step: int) -> tuple[str, list[float], int, int | None]:
         """What an operator is told of the update that comes now, the ``step``-th."""

@@ -168,6 +168,9 @@ class Trainer:
         if num_threads is not None:
             num_threads = _whole("Trainer", "num_threads", num_threads)
         seed = _whole("Trainer", "seed", seed, least=0)
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        if frozen:
+            raise ValueError(f"Trainer: {frozen[0]} has requires_grad=False, and would be trained")
         if model.interaction.weight.device.type != "cpu":
             raise ValueError(f"Trainer: model is on {model.interaction.weight.device}, not the CPU")
         self.model = model
@@ -302,6 +305,7 @@ class Trainer:
             ValueError, IndexError: as :meth:`fit`.
         """
         parts = self._weighted_parts("Trainer.partial_fit: data", data)
+        self._begin_epoch()
         self._run_epoch(parts, self.epoch + 1, None, None, None)
         return self._finish_epoch(None, False, 1).train_loss
 
@@ -319,8 +323,9 @@ class Trainer:
         total = sum(sizes)
         if (self._shard or self._sample) and sizes != self._sizes:
             raise ValueError(
-                f"{type(self).__name__}: the checkpoint is in the middle of an epoch of {sum(self._sizes)} samples, "
-                f"train has {total}, in {len(self._sizes)} and {len(sizes)} parts, or in others"
+                f"{type(self).__name__}: it is in the middle of an epoch of {sum(self._sizes)} samples, train has "
+                f"{total}, in {len(self._sizes)} and {len(sizes)} parts, or in others; a checkpoint or a call that was "
+                "interrupted left it there, and partial_fit begins anew"
             )
         self._sizes, self._passed = sizes, False
         shards = self._order(len(parts), 0)
@@ -377,8 +382,7 @@ class Trainer:
             self._samples,
         )
         self.history.append(finished)
-        self._shard, self._sample = 0, 0
-        self._loss, self._weight, self._seconds, self._samples = 0.0, 0.0, 0.0, 0
+        self._begin_epoch()
         if auto_stop and valid_loss is not None:
             if valid_loss < self._best_loss:
                 self._best_loss, self._rises = valid_loss, 0
@@ -394,11 +398,23 @@ class Trainer:
                     self._take_best()
         return finished
 
+    def _begin_epoch(self) -> None:
+        self._shard, self._sample = 0, 0
+        self._loss, self._weight, self._seconds, self._samples = 0.0, 0.0, 0.0, 0
+
     @torch.no_grad()
     def _take_best(self) -> None:
         for name, parameter in self.model.named_parameters():
             parameter.copy_(self._best[name])
+        self._keep_weights()
         self._passed = False
+
+    def _keep_weights(self) -> None:
+        """Let the states of the optimizer stand for the weights as they are."""
+        lr, weight_decay = self.optimizer.lr, self.optimizer.weight_decay
+        for name, weight in {"table": self._table(), **self._small_parameters()}.items():
+            decay = 0.0 if name == "bias" else weight_decay
+            self.optimizer.keep_weights(weight, self._states[name], lr, decay)
 
     def _piece(self, save_every: int | None) -> int:
         piece = _PIECE if not save_every else min(_PIECE, save_every)
@@ -572,19 +588,10 @@ class Trainer:
     def _scores(self, part: _Part) -> Tensor:
         pieces = []
         x = part.x
-        with torch.inference_mode(), self._without_offsets():
+        with torch.inference_mode():
             for i in range(0, len(part.labels), _PREDICTED):
-                pieces.append(self.model(x[i : i + _PREDICTED]).float())
+                pieces.append(self.model.score_table_ids(x[i : i + _PREDICTED]).float())
         return torch.cat(pieces) if pieces else torch.zeros(0)
-
-    @contextlib.contextmanager
-    def _without_offsets(self) -> Iterator[None]:
-        """Parts hold ids of the whole table already."""
-        offsets, self.model.offsets = self.model.offsets, None
-        try:
-            yield
-        finally:
-            self.model.offsets = offsets
 
     def _mean_loss(self, parts: list[_Part]) -> float:
         total, weight = self._sum_of_losses(parts)
@@ -674,6 +681,7 @@ class Trainer:
         best = {f"best.{name}": tensor for name, tensor in self._best.items()}
         position = {name: getattr(self, f"_{name}") for name in _POSITION}
         position |= {"epoch": self.epoch, "history": [list(epoch) for epoch in self.history]}
+        position["settings"] = self.optimizer.settings()
         return {**self._tensors(), **best, "position": position}
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -716,6 +724,8 @@ class Trainer:
             setattr(self, f"_{name}", position[name])
         self.epoch = position["epoch"]
         self.history[:] = [Epoch(*epoch) for epoch in position["history"]]
+        if position.get("settings", self.optimizer.settings()) != self.optimizer.settings():
+            self._keep_weights()
 
     def _check_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Raise OSError where :meth:`save` could not write."""

@@ -426,6 +426,40 @@ def test_fm(problem: Problem, text: str) -> None:
         FM(11, 4)(batch)
 
 
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+def test_table_ids(ids: torch.dtype, threads: int) -> None:
+    B, starts = 40_000, torch.tensor([0, 5, 5, 12])
+    good = torch.stack([torch.randint(5, (B,)), torch.zeros(B), torch.randint(7, (B,))], 1).to(ids)
+    starts_of_two = starts[[0, 1, 3]]
+    found = ops.ffm_table_ids(good[:, ::2], starts_of_two, "here")
+    assert found.dtype == ids
+    assert torch.equal(found, good[:, ::2] + starts_of_two[:-1].to(ids))
+    with raises(IndexError, "here: indices[0, 1] = 0 is out of range for field 1 of 0 features"):
+        ops.ffm_table_ids(good, starts, "here")
+    for b in (0, B // 2, B - 1):
+        for bad in (-1, 5, torch.iinfo(ids).min, torch.iinfo(ids).max):
+            wrong = good[:, ::2].clone()
+            wrong[b, 0] = bad
+            text = f"here: indices[{b}, 0] = {bad} is out of range for field 0 of 5 features"
+            with raises(IndexError, text):
+                ops.ffm_table_ids(wrong, starts_of_two, "here")
+    with raises(ValueError, "here: ids must be [B, 3], one column a field, got [40000, 2]"):
+        ops.ffm_table_ids(good[:, :2], starts, "here")
+    with raises(ValueError, "here: starts must be int64 [F + 1], got int32 [4]"):
+        ops.ffm_table_ids(good, starts.int(), "here")
+    with raises(ValueError, "here: indices must be int32 or int64, got float32"):
+        ops.ffm_table_ids(good.float(), starts, "here")
+    large = torch.tensor([0, 5, 2**31 + 1])
+    if ids == torch.int64:
+        assert ops.ffm_table_ids(torch.tensor([[4, 2**31 - 5]]), large, "here")[0, 1] == 2**31
+    else:
+        text = (
+            "here: indices are int32, which cannot hold the ids of a table of 2147483649 features"
+        )
+        with pytest.raises(ValueError, match=re.escape(text)):
+            ops.ffm_table_ids(good[:, ::2], large, "here")
+
+
 def test_local_ids() -> None:
     """An id past the end of its field is not one of the next field."""
     for module, name in (

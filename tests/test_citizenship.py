@@ -7,6 +7,7 @@ import copy
 import io
 import os
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -459,6 +460,81 @@ def test_gradient_of_each_sample(mode: str) -> None:
     for sample, gradient in zip(x, found):
         (wanted,) = torch.autograd.grad(layer(sample[None]).square().sum(), layer.weight)
         torch.testing.assert_close(gradient, wanted)
+
+
+# Each looks at what it is given before its layer does.
+MODELS = (
+    FFM(K, field_dims=[5] * F, grad="dense"),
+    FFM(K, num_features=5 * F, num_fields=F, normalize=True, grad="dense"),
+    FM(5 * F, K, grad="dense"),
+    FieldAwareFactorizationMachine([5] * F, K, grad="dense"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("has_values", [False, True])
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: type(model).__name__)
+def test_vmap_of_models(model: nn.Module, has_values: bool) -> None:
+    if has_values and isinstance(model, FieldAwareFactorizationMachine):
+        return
+    batch = (torch.randint(5, (7, F)), *([torch.rand(7, F)] if has_values else []))
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def score(parameters: dict[str, Tensor], *sample: Tensor) -> Tensor:
+        return functional_call(model, parameters, tuple(x[None] for x in sample)).sum()
+
+    dims = (None, *[0] * len(batch))
+    scores = torch.stack([model(*(x[b : b + 1] for x in batch)).sum() for b in range(7)])
+    torch.testing.assert_close(vmap(score, dims)(parameters, *batch), scores)
+    found = vmap(grad(score), dims)(parameters, *batch)
+    for b in range(7):
+        wanted = torch.autograd.grad(scores[b], tuple(model.parameters()), retain_graph=True)
+        for gradient, (name, _) in zip(wanted, model.named_parameters()):
+            torch.testing.assert_close(found[name][b], gradient)
+
+
+def test_vmap_refuses_ids_of_the_next_table_and_offsets_that_do_not_fit() -> None:
+    tables, x = torch.randn(3, 10, F, K), torch.randint(10, (3, 1, F))
+    x[1, 0, 1] = 10
+    with pytest.raises(
+        IndexError, match=r"indices\[1, 0, 1\] = 10 is out of range for a table of 10"
+    ):
+        vmap(ffm_interaction)(tables, x)
+    indices, fields = torch.randint(10, (4,)), torch.tensor([0, 1, 0, 1])
+
+    def interaction(table: Tensor, offsets: Tensor) -> Tensor:
+        return ffm_interaction(table, indices, fields, None, offsets)
+
+    good = torch.tensor([0, 2, 4]).repeat(3, 1)
+    wanted = torch.stack([interaction(table, good[0]) for table in tables])
+    torch.testing.assert_close(vmap(interaction)(tables, good), wanted)
+    for at, bad, text in (
+        (0, 1, "offsets[0] = 1 must be 0"),
+        (1, 5, "offsets[2] = 4 is less than offsets[1] = 5"),
+        (2, 3, "offsets[2] = 3 must be the number of entries, 4"),
+    ):
+        offsets = good.clone()
+        offsets[1, at] = bad
+        for given, dims in ((offsets, (0, 0)), (offsets[1], (0, None))):
+            with pytest.raises(ValueError, match=re.escape(text)):
+                vmap(interaction, dims)(tables, given)
+
+
+@pytest.mark.parametrize("program", ["eager", "compiled", "exported"])
+@pytest.mark.parametrize("model", [MODELS[0], MODELS[3]], ids=lambda model: type(model).__name__)
+def test_an_id_past_the_end_of_its_field_is_refused(model: nn.Module, program: str) -> None:
+    """It would be a good id of the next field."""
+    torch.compiler.reset()
+    x = torch.randint(5, (7, F))
+    run: Callable[..., Tensor] = model
+    if program == "compiled":
+        run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    elif program == "exported":
+        run = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(run(x), model(x))
+    x[3, 0] = 5
+    with pytest.raises(IndexError, match=r"indices\[3, 0\] = 5 is out of range for field 0 of 5"):
+        run(x)
 
 
 @in_modes(

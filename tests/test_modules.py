@@ -365,6 +365,25 @@ def test_a_normalized_sample_fits_float16_where_its_sum_does_not() -> None:
     assert model(batch).item() == pytest.approx(100 * 100 * 4 * 4**2 / 200, rel=2e-3)
 
 
+def test_a_float16_table_beside_float32_weights_fits_too() -> None:
+    model = FFM(16, num_features=10, num_fields=10, normalize=True)
+    model.interaction.half()
+    nn.init.constant_(model.interaction.weight, 20)
+    assert model.interaction(torch.arange(10)[None]).isinf().all()
+    assert model(torch.arange(10)[None]).item() == pytest.approx(45 * 16 * 400 / 10, rel=2e-3)
+
+
+def test_tables_of_other_fields_and_factors_are_not_loaded() -> None:
+    model = FFM(4, num_features=50, num_fields=6)
+    other = FFM(8, num_features=50, num_fields=3)
+    assert model.interaction.weight.shape == other.interaction.weight.shape
+    with pytest.raises(RuntimeError, match=r"interaction\.weight has 6 fields of 4 factors"):
+        other.load_state_dict(model.state_dict())
+    plain = dict(model.state_dict())  # as a file of tensors alone has it
+    other.load_state_dict(plain)
+    assert torch.equal(other.interaction.weight, model.interaction.weight)
+
+
 def test_normalize_names_a_bad_value_where_it_is(device: torch.device) -> None:
     problem = make_problem("csr values", 3, 4)
     model = libffm_model(problem)

@@ -25,6 +25,7 @@ OPERATORS = (
     "ffm_quantize",
     "ffm_dequantize",
     "ffm_forward_int8",
+    "ffm_table_ids",
     "gather_sum",
     "interaction",
     "fused_step_",
@@ -43,6 +44,9 @@ def operator_calls(name: str) -> list[tuple[Any, ...]]:
     if name == "gather_sum":
         problem = make_problem("one-hot", 3, 4)
         return [(problem.weight, ids) for ids in (problem.indices, problem.indices.int())]
+    if name == "ffm_table_ids":
+        ids = torch.tensor([[0, 3], [1, 4]])
+        return [(these, torch.tensor([0, 2, 7]), "here") for these in (ids, ids.int(), ids[:0])]
     if name in ("ffm_quantize", "ffm_dequantize"):
         weight = make_problem("one-hot", 3, 5).weight
         return [(weight,)] if name == "ffm_quantize" else [(ops.ffm_quantize(weight), 3, 5)]

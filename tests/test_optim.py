@@ -252,6 +252,44 @@ def test_schedulers_change_the_learning_rate():
     torch.testing.assert_close(made.weight, other.weight)
 
 
+@pytest.mark.parametrize("lrs", [(0.1, 0.01, 1.0), (0.0, 0.1, 0.0)])
+def test_schedules_leave_the_weights_of_ftrl_where_they_are(lrs):
+    """They are a function of its states and of the learning rate."""
+    made = layer(N, F, K)
+    handle = made.fuse_optimizer(optim.FTRL(lr=0.1, l1=0.01, weight_decay=0.02))
+    fit(made, handle)
+    for lr in lrs:
+        before = made.weight.detach().clone()
+        handle.param_groups[0]["lr"] = lr
+        (made(batch(N, F)) * 0).sum().backward()
+        torch.testing.assert_close(made.weight.detach(), before)
+        handle.load_state_dict(copy.deepcopy(handle.state_dict()))
+        fit(made, handle, steps=1)
+        assert made.weight.isfinite().all()
+        assert torch.equal(made.weight, before) == (lr == 0)
+
+
+@pytest.mark.parametrize("optimizer", [optim.SGD(lr=0.1), optim.AdaGrad(lr=0.1)])
+def test_gradients_of_values_alone_leave_the_table_as_it_is(optimizer):
+    made = layer(N, F, K)
+    made.fuse_optimizer(optimizer)
+    before, x = made.weight.detach().clone(), batch(N, F)
+    values = torch.rand(x.shape, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(loss_of(made, x, values), values)
+    loss_of(made, x, values).backward(inputs=[values])
+    assert torch.equal(made.weight, before)
+    assert made.optimizer_step == 0
+    other = layer(N, F, K)
+    loss_of(other, x, values.detach().requires_grad_()).backward()
+    torch.testing.assert_close(values.grad, found)
+    loss_of(made, x, values).backward()
+    assert not torch.equal(made.weight, before)
+    torch.testing.assert_close(values.grad, 2 * found)
+    before = made.weight.detach().clone()
+    torch.autograd.grad(loss_of(made, x), made.weight, allow_unused=True)
+    assert not torch.equal(made.weight, before)
+
+
 def test_state_dict_goes_on_where_it_stopped():
     made = layer(N, F, K)
     fit(made, made.fuse_optimizer(optim.Adam(lr=0.01)))

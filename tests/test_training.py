@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -524,6 +525,66 @@ def test_the_best_weights_are_taken_where_epochs_run_out(mode, tmp_path):
     before = trainer.model.interaction.weight.detach().clone()
     trainer.fit(data, valid, epochs=7, **options)
     assert torch.equal(trainer.model.interaction.weight, before)
+
+
+def test_ftrl_goes_on_from_the_weights_that_were_taken(tmp_path):
+    """Its states stand for weights, by its numbers: for those that were taken, and by the numbers of now."""
+    data, valid = (
+        (ffm_ext.SparseBatch.from_lists(lists), labels)
+        for lists, labels in (samples("one-hot", n=300, seed=seed) for seed in (0, 1))
+    )
+    made = model(bias=True, linear=True)
+    trainer = Trainer(made, optimizer=optim.FTRL(lr=0.5, weight_decay=0.1))
+    losses = [e.valid_loss for e in trainer.fit(data, valid, epochs=9, auto_stop=True, patience=9)]
+    assert losses[-1] > min(losses)
+    taken = [p.detach().clone() for p in made.parameters()]
+    # As good as no gradient.
+    still = (*data, np.full(300, 1e-12, np.float32))
+    trainer.partial_fit(still)
+    torch.testing.assert_close([p.detach() for p in made.parameters()], taken)
+    other = Trainer(model(bias=True, linear=True), optimizer=optim.FTRL(lr=0.01, weight_decay=0.2))
+    other.load_state_dict(trainer.state_dict())
+    other.partial_fit(still)
+    torch.testing.assert_close([p.detach() for p in other.model.parameters()], taken)
+
+
+def test_partial_fit_is_one_pass_of_its_own_data():
+    """Also after a call that was interrupted in the middle of its data."""
+    lists, labels = samples("one-hot")
+    x = ffm_ext.SparseBatch.from_lists(lists)
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    trainer = Trainer(model(), shuffle=False)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit((x, labels), callback=stop)
+    whole = Trainer(model(), shuffle=False)
+    whole.model.load_state_dict(trainer.model.state_dict())
+    whole.load_state_dict({**whole.state_dict(), **trainer._tensors()})
+    assert trainer.partial_fit((x[:50], 1 - labels[:50])) == pytest.approx(
+        whole.partial_fit((x[:50], 1 - labels[:50]))
+    )
+    assert trainer.history[-1].samples == 50
+    assert torch.equal(trainer.model.interaction.weight, whole.model.interaction.weight)
+
+
+def test_scores_by_several_threads():
+    made = ffm_ext.FFM(4, field_dims=[50] * 3)
+    trainer = Trainer(made)
+    x = torch.randint(50, (64, 3))
+    wanted, of_model = trainer.predict(x), made(x).detach()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: trainer.predict(x) if i % 2 else made(x), range(400)))
+    for i, scores in enumerate(found):
+        assert torch.equal(scores, wanted if i % 2 else of_model)
+
+
+def test_frozen_parameters_are_refused():
+    made = ffm_ext.FFM(4, num_features=10, num_fields=2)
+    made.linear.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"linear\.\w+ has requires_grad=False"):
+        Trainer(made)
 
 
 def test_hogwild_is_not_deterministic():
