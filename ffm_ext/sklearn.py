@@ -132,9 +132,23 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
     def _fit(
         self, X: Any, y: Any, sample_weight: Any, *, partial: bool, classes: Any = None
     ) -> None:
-        """Train: one pass where ``partial``, else all of them."""
+        """Train: one pass where ``partial``, else all of them. A new model that fails leaves the one before it."""
         new = not hasattr(self, "model_") or not (partial or self.warm_start)
-        if not new:
+        before = vars(self).copy()
+        try:
+            self._train(X, y, sample_weight, new, partial, classes)
+        except Exception:
+            if new:
+                # A model goes with the features, fields and labels that it was made for.
+                self.__dict__ = before
+            raise
+
+    def _train(
+        self, X: Any, y: Any, sample_weight: Any, new: bool, partial: bool, classes: Any
+    ) -> None:
+        if new:
+            self._categorical = isinstance(self.feature_fields, str)
+        else:
             self._take_new_settings()
         batch, y = self._training_data(X, y, new)
         random = check_random_state(self.random_state)
@@ -292,10 +306,6 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             dtype=None if categorical else np.float32,
         )
 
-    @property
-    def _categorical(self) -> bool:
-        return isinstance(self.feature_fields, str)
-
     def _learn_fields(self, X: Any) -> None:
         """The sizes of the table, and the field of each feature."""
         name = type(self).__name__
@@ -362,10 +372,11 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             )
         if isinstance(X, np.ndarray):
             return SparseBatch.from_dense(X, self._fields)
-        if not X.has_canonical_format:
-            # Two entries of one place are one value: their sum.
+        if not (X.has_canonical_format and X.data.all()):
+            # Two entries of one place are one value, their sum; one of 0 is none.
             X = X.copy()
             X.sum_duplicates()
+            X.eliminate_zeros()
         return SparseBatch.from_scipy(X, self._fields)
 
     def _scores(self, X: Any) -> np.ndarray:

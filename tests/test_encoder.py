@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,46 @@ def test_lists_in_arrays() -> None:
         assert rows(encoder, encoder.fit_transform({"a": column})) == wanted
 
 
+@pytest.mark.parametrize("frame", [dict, pandas_frame])
+def test_values_among_lists(frame: Make) -> None:
+    for column, wanted in (
+        ([["drama", "war"], "war", None], [["drama", "war"], ["war"], ["<missing>"]]),
+        ([None, ["a"], "bc"], [["<missing>"], ["a"], ["bc"]]),
+        (["war", ("drama", "war"), []], [["war"], ["drama", "war"], []]),
+        ([7, np.array([8, 7]), math.nan], [["7"], ["8", "7"], ["<missing>"]]),
+    ):
+        encoder = FieldEncoder({"g": "vocabulary"})
+        found = rows(encoder, encoder.fit_transform(frame({"g": column})))
+        assert [[name.removeprefix("g=") for name, _ in row] for row in found] == wanted
+
+
+def test_missing_values_in_lists_and_arrays() -> None:
+    def found(column: Any) -> list[list[str]]:
+        encoder = FieldEncoder({"t": "vocabulary"})
+        batch = rows(encoder, encoder.fit_transform({"t": column}))
+        return [[name.removeprefix("t=") for name, _ in row] for row in batch]
+
+    pandas = pytest.importorskip("pandas")
+    day = pandas.Timestamp("2020-01-01")
+    one, none = [["2020-01-01T00:00:00"]], [["<missing>"]]
+    assert found([day, pandas.NaT, pandas.NA, None, Decimal("NaN")]) == one + 4 * none
+    assert found([pandas.NaT, np.datetime64("NaT"), day]) == 2 * none + one
+    assert found([["a", pandas.NA], ["b"], pandas.NA]) == [["a"], ["b"], *none]
+    assert found([b"a", math.nan]) == [["a"], *none]
+    assert found(np.ma.array([1, 2, 3], mask=[0, 1, 0])) == [["1"], *none, ["3"]]
+    assert found(np.ma.array(["x", None], mask=[1, 0])) == 2 * none
+    assert found(np.ma.array([[1, 2], [3, 4]], mask=[[0, 1], [0, 0]])) == [["1"], ["3", "4"]]
+    assert FieldEncoder().fit({"t": np.ma.array([0.5, 2], mask=[1, 0])}).columns["t"].kind == "bins"
+
+
+def test_large_integers_beside_other_numbers() -> None:
+    for column in ([2**63 + 1, 2**63 + 2, -1], [2**53 + 1, 2**53, 0.5]):
+        for numbers in (column, [[number, column[0]] for number in column]):
+            encoder = FieldEncoder({"t": "vocabulary"}).fit({"t": numbers})
+            assert set(encoder.feature_names[2:]) == {f"t={number}" for number in column}
+    assert FieldEncoder().fit({"t": [2**60, 1, 0.5, math.inf]}).columns["t"].kind == "bins"
+
+
 def test_vocabulary() -> None:
     encoder = FieldEncoder({"a": Vocabulary(min_count=2)})
     batch = encoder.fit_transform({"a": ["x", "y", "x", "z", "z", "1", 1]})
@@ -341,6 +382,15 @@ def test_names_of_several_levels_are_saved(tmp_path: Path) -> None:
     assert FieldEncoder.load(tmp_path / "encoder.json").columns == numbered.columns
 
 
+def test_bytes_that_are_no_text_are_saved(tmp_path: Path) -> None:
+    frame = {"c": [b"\xff", "\u00e9"]}
+    encoder = FieldEncoder({"c": "vocabulary"}).fit(frame)
+    encoder.save(tmp_path / "encoder.json")
+    found = FieldEncoder.load(tmp_path / "encoder.json")
+    assert found.columns == encoder.columns
+    assert torch.equal(found.transform(frame).indices, encoder.transform(frame).indices)
+
+
 def test_files_that_hold_no_encoder(tmp_path: Path) -> None:
     path = tmp_path / "encoder.json"
     FieldEncoder(COLUMNS).fit(TRAIN).save(path)
@@ -391,6 +441,28 @@ def test_misuse() -> None:
         FieldEncoder().fit([1, 2])
     with pytest.raises(ValueError, match="column 'b': numbers are needed"):
         FieldEncoder({"b": Bins(3)}).fit({"b": ["x"]})
+    for wrong, text in (
+        ([{"a": 1}], "a category must be hashable: .*'dict'"),
+        ([[{"a": 1}], "x"], "a category must be hashable: .*'dict'"),
+        ([[["a", "b"]], [["c"]]], "lists of lists have no encoding"),
+        (5, "a list or an array is needed, got int"),
+    ):
+        for kind in (Vocabulary(), Hash(8)):
+            with pytest.raises(ValueError, match=f"^FieldEncoder: column 'c': {text}"):
+                FieldEncoder({"c": kind}).fit_transform({"c": wrong})
+
+
+def test_columns_of_one_name() -> None:
+    pandas, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    numbers = arrow.array([1, 3])
+    for frame in (
+        pandas.DataFrame([[1, 2, 5], [3, 4, 6]], columns=["a", "a", "b"]),
+        arrow.Table.from_arrays([numbers, numbers, numbers], names=["a", "a", "b"]),
+    ):
+        for columns in (None, {"a": Vocabulary()}):
+            with pytest.raises(ValueError, match="the frame has 2 columns 'a'"):
+                FieldEncoder(columns).fit(frame)
+        FieldEncoder({"b": "vocabulary"}).fit_transform(frame)
 
 
 def test_a_dataset_from_a_frame(make: Make) -> None:

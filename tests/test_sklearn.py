@@ -117,6 +117,21 @@ def test_duplicates_in_a_sparse_matrix_are_added() -> None:
     assert twice.nnz == 7
 
 
+def test_stored_zeros_of_a_sparse_matrix_are_no_entries() -> None:
+    rng = np.random.default_rng(0)
+    stored = sp.csr_matrix(rng.standard_normal((200, 6)))
+    stored.data[::3] = 0
+    nnz, y = stored.nnz, rng.integers(2, size=200)
+    dense = stored.toarray()
+    model = FFMClassifier(random_state=0, weight_decay=0.01)
+    expected = model.fit(dense, y).predict_proba(dense)
+    assert (model.predict_proba(stored) == expected).all()
+    assert (model.fit(stored, y).predict_proba(dense) == expected).all()
+    assert stored.nnz == nnz
+    sum_of_0 = sp.csr_matrix(([2.0, 1.0, -1.0], [0, 1, 1], [0, 3]), shape=(1, 6))
+    assert (model.predict_proba(sum_of_0) == model.predict_proba(sum_of_0.toarray())).all()
+
+
 def test_what_fit_has_not_seen_adds_nothing() -> None:
     ids, _, label = pairs_matter()
     model = FFMClassifier(feature_fields="categorical", random_state=0).fit(ids, label)
@@ -279,6 +294,44 @@ def test_settings_that_change_between_calls(call: str) -> None:
     go_on(ids, label)
     with pytest.raises(ValueError, match=r"FTRL\(.* cannot go on from the state of FTRL\("):
         getattr(model.set_params(lr=0.2), call)(ids, label)
+
+
+@pytest.mark.parametrize("form", ["categorical", "dense", "SparseBatch"])
+def test_a_fit_that_fails_leaves_the_model_that_was_there(form: str) -> None:
+    X, feature_fields = forms()[form]
+    _, target, label = pairs_matter()
+    model = FFMClassifier(feature_fields=feature_fields, random_state=0, epochs=1).fit(X, label)
+    expected = model.predict_proba(X)
+    given, other, y = model.get_params(), np.eye(4)[:, :2], [0, 1, 0, 1]
+    for settings, labels, message in (
+        ({}, np.ones(4), "needs two classes, got 1 class"),
+        ({}, [0, 1, 2, 3], "Only binary classification"),
+        ({"feature_fields": "cats"}, y, "'cats' is neither"),
+        ({"optimizer": "magic"}, y, "'magic' is not one of"),
+        ({"early_stopping": True}, y, "test_size = 1 should be"),
+        ({"early_stopping": True, "validation_fraction": 0.5, "patience": 0}, y, "patience"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.set_params(**given | {"feature_fields": None} | settings).fit(other, labels)
+        assert (model.predict_proba(X) == expected).all()
+        assert (model.predict(X) == np.where(expected[:, 1] > 0.5, "yes", "no")).all()
+    regressor = FFMRegressor(feature_fields=feature_fields, random_state=0, epochs=1)
+    expected = regressor.fit(X, target).predict(X)
+    with pytest.raises(ValueError, match="embed_dim"):
+        regressor.set_params(embed_dim=0, feature_fields=None).fit(other, y)
+    assert (regressor.predict(X) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("categorical", None), (None, "categorical"), (None, [0, 0, 1])]
+)
+def test_prediction_is_by_the_fields_of_the_fit(before: Any, after: Any) -> None:
+    ids, _, label = pairs_matter()
+    model = FFMClassifier(feature_fields=before, random_state=0, epochs=1).fit(ids, label)
+    expected, pairs = model.predict_proba(ids), model.top_interactions(3, X=ids)
+    model.set_params(feature_fields=after)
+    assert (model.predict_proba(ids) == expected).all()
+    assert model.top_interactions(3, X=ids) == pairs
 
 
 def test_partial_fit_knows_its_classes() -> None:

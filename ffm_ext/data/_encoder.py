@@ -25,7 +25,7 @@ from ffm_ext._files import atomic_write
 from ffm_ext.batch import SparseBatch
 
 from ._dataset import compact
-from ._frames import Column, columns_of
+from ._frames import Column, columns_of, naming
 
 Array = npt.NDArray[Any]
 Kind = Literal["vocabulary", "hash", "bins", "numeric"]
@@ -199,8 +199,9 @@ class FieldEncoder:
     """Learns how the columns of a frame become features, and makes batches of frames. A column is a field.
 
     Frames are pandas and polars data frames, pyarrow tables, and dicts of arrays or lists. Missing are ``None``, NaN,
-    NaT and what the frame calls null. A column of lists is multi-hot: an entry for each element; an empty list is a
-    sample without entries in this field, a missing list is a missing value.
+    NaT, what is masked and what the frame calls null. A column of lists is multi-hot: an entry for each element; a
+    value among lists is a list of one, an empty list is a sample without entries in this field, a missing list is a
+    missing value.
 
     Categories are told apart by their text, numbers by value: 1, 1.0, ``True`` and ``"1"`` are the same, so that a
     column may be of integers here and, for a missing value, of floats there.
@@ -269,7 +270,8 @@ class FieldEncoder:
 
         Raises:
             KeyError: the frame lacks a column.
-            ValueError: columns differ in length, or numbers are asked of a column that holds none.
+            ValueError: columns differ in length, one is there twice, numbers are asked of a column that holds none, or
+                a category is not hashable.
         """
         found = columns_of(frame, None if self._infer else self.columns)
         if self._infer:
@@ -278,7 +280,7 @@ class FieldEncoder:
                 for name, column in found.items()
             }
         for name, encoding in self.columns.items():
-            with _naming(name):
+            with naming(name):
                 encoding.fit(found[name].values)
         self._is_fitted = True
         return self
@@ -289,15 +291,15 @@ class FieldEncoder:
         Raises:
             KeyError: the frame lacks a column.
             RuntimeError: :meth:`fit` has not been called.
-            ValueError: columns differ in length, a column should hold numbers and does not, or is ``"numeric"`` and
-                holds lists or an infinite number.
+            ValueError: columns differ in length, one is there twice, should hold numbers and does not, is ``"numeric"``
+                and holds lists or an infinite number, or holds a category that is not hashable.
         """
         self._check_fitted()
         found = columns_of(frame, self.columns)
         fields = []
         begin = 0
         for name, encoding in self.columns.items():
-            with _naming(name):
+            with naming(name):
                 fields.append(_encode(found[name], encoding, begin))
             begin += encoding.num_features
         return _interleave(fields, len(next(iter(found.values())).counts) if found else 0)
@@ -323,7 +325,7 @@ class FieldEncoder:
                 for name, encoding in self.columns.items()
             ],
         }
-        text = json.dumps(info, indent=1, ensure_ascii=False, default=_number_of_name)
+        text = json.dumps(info, indent=1, default=_number_of_name)
         with atomic_write(path) as new:
             new.write_text(text, encoding="utf-8")
 
@@ -355,20 +357,6 @@ class FieldEncoder:
     def __repr__(self) -> str:
         columns = ", ".join(f"{name}: {e.kind}" for name, e in self.columns.items())
         return f"FieldEncoder({columns or 'not fitted'})"
-
-
-class _naming:
-    """Puts the column's name before the text of a ValueError."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError):
-            raise ValueError(f"FieldEncoder: column {self.name!r}: {error}") from error
 
 
 def _encode(column: Column, encoding: Encoding, begin: int) -> tuple[Array, Array | None, Array]:
@@ -412,9 +400,12 @@ def _unique_texts(values: Array) -> tuple[list[str], Array]:
         unique, inverse = np.unique(values, return_inverse=True)
         return list(map(_text, unique.tolist() if unique.dtype.kind != "f" else unique)), inverse
     numbers: dict[Any, int] = {}
-    inverse = np.fromiter(
-        (numbers.setdefault(value, len(numbers)) for value in values), np.int64, len(values)
-    )
+    try:
+        inverse = np.fromiter(
+            (numbers.setdefault(value, len(numbers)) for value in values), np.int64, len(values)
+        )
+    except TypeError as error:
+        raise ValueError(f"a category must be hashable: {error}") from None
     return list(map(_text, numbers)), inverse
 
 

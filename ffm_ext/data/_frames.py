@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+
+_LISTS = (list, tuple, set, frozenset, np.ndarray)
+# Types that have a NaN, which differs from itself. NaT of pandas is a datetime.
+_WITH_NAN = (float, np.generic, datetime.datetime, decimal.Decimal)
 
 
 class Column(NamedTuple):
@@ -34,13 +41,13 @@ def columns_of(frame: Any, names: Iterable[str] | None) -> dict[str, Column]:
     Raises:
         KeyError: there is no such column.
         TypeError: it is no frame.
-        ValueError: columns differ in length.
+        ValueError: columns differ in length, one is there twice, is no array, or holds lists of lists.
     """
     package = type(frame).__module__.partition(".")[0]
     if isinstance(frame, Mapping):
-        there = list(frame)
+        there = Counter(frame.keys())
     elif package in _READERS and hasattr(frame, "columns"):
-        there = list(frame.column_names if package == "pyarrow" else frame.columns)
+        there = Counter(frame.column_names if package == "pyarrow" else frame.columns)
     else:
         raise TypeError(
             "FieldEncoder: a frame is a pandas or polars DataFrame, a pyarrow Table or a dict of "
@@ -51,11 +58,28 @@ def columns_of(frame: Any, names: Iterable[str] | None) -> dict[str, Column]:
     for name in there if names is None else names:
         if name not in there:
             raise KeyError(f"FieldEncoder: the frame has no column {name!r}")
-        columns[name] = get(frame[name])
+        if there[name] > 1:
+            raise ValueError(f"FieldEncoder: the frame has {there[name]} columns {name!r}")
+        with naming(name):
+            columns[name] = get(frame[name])
     lengths = {name: len(column.counts) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"FieldEncoder: columns differ in length: {lengths}")
     return columns
+
+
+class naming:
+    """Puts the column's name before the text of a ValueError."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError):
+            raise ValueError(f"FieldEncoder: column {self.name!r}: {error}") from error
 
 
 def _from_pandas(series: Any) -> Column:
@@ -102,28 +126,42 @@ def _from_array(values: Any) -> Column:
         array = np.asarray(values)
     except ValueError:  # lists of several lengths
         array = np.fromiter(values, dtype=object)
-    if array.dtype.kind == "U" and any(not isinstance(value, str) for value in values):
-        array = np.fromiter(values, dtype=object)  # numpy has made texts of None and numbers
-    if array.ndim > 1:
-        array = np.fromiter(array, dtype=object)
     if array.ndim == 0:
-        raise ValueError(
-            f"FieldEncoder: a column is a list or an array, got {type(values).__name__}"
-        )
-    missing = _is_missing(array)
+        raise ValueError(f"a list or an array is needed, got {type(values).__name__}")
+    mask = np.ma.getmask(values)
+    if array.ndim > 1:
+        array = np.fromiter(values if all(map(_is_list, values)) else array, dtype=object)
+        mask = np.ma.nomask  # each row has its own
+    elif _is_changed(array, values):
+        array = np.fromiter(values, dtype=object)
+    missing = _is_missing(array) | mask
     return _from_present(array[~missing], missing)
 
 
+def _is_changed(array: Array, values: Any) -> bool:
+    """Numpy has made texts of ``None`` and numbers, or other numbers of integers that no float64 holds."""
+    if array.dtype.kind in "US":
+        return any(not isinstance(value, str | bytes) for value in values)
+    if array.dtype != np.float64 or not (np.abs(array) >= 2**53).any():
+        return False
+    return any(
+        isinstance(value, int | np.integer) and int(value) != number
+        for value, number in zip(values, array.tolist(), strict=True)
+    )
+
+
 def _from_present(values: Array, missing: npt.NDArray[np.bool_]) -> Column:
-    if values.dtype.kind == "O" and len(values) and _is_list(values[0]):
+    types = set(map(type, values)) if values.dtype.kind == "O" else set()
+    if any(issubclass(t, _LISTS) for t in types):
         return _from_lists(values, missing)
-    if values.dtype.kind == "O" and set(map(type, values)) == {float}:
+    if types == {float}:
         values = values.astype(np.float64)
     return Column(values, (~missing).astype(np.int64), missing, False)
 
 
 def _from_lists(lists: Iterable[Any], missing: npt.NDArray[np.bool_]) -> Column:
-    lists = [list(row) for row in lists]
+    """Rows that are lists; a value among them is a list of one."""
+    lists = [_elements(row) if _is_list(row) else [row] for row in lists]
     counts = np.zeros(len(missing), dtype=np.int64)
     counts[~missing] = [len(row) for row in lists]
     return _from_elements(_from_array([v for row in lists for v in row]), counts, missing)
@@ -133,12 +171,18 @@ def _from_elements(
     elements: Column, counts: npt.NDArray[np.int64], missing: npt.NDArray[np.bool_]
 ) -> Column:
     """Lists, from their elements; a missing element is none."""
+    if elements.is_list:
+        raise ValueError("lists of lists have no encoding")
     rows = np.repeat(np.arange(len(counts)), counts)[~elements.missing]
     return Column(elements.values, np.bincount(rows, minlength=len(counts)), missing, True)
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple | set | frozenset | np.ndarray)
+    return isinstance(value, _LISTS)
+
+
+def _elements(row: Any) -> list[Any]:
+    return list(row.compressed() if isinstance(row, np.ma.MaskedArray) else row)
 
 
 def _is_missing(array: Array) -> npt.NDArray[np.bool_]:
@@ -148,9 +192,12 @@ def _is_missing(array: Array) -> npt.NDArray[np.bool_]:
         return np.isnat(array)
     if array.dtype.kind != "O":
         return np.zeros(len(array), dtype=bool)
-    # NaN is what differs from itself.
+    types = set(map(type, array))
+    # pandas.NA compares to nothing, and pandas need not be there: its name tells.
+    null = {t for t in types if t is type(None) or t.__name__ == "NAType"}
+    with_nan = {t for t in types if issubclass(t, _WITH_NAN)}
     return np.fromiter(
-        (v is None or (isinstance(v, float | np.generic) and bool(v != v)) for v in array),
+        (type(v) in null or (type(v) in with_nan and bool(v != v)) for v in array),
         bool,
         len(array),
     )
