@@ -51,7 +51,7 @@ from .batch import SparseBatch
 from .data import SparseDataset, open_dataset
 from .data._dataset import _numbers, check_entries
 from .interop import Loss, model_arguments, model_from_arguments
-from .modules import FFM, _entries, _global_ids
+from .modules import FFM, _entries, _global_ids, _samples
 from .optim import OPTIMIZERS, AdaGrad, Optimizer
 
 __all__ = ["Epoch", "History", "Progress", "Trainer"]
@@ -259,7 +259,7 @@ class Trainer:
             )
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
-        parts = self._weighted_parts("Trainer.fit: train", train)
+        parts = self._training_parts("Trainer.fit: train", train)
         valid_parts = None
         if valid is not None:
             valid_parts = self._weighted_parts("Trainer.fit: valid", valid)
@@ -304,7 +304,7 @@ class Trainer:
         Raises:
             ValueError, IndexError: as :meth:`fit`.
         """
-        parts = self._weighted_parts("Trainer.partial_fit: data", data)
+        parts = self._training_parts("Trainer.partial_fit: data", data)
         self._begin_epoch()
         self._run_epoch(parts, self.epoch + 1, None, None, None)
         return self._finish_epoch(None, False, 1).train_loss
@@ -626,6 +626,18 @@ class Trainer:
             raise ValueError(f"{where} has no samples, or weights whose sum is not positive")
         return parts
 
+    def _training_parts(self, where: str, data: Any) -> list[Any]:
+        """The same of data whose norms the engine can work with: it has them in the type of its sums."""
+        parts = self._weighted_parts(where, data)
+        dtype = sum_dtype(self.model.interaction.weight)
+        if not self.model.normalize or self.mode == "deterministic" or dtype == torch.float64:
+            return parts
+        for number, part in enumerate(parts):
+            place = where if len(parts) == 1 else f"{where}: shards[{number}]"
+            if isinstance(part.x, SparseBatch) and part.x.values is not None:
+                _check_norms(place, part.x, part.x.values, torch.finfo(dtype))
+        return parts
+
     def _local_parts(self, where: str, data: Any, *, has_labels: bool = True) -> list[_Part]:
         if isinstance(data, str | os.PathLike):
             data = open_dataset(data)
@@ -851,6 +863,30 @@ def _loss_and_slope(
     sign = np.where(labels > 0, 1.0, -1.0)
     margin = sign * score
     return np.logaddexp(0, -margin), -sign * np.exp(-np.logaddexp(0, margin))
+
+
+def _check_norms(where: str, x: SparseBatch, values: Tensor, limits: torch.finfo) -> None:
+    """Raise ValueError where a sample's sum of squares, or its inverse, is out of a dtype's range."""
+    longest = int(x.offsets.diff().max()) if len(x) else 0
+    least, most = limits.tiny * 4, limits.max
+
+    def is_good(size: Tensor) -> bool:
+        return size.amax().item() ** 2 * longest <= most and (
+            size.masked_fill_(size == 0, 1).amin().item() ** 2 >= least
+        )
+
+    # A piece at a time: no copy of all, which may be a file.
+    if all(is_good(piece.abs()) for piece in values.split(1 << 18) if len(piece)):
+        return
+    squares = torch.zeros(len(x), dtype=torch.float64)
+    squares.index_add_(0, _samples(x.indices, x.offsets), values.double().square())
+    wrong = (squares > most) | ((squares > 0) & (squares < least))
+    if wrong.any():
+        b = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{where}: the values of sample {b} have the squared norm {squares[b].item():.3g}, which cannot be divided "
+            f"by in {limits.dtype}: mode='deterministic' can, or other units of the values"
+        )
 
 
 @contextlib.contextmanager

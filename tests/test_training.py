@@ -3,6 +3,7 @@
 
 import ctypes
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -585,6 +586,25 @@ def test_frozen_parameters_are_refused():
     made.linear.requires_grad_(False)
     with pytest.raises(ValueError, match=r"linear\.\w+ has requires_grad=False"):
         Trainer(made)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-25])
+def test_norms_out_of_the_range_of_sums_are_refused(size):
+    values = torch.tensor([1.0, 1.0, size, size, 1.0, size, 0.0, 0.0])
+    x = ffm_ext.SparseBatch(
+        torch.arange(8), torch.arange(2).repeat(4), values, torch.tensor([0, 2, 4, 6, 8])
+    )
+    data = (x, torch.tensor([1.0, 0, 1, 0]))
+    with pytest.raises(ValueError, match="the values of sample 1 have the squared norm 2e"):
+        Trainer(model(dtype=torch.float32)).fit(data)
+    trainer = Trainer(model(dtype=torch.float32), mode="deterministic")
+    assert math.isfinite(trainer.partial_fit(data))
+    trainer = Trainer(model(dtype=torch.float32), mode="exact")
+    assert math.isfinite(trainer.evaluate(data))
+    if size < 1:
+        good = ffm_ext.SparseBatch(x.indices, x.fields, values.clamp(min=1e-15), x.offsets)
+        assert math.isfinite(trainer.partial_fit((good, data[1])))
+    assert math.isfinite(Trainer(model(dtype=torch.float64)).partial_fit(data))
 
 
 def test_hogwild_is_not_deterministic():
