@@ -14,7 +14,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_write", "beside", "check_writable", "flush_to_disk", "is_stream", "put_in_place"]
+__all__ = [
+    "atomic_write",
+    "beside",
+    "check_writable",
+    "flush_to_disk",
+    "is_same_file",
+    "is_stream",
+    "put_in_place",
+]
 
 
 @contextlib.contextmanager
@@ -27,8 +35,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.write_bytes(…)
 
     Yields the path of an empty file in the folder of ``path``. Without an exception it is flushed to the disk and takes
-    the place and the permissions of ``path``; with one it is removed. A symbolic link stays one: what it points to is
-    replaced. A pipe or a device (``/dev/stdout``) stays what it is: it is sent the whole file at the end.
+    the place and the permissions of ``path``, or of a new file where there was none; with one it is removed. A symbolic
+    link stays one: what it points to is replaced. A pipe or a device (``/dev/stdout``) stays what it is: it is sent the
+    whole file at the end.
 
     Raises:
         OSError: ``path`` is a folder, its folder does not exist or cannot be written to, or the disk is full.
@@ -38,15 +47,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary = Path(folder, "file")
             temporary.touch()
             yield temporary
-            with open(temporary, "rb") as file, open(path, "wb") as stream:
+            with _naming(path), open(temporary, "rb") as file, open(path, "wb") as stream:
                 shutil.copyfileobj(file, stream)
         return
     target, temporary = _new_beside(path)
+    new = temporary.stat()
     try:
         yield temporary
         with _naming(path):
-            if target.exists():
-                os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+            # Whoever wrote may have put a file of his own there: safetensors does, and only its owner may read that.
+            mode = target.stat().st_mode if target.exists() else new.st_mode
+            os.chmod(temporary, stat.S_IMODE(mode))
             flush_to_disk(temporary)
             os.replace(temporary, target)
     except BaseException:
@@ -75,6 +86,16 @@ def is_stream(path: str | os.PathLike[str]) -> bool:
     except OSError:
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def is_same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths name one file, by links too, or would if there were one. Pipes and devices are no files."""
+    if is_stream(one):
+        return False
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _new_beside(path: str | os.PathLike[str]) -> tuple[Path, Path]:

@@ -20,6 +20,7 @@ full disk leaves the old one.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -277,8 +278,8 @@ def save_libffm(
 
     Raises:
         TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
-        ValueError: libffm has no place for a part of the model or for its size; ``format`` does not exist;
-            ``accumulators`` has another shape or goes with text.
+        ValueError: libffm has no place for a part of the model or for its size; a weight is not finite; ``format``
+            does not exist; ``accumulators`` has another shape or goes with text.
         OSError: it cannot be written; a file that was there before is left as it was.
     """
     _check_model("save_libffm", model)
@@ -289,7 +290,7 @@ def save_libffm(
             raise ValueError(
                 f"save_libffm: the model has {name} = True, and libffm has no place for it"
             )
-    _check_within_field("save_libffm", "libffm", model)
+    _check_within_field("save_libffm", "libffm counts", model, True)
     if format not in ("binary", "text"):
         raise ValueError(f"save_libffm: format = {format!r} is not one of binary, text")
     if accumulators is not None and format == "text":
@@ -308,12 +309,12 @@ def save_libffm(
             names = ("n", "m", "k", "normalization")
             for name, size in zip(names, (*sizes, int(model.normalize)), strict=True):
                 file.write(f"{name} {size}\n".encode())
-            _write_vectors(file, layer, "w%d,%d ")
+            _write_vectors("save_libffm", file, layer, "w%d,%d ")
             return
         file.write(_LIBFFM_HEADER.pack(*sizes, model.normalize))
         F, K = layer.num_fields, layer.embed_dim
         groups = -(-K // _LIBFFM_LANES)
-        for begin, block in _row_blocks(layer, layer.weight):
+        for begin, block in _finite_blocks("save_libffm", layer):
             body = np.zeros((len(block), F, groups, 2, _LIBFFM_LANES), "<f4")
             body[:, :, :, 0] = _in_groups(block, groups, 0.0)
             if accumulators is None:
@@ -355,13 +356,13 @@ def _load_libffm_binary(path: Path, start: bytes, fail: _Failure) -> FFM:
     for begin, table in _row_blocks(model.interaction, model.interaction.weight):
         weights = body[begin : begin + len(table), :, :, 0].reshape(*table.shape[:2], -1)
         table[...] = weights[..., :K]
-        if not np.isfinite(table).all():
-            a, f, k = np.argwhere(~np.isfinite(table))[0].tolist()
+        if (found := _not_finite(table)) is not None:
+            a, f, k = found
             group, lane = divmod(k, _LIBFFM_LANES)
             entry = ((begin + a) * F + f) * vector + group * 2 * _LIBFFM_LANES + lane
             fail(
                 f"offset {_LIBFFM_HEADER.size + 4 * entry}: factor {k} of feature {begin + a} for field {f} is "
-                f"{table[a, f, k]}"
+                f"{table[found]}"
             )
     return model
 
@@ -440,19 +441,28 @@ def save_xlearn_text(model: FFM, path: _Path) -> None:
 
     Raises:
         TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
-        ValueError: it has ``within_field=False``.
+        ValueError: it has ``within_field=False``, or a weight is not finite.
         OSError: it cannot be written; a file that was there before is left as it was.
     """
     _check_model("save_xlearn_text", model)
-    _check_within_field("save_xlearn_text", "xLearn", model)
+    _check_within_field("save_xlearn_text", "xLearn counts", model, True)
     layer, bias, linear = model.interaction, model.linear.bias, model.linear.weight
     weights = torch.zeros(layer.num_features, 1) if linear is None else linear.detach()
+    start = 0.0 if bias is None else bias.item()
+    wrong = (~weights[:, 0].float().isfinite()).nonzero()
+    if len(wrong):
+        a = int(wrong[0])
+        raise ValueError(
+            f"save_xlearn_text: the linear weight of feature {a} is {weights[a].item()}"
+        )
+    if not math.isfinite(start):
+        raise ValueError(f"save_xlearn_text: the bias is {start}")
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        file.write(b"bias: %.9g\n" % (0.0 if bias is None else bias.item()))
+        file.write(b"bias: %.9g\n" % start)
         for begin in range(0, layer.num_features, _BLOCK_LINES):
             lines = enumerate(weights[begin : begin + _BLOCK_LINES, 0].tolist(), begin)
             file.write(b"".join(b"i_%d: %.9g\n" % line for line in lines))
-        _write_vectors(file, layer, "v_%d_%d: ")
+        _write_vectors("save_xlearn_text", file, layer, "v_%d_%d: ")
 
 
 def _xlearn_sizes(file: BinaryIO, line: bytes, N: int, fail: _Failure) -> tuple[int, int]:
@@ -560,10 +570,11 @@ def to_torchfm(model: FFM) -> dict[str, Tensor]:
 
     torchfm's ``field_dims``, which it does not hold, are the sizes of the fields; that needs ids which are numbered
     field after field, as with ``FFM(field_dims=…)``. torchfm has one feature of value 1 in every field, and nothing
-    else: ``within_field``, which makes no difference there, is lost.
+    else.
 
     Args:
-        model: with ``normalize=False``. A bias or linear weights that it does not have are zeros.
+        model: with ``normalize=False`` and ``within_field=False``. A bias or linear weights that it does not have are
+            zeros.
 
     Returns:
         ``linear.bias`` ``[1]``, ``linear.fc.weight`` ``[N, 1]``, ``ffm.embeddings.{g}.weight`` ``[N, K]`` for every
@@ -571,13 +582,14 @@ def to_torchfm(model: FFM) -> dict[str, Tensor]:
 
     Raises:
         TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
-        ValueError: it has ``normalize=True``.
+        ValueError: it has ``normalize=True`` or ``within_field=True``.
     """
     _check_model("to_torchfm", model)
     if model.normalize:
         raise ValueError(
             "to_torchfm: the model has normalize = True, and torchfm has no place for it"
         )
+    _check_within_field("to_torchfm", "torchfm has no place for", model, False)
     layer, linear = model.interaction, model.linear
     N, F, K = layer.num_features, layer.num_fields, layer.embed_dim
     table = layer.weight.detach().view(N, F, K)
@@ -713,11 +725,11 @@ def _check_model(where: str, model: Any) -> None:
         raise TypeError(f"{where}: model must be an FFM with a float table, got {found}")
 
 
-def _check_within_field(where: str, peer: str, model: FFM) -> None:
-    if not model.interaction.within_field:
+def _check_within_field(where: str, peer_does: str, model: FFM, wanted: bool) -> None:
+    if model.interaction.within_field != wanted:
         raise ValueError(
-            f"{where}: the model has within_field = False, and {peer} counts the pairs inside one field; "
-            "if no sample has two features of one field, set model.interaction.within_field = True"
+            f"{where}: the model has within_field = {not wanted}, and {peer_does} the pairs inside one field; "
+            f"if no sample has two features of one field, set model.interaction.within_field = {wanted}"
         )
 
 
@@ -735,10 +747,27 @@ def _row_blocks(layer: FFMInteraction, table: Tensor) -> Iterator[tuple[int, np.
         yield begin, block.numpy().reshape(-1, layer.num_fields, layer.embed_dim)
 
 
-def _write_vectors(file: BinaryIO, layer: FFMInteraction, prefix: str) -> None:
+def _finite_blocks(where: str, layer: FFMInteraction) -> Iterator[tuple[int, np.ndarray]]:
+    """:func:`_row_blocks` of a table that is to be saved for those who take finite weights alone."""
+    for begin, block in _row_blocks(layer, layer.weight):
+        if (found := _not_finite(block)) is not None:
+            a, f, k = found
+            raise ValueError(
+                f"{where}: factor {k} of feature {begin + a} for field {f} is {block[found]}"
+            )
+        yield begin, block
+
+
+def _not_finite(block: np.ndarray) -> tuple[int, int, int] | None:
+    """The place of the first number in a block ``[n, F, K]`` that is not finite."""
+    finite = np.isfinite(block)
+    return None if finite.all() else tuple(np.argwhere(~finite)[0].tolist())
+
+
+def _write_vectors(where: str, file: BinaryIO, layer: FFMInteraction, prefix: str) -> None:
     """A line for each feature and field: ``prefix % (feature, field)`` and the K factors."""
     form = (prefix + " ".join(["%.9g"] * layer.embed_dim) + "\n").encode()
-    for begin, block in _row_blocks(layer, layer.weight):
+    for begin, block in _finite_blocks(where, layer):
         lines = (
             form % (a, f, *vector)
             for a, row in enumerate(block.tolist(), begin)

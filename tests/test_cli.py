@@ -103,6 +103,9 @@ def flags_of(name: str) -> set[str]:
         (["no-such"], "invalid choice: 'no-such'"),
         (["demo", "--threads", "0"], "--threads: 0 is not positive"),
         (["demo", "--threads", "two"], "--threads: invalid positive_int value: 'two'"),
+        (["demo", "--seed", str(2**63)], f"--seed: {2**63} is not from 0 to {2**63 - 1}"),
+        (["train", "x", "--seed", "-1"], f"--seed: -1 is not from 0 to {2**63 - 1}"),
+        (["train", "x", "--rounding-seed", str(2**70)], "--rounding-seed: 1180591620717411303424"),
     ],
 )
 def test_wrong_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +113,51 @@ def test_wrong_arguments(argv: list[str], message: str, capsys: pytest.CaptureFi
         cli.main(argv)
     assert done.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_encoded() -> None:
+    done = ffm_ext_process("train", "--help", PYTHONIOENCODING="latin1")
+    assert done.returncode == 0, done.stderr
+    assert "U(0, 1/\\u221ak)" in done.stdout
+
+
+def test_output_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):  # as Python has them after `>&- 2>&-`
+        monkeypatch.setattr(sys, name, None)
+    assert cli.main(["info"]) == 0
+    assert cli.main(["info", "nowhere"]) == 1
+
+
+def gone(*argv: str) -> tuple[int, str]:
+    """Exit status and stderr of ``python -m ffm_ext …`` whose reader has gone before it begins."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    path = str(Path(ffm_ext.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "ffm_ext", *argv],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    return done.returncode, done.stderr
+
+
+def test_a_reader_that_has_gone(tmp_path: Path) -> None:
+    """It is no error where nothing else is written; a run goes on to its model."""
+    text, model = tmp_path / "text", tmp_path / "model"
+    text.write_text("1 0:1:1 1:2:1\n0 0:0:1 1:3:1\n" * 50)
+    assert gone("train", "-t", "3", str(text), str(model)) == (0, "")
+    assert ffm_ext.interop.load_model(model).interaction.num_features == 4
+    for argv in (["info"], ["check", str(text)], ["predict", str(text), str(model)]):
+        status, err = gone(*argv)
+        assert status == 0 and "Broken pipe" not in err
+    for command, *argv in (
+        ["convert", "--json", str(model), str(tmp_path / "m2"), "--to", "model"],
+        ["predict", str(text), str(model), str(tmp_path / "out")],
+    ):
+        assert gone(command, *argv) == (1, f"ffm-ext {command}: [Errno 32] Broken pipe\n")
 
 
 def test_missing_packages_are_named(

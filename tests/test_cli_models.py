@@ -117,6 +117,50 @@ def test_json_and_auto_stop(files, capsys):
     )
 
 
+def test_quiet_prints_nothing(files, capsys):
+    run("train", "-t", 1, "--json", "--quiet", files[0], "m")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_checkpoint_with_nothing_left_to_train(files, capsys):
+    tr, _ = files
+    run("train", "-t", 3, "--quiet", "--checkpoint", "c", tr, "m")
+    run("train", "-t", 2, "--quiet", "--resume", "c", tr, "m2")
+    message = "nothing is left to train: the checkpoint has 3 epochs, and -t 2 means in all\n"
+    assert capsys.readouterr().err == message
+
+
+def test_scores_that_are_not_finite(files, capsys):
+    """They are neither numbers of JSON nor what a reader of predictions takes."""
+    tr, va = files
+    run("train", "-t", 1, "--quiet", tr, "m")
+    model = interop.load_model("m")
+    with torch.no_grad():
+        model.interaction.weight[7] = float("nan")
+    interop.save_model(model, "bad")
+    Path("te.ffm").write_text("1 0:1:1 1:11:1\n0 0:2:1 1:12:1\n1 0:7:1 1:12:1\n")
+    for flags in ([], ["--json"], ["--logit"]):
+        assert cli.main(["predict", *flags, "te.ffm", "bad", "out"]) == 1
+        assert "te.ffm: the score of sample 3, counted from 1, is nan" in capsys.readouterr().err
+    assert cli.main(["convert", "bad", "out", "--to", "libffm"]) == 1
+    assert "save_libffm: factor 0 of feature 7 for field 0 is nan" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_pipes(files, capfd):
+    tr, va = files
+    run("train", "-t", 1, "--quiet", tr, "m")
+    os.mkfifo("pipe")
+    both_ends = os.open("pipe", os.O_RDWR)  # to open it takes no waiting then
+    assert cli.main(["predict", va, "pipe"]) == 1
+    os.close(both_ends)
+    assert "pipe: a model is read from a file, not from a pipe" in capfd.readouterr().err
+    Path("many.ffm").write_text(Path(va).read_text() * 100)
+    with subprocess.Popen(["head", "-n", "1", "pipe"], stdout=subprocess.DEVNULL):
+        assert cli.main(["predict", "many.ffm", "m", "pipe"]) == 1
+    assert capfd.readouterr().err == "ffm-ext predict: [Errno 32] Broken pipe: 'pipe'\n"
+
+
 def test_unknown_features_count_in_the_norm(files, capsys):
     tr, _ = files
     run("train", "-t", 1, tr, "m", "--quiet")
@@ -148,6 +192,20 @@ def test_check(files, capsys):
     assert captured.err == "ffm-ext check: bad.ffm: 2 broken lines\n"
 
 
+def test_check_of_fields_far_apart(files, capsys):
+    Path("far.ffm").write_text("1 2147483647:1:1 3:2:1 3:2:1\n0 3:4:1\n")
+    run("check", "--json", "far.ffm")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["fields"], found["largest field"]) == (2, 2147483647)
+    assert found["numbers of the fields"] == [3, 2147483647]
+    assert found["features of each field"] == [2, 1]
+    assert found["entries of each field"] == [3, 1]
+    Path("none.ffm").write_text("1\n")
+    run("check", "--json", "none.ffm")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["fields"], found["largest field"], found["numbers of the fields"]) == (0, -1, [])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -157,6 +215,18 @@ def test_check(files, capsys):
         (["train", "tr.ffm", "-r", "-1"], "AdaGrad: lr = -1.0 is out of range"),
         (["train", "tr.ffm", "-k", "0"], "embed_dim = 0 must be positive"),
         (["train", "tr.ffm", "--auto-stop"], "auto_stop needs valid"),
+        (["train", "tr.ffm", "--patience", "1"], "--patience is for --auto-stop"),
+        (["train", "tr.ffm", "--batch-size", "8"], "--batch-size is for --mode deterministic, not"),
+        (["train", "tr.ffm", "--ranges", "8"], "--ranges is for training under torchrun"),
+        (
+            ["train", "-k", "1000000000000", "tr.ffm"],
+            "1000000000000 factors (-k) for features up to 39 (in tr.ffm) and fields up to 3 (in tr.ffm) "
+            "need 640000000000000 bytes, which are not to be had",
+        ),
+        (
+            ["train", "-p", "far.ffm", "tr.ffm"],
+            "4 factors (-k) for features up to 4611686018427387904 (in far.ffm) and fields up to 3 (in tr.ffm) ",
+        ),
         (["train", "tr.ffm", "--resume", "tr.ffm"], "not a whole safetensors file"),
         (["predict", "tr.ffm", "tr.ffm"], "no model that is known here"),
         (["info", "tr.ffm"], "no model that is known here"),
@@ -165,6 +235,7 @@ def test_check(files, capsys):
 def test_errors_are_one_message(argv, message, files, capsys):
     Path("bad.ffm").write_text("1 0:x:1\n")
     Path("empty.ffm").write_text("")
+    Path("far.ffm").write_text(f"1 0:{2**62}:1\n")
     assert cli.main(argv) == 1
     captured = capsys.readouterr()
     assert message in captured.err and "Traceback" not in captured.err
@@ -194,10 +265,45 @@ def test_what_cannot_be_written_is_said_before_the_work(
         ["train", tr, target],
         ["predict", va, "m", target],
         ["convert", "m", target, "--to", "libffm"],
+        *([["convert", va, target, "--to", "dataset"]] if target != "." else []),
         ["convert", "folder", target, "--to", "text"],
     ):
         assert cli.main(argv) == 1
         assert capsys.readouterr().err.endswith(message + "\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("train -p va.ffm tr.ffm va.ffm", "MODEL va.ffm would take the place of -p va.ffm"),
+        ("train tr.ffm ./tr.ffm", "MODEL tr.ffm would take the place of TRAIN tr.ffm"),
+        ("train --checkpoint tr.ffm tr.ffm n", "--checkpoint tr.ffm would take the place of TRAIN"),
+        ("train --checkpoint n tr.ffm n", "MODEL n would take the place of --checkpoint n"),
+        ("train --resume c tr.ffm c", "MODEL c would take the place of --resume c"),
+        (
+            "train --init-model m --checkpoint m tr.ffm n",
+            "--checkpoint m would take the place of --init-model m",
+        ),
+        ("predict va.ffm m va.ffm", "OUTPUT va.ffm would take the place of TEST va.ffm"),
+        ("predict va.ffm m link", "OUTPUT link would take the place of MODEL m"),
+        ("convert m m --to libffm", "TARGET m would take the place of SOURCE m"),
+    ],
+)
+def test_no_input_is_replaced(argv, message, files, capsys):
+    run("train", "-t", 1, "--quiet", "--checkpoint", "c", files[0], "m")
+    Path("link").symlink_to("m")
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    assert cli.main(argv.split()) == 1
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_a_run_may_take_the_place_of_what_it_goes_on_with(files, capsys):
+    tr, _ = files
+    run("train", "-t", 1, "--checkpoint", "c", tr, "m")
+    run("train", "-t", 2, "--resume", "c", "--checkpoint", "c", tr, "m")
+    assert Trainer.load("c").epoch == 2
+    run("train", "-t", 1, "--init-model", "m", tr, "m")
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -267,6 +373,8 @@ def test_no_norm_for_a_model_that_says_otherwise(files, capsys):
         assert capsys.readouterr().err == message + "\n"
     assert cli.main(["convert", "--no-norm", tr, "folder", "--to", "dataset"]) == 1
     assert "--no-norm is for models" in capsys.readouterr().err
+    assert cli.main(["convert", "--lenient", "m", "m.bin", "--to", "libffm"]) == 1
+    assert "--lenient is for data, not for --to libffm" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["t.pt", "t.safetensors"])
@@ -344,7 +452,7 @@ def test_ftrl_with_l1_gives_zeros(files, capsys):
 def test_a_run_starts_from_a_model(kind, files, capsys):
     """Its weights are there before the first update, and new features and fields have weights of their own."""
     tr, va = files
-    norm = ["--no-norm"] if kind == "torchfm" else []
+    norm = ["--no-norm", "--no-within-field"] if kind == "torchfm" else []
     run("train", "-t", 5, "-r", 0.1, *norm, "-k", 2, tr, "first")
     run("convert", "first", "start", "--to", kind)
     write_text(Path("more.ffm"), 50, 3, features=60)
@@ -406,13 +514,24 @@ def test_interrupted_training_resumes_to_the_same_bits(asked, files):
     status, err = interrupted("-m", "ffm_ext", *flags, *asked, "--json", tr, "broken")
     checkpoint = "c" if asked else "broken.checkpoint"
     assert status == 130
-    assert err == f"\nstopped; go on with --resume {checkpoint}\n"
+    assert err == f"\nstopped; go on with --resume {checkpoint} -t 400 -p {va}\n"
     assert 0 < Trainer.load(checkpoint).epoch < 400
     assert not Path("broken").exists()
     run("train", "-t", 400, "-p", va, "--resume", checkpoint, "--quiet", tr, "resumed")
     run(*flags, "--quiet", tr, "whole")
     one, two = (interop.load_model(name).interaction.weight for name in ("resumed", "whole"))
     assert torch.equal(one, two)
+
+
+def test_the_flags_to_go_on_with_are_all_that_it_takes(files, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", interrupt)
+    flags = ["-t", "20", "--auto-stop", "--patience", "3", "-p", files[1]]
+    assert cli.main(["train", *flags, "--checkpoint", "a file", files[0], "m"]) == 130
+    told = f"--resume 'a file' -t 20 --auto-stop --patience 3 -p {files[1]}"
+    assert capsys.readouterr().err == f"\nstopped; go on with {told}\n"
 
 
 def test_a_second_interruption_leaves_no_half_checkpoint(files, monkeypatch, capsys):
@@ -430,7 +549,10 @@ def test_a_second_interruption_leaves_no_half_checkpoint(files, monkeypatch, cap
 def test_interrupted_processes_claim_no_checkpoint_that_is_not_there(files):
     for asked, message in (
         ([], "stopped; no checkpoint was written"),
-        (["--checkpoint", "c"], "stopped; --resume c goes on from the last checkpoint there"),
+        (
+            ["--checkpoint", "c"],
+            "stopped; --resume c -t 100000 goes on from the last checkpoint there",
+        ),
     ):
         command = ["-m", "ffm_ext", "train", "-t", "100000", "--json", *asked, files[0], "m"]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ffm_ext._files import atomic_write, check_writable
+from ffm_ext._files import atomic_write, check_writable, is_same_file
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -46,6 +46,32 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_another_file_in_the_place_of_the_new_one_has_its_permissions(
+    umask: int, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_write(tmp_path / "file") as temporary:
+            temporary.unlink()
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o400))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_one_file_of_two_names(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "other").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / "file"
+    assert is_same_file(file, tmp_path / "link") and is_same_file(file, tmp_path / "folder/../file")
+    assert is_same_file(tmp_path / "new", tmp_path / "folder/../new")
+    assert not is_same_file(file, tmp_path / "other") and not is_same_file(file, tmp_path / "new")
+    assert not is_same_file("/dev/null", "/dev/null")
+
+
 def test_a_pipe_stays_one_and_gets_the_file_whole(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -63,6 +89,19 @@ def test_a_pipe_stays_one_and_gets_the_file_whole(tmp_path: Path) -> None:
     assert read == [b"hello"]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_pipe_that_nobody_reads_any_more_is_named(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: os.close(os.open(pipe, os.O_RDONLY)), daemon=True)
+    reader.start()
+    with (
+        pytest.raises(BrokenPipeError, match=re.escape(f"'{pipe}'")),
+        atomic_write(pipe) as temporary,
+    ):
+        temporary.write_bytes(bytes(1 << 20))  # more than a pipe holds
+    reader.join(60)
 
 
 def test_what_cannot_be_written_is_known_before_and_named(tmp_path: Path) -> None:

@@ -41,8 +41,6 @@ from ffm_ext.training import Trainer
 
 N, F = 11, 3
 
-# What every format has a place for.
-EVERYWHERE = {"bias": False, "linear": False, "within_field": True, "normalize": False}
 LIBFFM = {"bias": False, "linear": False, "within_field": True, "normalize": True}
 
 
@@ -248,6 +246,21 @@ def test_what_libffm_has_no_place_for(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["save_libffm", "save_libffm text", "save_xlearn_text"])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_weights_that_a_reader_would_refuse(
+    name: str, bad: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interop, "_BLOCK_BYTES", 2 * F * 4 * 4)
+    model = model_of(**LIBFFM)
+    with torch.no_grad():
+        model.interaction.weight[5, 2 * 4 + 1] = bad
+    message = f"{name.split()[0]}: factor 1 of feature 5 for field 2 is {bad}"
+    with pytest.raises(ValueError, match=f"^{message}"):
+        SAVES[name](model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 def peer(module: str, code: str, folder: Path) -> None:
     """Run a library of others: in this interpreter, or in the one that ``FFM_EXT_PEERS`` names."""
     interpreter = os.environ.get("FFM_EXT_PEERS")
@@ -343,6 +356,19 @@ def test_xlearn_without_bias_and_linear_weights(tmp_path: Path) -> None:
     assert_close(scores(loaded), scores(model))
     with pytest.raises(ValueError, match="save_xlearn_text: the model has within_field = False"):
         save_xlearn_text(model_of(), path)
+
+
+def test_a_linear_part_that_xlearn_would_refuse(tmp_path: Path) -> None:
+    model = model_of(within_field=True, normalize=True)
+    with torch.no_grad():
+        model.linear.weight[7] = float("inf")
+    with pytest.raises(ValueError, match="save_xlearn_text: the linear weight of feature 7 is inf"):
+        save_xlearn_text(model, tmp_path / "model")
+    with torch.no_grad():
+        model.linear.weight[7], model.linear.bias[...] = 0, float("nan")
+    with pytest.raises(ValueError, match="save_xlearn_text: the bias is nan"):
+        save_xlearn_text(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_xlearn_texts(tmp_path: Path) -> None:
@@ -507,6 +533,11 @@ def test_to_torchfm() -> None:
     assert again.linear.weight is not None and not again.linear.weight.any()
     with pytest.raises(ValueError, match=r"^to_torchfm: the model has normalize = True"):
         to_torchfm(model_of(normalize=True))
+    within = model_of(within_field=True)
+    with pytest.raises(ValueError, match=r"^to_torchfm: the model has within_field = True, and t"):
+        to_torchfm(within)
+    within.interaction.within_field = False  # as the message says
+    assert_same(from_torchfm(to_torchfm(within)), within)
     with pytest.raises(ValueError, match=r"^save_torchfm: format = 'npz' is not one of pt, safe"):
         save_torchfm(model, "nowhere", format="npz")  # type: ignore[arg-type]
 
@@ -708,6 +739,21 @@ SAVES: dict[str, Callable[[FFM, Path], None]] = {
 }
 
 
+def savable(name: str) -> FFM:
+    """What the format has a place for."""
+    return model_of(**LIBFFM | {"within_field": "torchfm" not in name, "normalize": False})
+
+
+@pytest.mark.parametrize("name", SAVES)
+def test_others_may_read_a_new_file_where_umask_lets_them(name: str, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        SAVES[name](savable(name), tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o644
+
+
 @pytest.mark.parametrize("name", SAVES)
 def test_a_full_disk_leaves_the_old_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -720,7 +766,7 @@ def test_a_full_disk_leaves_the_old_file(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        SAVES[name](model_of(**EVERYWHERE), path)
+        SAVES[name](savable(name), path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -731,10 +777,10 @@ def test_a_disk_that_fills_up_while_writing(name: str, tmp_path: Path) -> None:
     code = f"""
 import resource, signal, sys
 sys.path[:0] = {sys.path!r}
-from test_interop import EVERYWHERE, SAVES, model_of
+from test_interop import SAVES, savable
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-model = model_of(**EVERYWHERE)
+model = savable({name!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
 try:
     SAVES[{name!r}](model, Path("model"))

@@ -7,6 +7,7 @@ A subcommand is one entry of ``COMMANDS``: what it takes, and a function that ha
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ class Command:
         add_arguments: tells the parser what it takes.
         run: does it. What a file or an argument is to blame for (OSError, ValueError, IndexError, FloatingPointError)
             is the user's to mend: it is shown without a traceback, unless FFM_EXT_DEBUG is set.
+        only_prints: whether standard output is all that comes of it: a reader who goes (`| head`) has had enough.
         packages: the optional packages that ``run`` imports, import name -> name to install.
         extras: the extras of this package that bring them.
     """
@@ -41,6 +43,7 @@ class Command:
     run: Callable[[argparse.Namespace], None]
     packages: Mapping[str, str] = field(default_factory=dict)
     extras: str = ""
+    only_prints: Callable[[argparse.Namespace], bool] = lambda args: False
 
     def missing(self) -> str | None:
         """What has to be installed first, if anything."""
@@ -62,7 +65,10 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the plots (default: demo_results)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the initial weights and the shuffling (default: 0)"
+        "--seed",
+        type=_models.seed,
+        default=0,
+        help="of the initial weights and the shuffling (default: 0)",
     )
     parser.add_argument(
         "--threads", type=positive_int, default=1, metavar="N", help="of torch (default: 1)"
@@ -105,11 +111,13 @@ COMMANDS: dict[str, Command] = {
         help="predict libffm text with a model of ffm_ext, libffm, xLearn or torchfm",
         add_arguments=_models.predict_arguments,
         run=_models.predict,
+        only_prints=lambda args: args.output is None,
     ),
     "check": Command(
         help="tell what is wrong with a libffm text, where, and what is in it",
         add_arguments=_models.check_arguments,
         run=_models.check,
+        only_prints=lambda args: True,
     ),
     "convert": Command(
         help="convert models between ffm_ext, libffm, xLearn and torchfm, and data between text and datasets",
@@ -127,6 +135,7 @@ COMMANDS: dict[str, Command] = {
         help="print what was built and what it runs on, or what a file is",
         add_arguments=_info_arguments,
         run=_info,
+        only_prints=lambda args: True,
     ),
 }
 
@@ -155,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1 for an error that is shown on stderr, 130 where the user interrupted. Wrong arguments exit
         with 2, as usual with argparse.
     """
+    _prepare_output()
     args = make_parser().parse_args(argv)
 
     command = COMMANDS[args.command]
@@ -166,10 +176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command.run(args)
             sys.stdout.flush()
             return 0
-        except BrokenPipeError:
-            # The reader (`| head`) has gone; the interpreter's own flush at exit must not complain either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+        except BrokenPipeError as caught:
+            _models.discard_output()
+            if command.only_prints(args):
+                return 0
+            error = caught
         except KeyboardInterrupt:
             return 130
         except (OSError, ValueError, IndexError, FloatingPointError) as caught:
@@ -178,6 +189,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             error = caught
     print(f"ffm-ext {args.command}: {error}", file=sys.stderr)
     return 1
+
+
+def _prepare_output() -> None:
+    """Let standard output and error take any text: what is closed is there, and what cannot be encoded is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the caller has closed it (`>&-`)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _show_warning(command: str, message: Warning | str, *place: object) -> None:

@@ -7,9 +7,10 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import interop
-from .._files import atomic_write, check_writable, is_stream
+from .._files import atomic_write, check_writable, is_same_file, is_stream
 from ..batch import SparseBatch
 from ..data import (
     SparseDataset,
@@ -33,6 +34,38 @@ from ..data import (
 from ..modules import FFM, _unit_norm
 from ..optim import OPTIMIZERS, Optimizer
 from ..training import Epoch, Mode, Progress, Trainer
+
+# ---------------------------------------------------------------- arguments and output
+
+
+def seed(text: str) -> int:
+    """A seed that torch and the operators, which take 64 bits with a sign, can be given."""
+    number = int(text)
+    if not 0 <= number < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{number} is not from 0 to {(1 << 63) - 1}")
+    return number
+
+
+def _check_apart(written: Mapping[str, Path | None], read: Mapping[str, Path | None]) -> None:
+    """See whether what is to be written is something else than what is read: name -> path, where it was given.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for name, path in written.items():
+        for other, source in read.items():
+            if path is not None and source is not None and is_same_file(path, source):
+                raise ValueError(f"{name} {path} would take the place of {other} {source}")
+
+
+def discard_output() -> None:
+    """Send what comes on standard output, now and at the interpreter's exit, nowhere: its reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# No NaN or Infinity, which are no JSON: ValueError.
+_json = partial(json.dumps, allow_nan=False)
+
 
 # ---------------------------------------------------------------- data
 
@@ -86,6 +119,8 @@ def load_any_model(path: Path) -> Loaded:
         (_XLEARN, interop.load_xlearn_text),
         ("torchfm state_dict", interop.load_torchfm),
     )
+    if is_stream(path):
+        raise ValueError(f"{path}: a model is read from a file, not from a pipe or a device")
     with open(path, "rb"):
         pass  # a file that cannot be read is no matter of its format
     for kind, load in kinds:
@@ -239,25 +274,22 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the table"
     )
-    more.add_argument("--rounding-seed", type=int, metavar="N", help="bfloat16: round at random")
+    more.add_argument("--rounding-seed", type=seed, metavar="N", help="bfloat16: round at random")
     more.add_argument(
         "--init",
         choices=("uniform", "normal"),
         default="uniform",
         help="U(0, 1/√k) as libffm, or small normal",
     )
-    more.add_argument(
-        "--batch-size", type=int, default=1024, metavar="N", help="of --mode deterministic (1024)"
-    )
+    more.add_argument("--batch-size", type=int, metavar="N", help="of --mode deterministic (1024)")
     more.add_argument(
         "--patience",
         type=int,
-        default=1,
         metavar="N",
         help="--auto-stop: after N epochs in a row without a new lowest loss of -p (1)",
     )
     more.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of initial weights and order (0)"
+        "--seed", type=seed, default=0, metavar="N", help="of initial weights and order (0)"
     )
     more.add_argument("--no-shuffle", action="store_true", help="samples as they stand")
     more.add_argument("--lenient", action="store_true", help="skip broken lines and count them")
@@ -284,7 +316,6 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument(
         "--ranges",
         type=int,
-        default=64,
         metavar="N",
         help="under torchrun: into how many ranges the data falls; runs with the same N have the same batches (64)",
     )
@@ -293,14 +324,17 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
 def _new_trainer(
     args: argparse.Namespace, train: SparseDataset, valid: SparseDataset | None, kind: type[Trainer]
 ) -> Trainer:
-    model, loss = _new_model(args, [train] if valid is None else [train, valid])
     alone: Mode = "exact" if args.threads == 1 else "hogwild"
+    mode: Mode = args.mode or (alone if kind is Trainer else "deterministic")
+    if args.batch_size is not None and mode != "deterministic":
+        raise ValueError(f"--batch-size is for --mode deterministic, not for {mode}")
+    model, loss = _new_model(args, [train] if valid is None else [train, valid])
     return kind(
         model,
         optimizer=_optimizer(args),
         loss=loss,
-        mode=args.mode or (alone if kind is Trainer else "deterministic"),
-        batch_size=args.batch_size,
+        mode=mode,
+        batch_size=1024 if args.batch_size is None else args.batch_size,
         num_threads=args.threads,
         shuffle=not args.no_shuffle,
         seed=args.seed,
@@ -336,6 +370,7 @@ def _new_model(args: argparse.Namespace, both: list[SparseDataset]) -> tuple[FFM
         if args.no_within_field and layer.within_field:
             raise ValueError(f"--no-within-field: {args.init_model} has pairs inside a field")
         embed_dim, within_field, normalize = layer.embed_dim, layer.within_field, old.normalize
+    _check_memory(args, sizes, embed_dim)
     torch.manual_seed(args.seed)
     model = FFM(
         embed_dim,
@@ -354,6 +389,33 @@ def _new_model(args: argparse.Namespace, both: list[SparseDataset]) -> tuple[FFM
     return model, (None if start is None else start.loss) or args.loss or "logistic"
 
 
+def _check_memory(args: argparse.Namespace, sizes: list[tuple[int, int]], embed_dim: int) -> None:
+    """See whether there is memory for a table, of which nothing is touched yet.
+
+    Args:
+        args: whose inputs have these ``sizes``, features and fields.
+
+    Raises:
+        ValueError: there is not.
+    """
+    paths = (path for path in (args.train, args.valid, args.init_model) if path is not None)
+    inputs = list(zip(sizes, paths, strict=True))
+    (N, _), most_features = max(inputs, key=lambda found: found[0][0])
+    (_, F), most_fields = max(inputs, key=lambda found: found[0][1])
+    try:
+        torch.empty(N, F * max(1, embed_dim))
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        MemoryError,
+    ) as error:  # also sizes of more than 63 bits
+        raise ValueError(
+            f"{embed_dim} factors (-k) for features up to {N - 1} (in {most_features}) and fields up to {F - 1} "
+            f"(in {most_fields}) need {4 * N * F * embed_dim} bytes, which are not to be had"
+        ) from error
+
+
 @torch.no_grad()
 def _copy_weights(old: FFM, new: FFM) -> None:
     """The weights of a model into one that has at least its features, fields and parts."""
@@ -369,9 +431,18 @@ def _copy_weights(old: FFM, new: FFM) -> None:
 def train(args: argparse.Namespace) -> None:
     if args.resume is not None and args.init_model is not None:
         raise ValueError("--init-model is where a new run starts, --resume goes on with an old one")
+    if args.patience is not None and not args.auto_stop:
+        raise ValueError("--patience is for --auto-stop")
+    target, data_read = _target(args), {"TRAIN": args.train, "-p": args.valid}
+    # A checkpoint may be that of --resume, and a model may take the place of the one that it starts from.
+    _check_apart({"MODEL": target}, {"--checkpoint": args.checkpoint, "--resume": args.resume})
+    _check_apart({"MODEL": target, "--checkpoint": args.checkpoint}, data_read)
+    _check_apart({"--checkpoint": args.checkpoint}, {"--init-model": args.init_model})
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process, and others
         _train_together(args)
         return
+    if args.ranges is not None:
+        raise ValueError("--ranges is for training under torchrun")
     check_writable(_target(args))
     data = load_data(args.train, args.lenient)
     valid = None if args.valid is None else load_data(args.valid, args.lenient)
@@ -388,13 +459,22 @@ def train(args: argparse.Namespace) -> None:
         if checkpoint is None:  # fit has written one that it was told of
             checkpoint = _target(args).with_name(f"{_target(args).name}.checkpoint")
             trainer.save(checkpoint)
-        return f"go on with --resume {checkpoint}"
+        return f"go on with {_how_to_resume(args, checkpoint)}"
 
     _fit(args, trainer, data, valid, validate, keep)
 
 
 def _target(args: argparse.Namespace) -> Path:
     return args.model or Path(f"{args.train.name}.model")
+
+
+def _how_to_resume(args: argparse.Namespace, checkpoint: Path) -> str:
+    """The flags that go on with a checkpoint as the run would have: it holds none of what is for ``fit`` alone."""
+    flags = ["--resume", str(checkpoint), "-t", str(args.epochs)]
+    flags += ["--auto-stop"] * args.auto_stop
+    flags += [] if args.patience is None else ["--patience", str(args.patience)]
+    flags += [] if args.valid is None else ["-p", str(args.valid)]
+    return shlex.join(flags)
 
 
 def _train_together(args: argparse.Namespace) -> None:
@@ -412,7 +492,8 @@ def _train_together(args: argparse.Namespace) -> None:
     members.together(lambda: check_writable(_target(args)) if first else None)
 
     def read(path: Path) -> Share:
-        found = read_share(path, ranges=args.ranges, lenient=args.lenient, num_threads=args.threads)
+        ranges = 64 if args.ranges is None else args.ranges
+        found = read_share(path, ranges=ranges, lenient=args.lenient, num_threads=args.threads)
         if first:
             _report_skipped(found.data.metadata.get("skipped", 0), path)
         return found
@@ -445,7 +526,7 @@ def _train_together(args: argparse.Namespace) -> None:
         checkpoint = args.checkpoint or args.resume
         if checkpoint is None or newest_checkpoint(checkpoint) is None:
             return "no checkpoint was written"
-        return f"--resume {checkpoint} goes on from the last checkpoint there"
+        return f"{_how_to_resume(args, checkpoint)} goes on from the last checkpoint there"
 
     _fit(args, trainer, data, valid, validate, keep, first=first)
     members.barrier()
@@ -468,6 +549,11 @@ def _fit(
     """
     target = _target(args)
     start = time.perf_counter()
+    if first and 0 < args.epochs <= trainer.epoch:
+        print(
+            f"nothing is left to train: the checkpoint has {trainer.epoch} epochs, and -t {args.epochs} means in all",
+            file=sys.stderr,
+        )
     with _progress(args) as (show, line):
         if not args.json:
             line(_table_head(trainer.loss, valid is not None))
@@ -485,7 +571,7 @@ def _fit(
                 valid,
                 epochs=args.epochs,
                 auto_stop=args.auto_stop,
-                patience=args.patience,
+                patience=1 if args.patience is None else args.patience,
                 callback=callback,
                 checkpoint=args.checkpoint or args.resume,
                 checkpoint_every=args.checkpoint_every,
@@ -503,14 +589,23 @@ def _fit(
     }
     if valid is not None:
         summary |= {f"valid_{k}": v for k, v in quality(*validate(), trainer.loss).items()}
-    if args.json and first:
-        print(json.dumps(summary))
-    elif not args.quiet:
-        print(
-            ", ".join(
-                f"{k} {v:.5f}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items()
-            )
-        )
+    _print_line(args, _json(summary) if args.json else _summary_text(summary))
+
+
+def _summary_text(summary: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{k} {v:.5f}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items()
+    )
+
+
+def _print_line(args: argparse.Namespace, text: str) -> None:
+    """A line on standard output. Training is no less wanted where nobody reads it any more."""
+    if args.quiet:
+        return
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        discard_output()
 
 
 def _table_head(loss: str, has_valid: bool) -> str:
@@ -521,7 +616,7 @@ def _table_head(loss: str, has_valid: bool) -> str:
 
 def _epoch_text(epoch: Epoch, elapsed: float, as_json: bool) -> str:
     if as_json:
-        return json.dumps(epoch._asdict())
+        return _json(epoch._asdict())
     valid = "" if epoch.valid_loss is None else f"   {epoch.valid_loss:10.5f}"
     return f"{epoch.epoch:4d}   {epoch.train_loss:10.5f}{valid}   {elapsed:10.1f}"
 
@@ -531,11 +626,7 @@ def _progress(
     args: argparse.Namespace,
 ) -> Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]:
     """What shows progress, and what prints a line: a live bar where there is a terminal and rich, else lines alone."""
-
-    def plain(text: str) -> None:
-        if not args.quiet:
-            print(text, flush=True)
-
+    plain = partial(_print_line, args)
     if args.quiet or args.json or not sys.stderr.isatty() or find_spec("rich") is None:
         yield (lambda progress: None), plain
         return
@@ -585,6 +676,7 @@ def predict_arguments(parser: argparse.ArgumentParser) -> None:
 def predict(args: argparse.Namespace) -> None:
     if args.output is not None:
         check_writable(args.output)
+        _check_apart({"OUTPUT": args.output}, {"TEST": args.test, "MODEL": args.model})
     model, _, said = load_as_told(args.model, args)
     loss = said or "logistic"
     skipped = missing = entries = 0
@@ -592,6 +684,13 @@ def predict(args: argparse.Namespace) -> None:
     with _output(args.output) as file:
         for data in data_in_pieces(args.test, args.lenient):
             score, unknown = scores(model, data)
+            wrong = (~score.isfinite()).nonzero()
+            if len(wrong):
+                number = sum(map(len, all_scores)) + int(wrong[0]) + 1
+                raise ValueError(
+                    f"{args.test}: the score of sample {number}, counted from 1, is {score[wrong[0]].item()}; "
+                    f"{args.model} has weights that are not finite, or the values are too large for it"
+                )
             shown = score if args.logit or loss == "squared" else torch.sigmoid(score)
             file.write("".join(map("{:.6g}\n".format, shown.tolist())))
             missing += unknown
@@ -611,12 +710,9 @@ def predict(args: argparse.Namespace) -> None:
         "samples": len(score),
         **quality(score, torch.cat(all_labels), loss),
     }
-    text = ", ".join(
-        f"{k} {v:.5f}" if isinstance(v, float) else f"{k} {v}" for k, v in summary.items()
-    )
     # Predictions on stdout stay alone there.
     print(
-        json.dumps(summary) if args.json else text,
+        _json(summary) if args.json else _summary_text(summary),
         file=sys.stderr if args.output is None else sys.stdout,
     )
 
@@ -627,8 +723,11 @@ def _output(path: Path | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
     elif is_stream(path):
-        with open(path, "w") as file:  # line by line, as they come
-            yield file
+        try:
+            with open(path, "w") as file:  # line by line, as they come
+                yield file
+        except BrokenPipeError as error:
+            raise BrokenPipeError(error.errno, error.strerror, str(path)) from error
     else:
         with atomic_write(path) as new, open(new, "w") as file:
             yield file
@@ -647,7 +746,7 @@ def check(args: argparse.Namespace) -> None:
     rows = num_entries = positive = 0
     label_sum, low, high = 0.0, math.inf, -math.inf
     pairs = torch.zeros(0, 2, dtype=torch.int64)  # each (field, feature) that occurs, once
-    entries = torch.zeros(0, dtype=torch.int64)
+    entries = torch.zeros(0, 2, dtype=torch.int64)  # each field that occurs, and how many it has
     for data in data_in_pieces(args.file, lenient=True):
         problems += data.metadata.get("problems", [])
         skipped += int(data.metadata.get("skipped", 0))
@@ -658,9 +757,9 @@ def check(args: argparse.Namespace) -> None:
             label_sum += float(labels.double().sum())
             both = torch.stack([batch.fields.long(), batch.indices.long()], 1)
             pairs = torch.cat([pairs, _unique_pairs(both)])
-            more = torch.bincount(batch.fields.long(), minlength=len(entries))
-            more[: len(entries)] += entries
-            entries = more
+            entries = _added(
+                entries, torch.stack(batch.fields.long().unique(return_counts=True), 1)
+            )
             if batch.nnz:
                 values = torch.ones(1) if batch.values is None else batch.values
                 low, high = min(low, float(values.min())), max(high, float(values.max()))
@@ -673,14 +772,16 @@ def check(args: argparse.Namespace) -> None:
         "features": len(pairs[:, 1].unique()),
         "largest feature": int(pairs[:, 1].max()) if len(pairs) else -1,
         "fields": len(entries),
+        "largest field": int(entries[-1, 0]) if len(entries) else -1,
         "labels > 0": round(positive / rows, 6) if rows else None,
         "label mean": round(label_sum / rows, 6) if rows else None,
         "values": [low, high] if num_entries else None,
-        "features of each field": torch.bincount(pairs[:, 0], minlength=len(entries)).tolist(),
-        "entries of each field": entries.tolist(),
+        "numbers of the fields": entries[:, 0].tolist(),
+        "features of each field": pairs[:, 0].unique(return_counts=True)[1].tolist(),
+        "entries of each field": entries[:, 1].tolist(),
     }
     if args.json:
-        print(json.dumps({"file": str(args.file), "problems": list(problems), **found}))
+        print(_json({"file": str(args.file), "problems": list(problems), **found}))
     else:
         for problem in problems:
             print(problem)
@@ -691,6 +792,14 @@ def check(args: argparse.Namespace) -> None:
             print(f"{name:<{width}}  {value}")
     if skipped:
         raise ValueError(f"{args.file}: {skipped} broken lines")
+
+
+def _added(counts: Tensor, more: Tensor) -> Tensor:
+    """Two lists ``[n, 2]`` of numbers and their counts as one, by number."""
+    both = torch.cat([counts, more])
+    numbers, places = both[:, 0].unique(return_inverse=True)
+    sums = torch.zeros_like(numbers).index_add(0, places, both[:, 1])
+    return torch.stack([numbers, sums], 1)
 
 
 def _unique_pairs(pairs: Tensor) -> Tensor:
@@ -728,6 +837,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
+    _check_apart({"TARGET": args.target}, {"SOURCE": args.source})
     if args.to in ("dataset", "text"):
         for flag in ("loss", "no_norm"):
             if getattr(args, flag):
@@ -736,17 +846,21 @@ def convert(args: argparse.Namespace) -> None:
                 )
         _convert_data(args)
     else:
+        if args.lenient:
+            raise ValueError(f"--lenient is for data, not for --to {args.to}")
         _convert_model(args)
     if args.json:
         # Of text the size is all that one can say without reading it again.
         found = (
             {"bytes": args.target.stat().st_size} if args.to == "text" else describe(args.target)
         )
-        print(json.dumps({"target": str(args.target), "to": args.to, **found}))
+        print(_json({"target": str(args.target), "to": args.to, **found}))
 
 
 def _convert_data(args: argparse.Namespace) -> None:
     if args.to == "dataset":
+        if not args.target.is_dir():
+            check_writable(args.target)
         data = convert_libffm(args.source, args.target, lenient=args.lenient)
         _report_skipped(data.metadata.get("skipped", 0), args.source)
     else:
