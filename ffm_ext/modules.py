@@ -564,13 +564,13 @@ class FFM(_Described):
 
     def score_table_ids(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
         """The same where all ids are those of the whole table, however the fields were described."""
-        table = getattr(self.interaction, "weight", None)
         dtype = torch.float32
         if self.normalize or values is not None or isinstance(x, SparseBatch):
             # That of the values. A quantized table has none to follow; it converts them by itself.
             dtype = next((parameter.dtype for parameter in self.parameters()), dtype)
         given = x.values if isinstance(x, SparseBatch) else values
         # float16 may not hold the sum of a sample whose values are all 1 before it is divided.
+        table = getattr(self.interaction, "weight", None)
         is_half = table is not None and table.dtype == torch.float16
         if self.normalize and (given is not None or is_half):
             x, values = self._normalized(x, values, dtype)

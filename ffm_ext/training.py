@@ -632,8 +632,7 @@ class Trainer:
         dtype = sum_dtype(self.model.interaction.weight)
         if not self.model.normalize or self.mode == "deterministic" or dtype == torch.float64:
             return parts
-        for number, part in enumerate(parts):
-            place = where if len(parts) == 1 else f"{where}: shards[{number}]"
+        for place, part in _placed(where, parts):
             if isinstance(part.x, SparseBatch) and part.x.values is not None:
                 _check_norms(place, part.x, part.x.values, torch.finfo(dtype))
         return parts
@@ -673,8 +672,7 @@ class Trainer:
     def _check_parts(self, where: str, parts: Sequence[Any], has_labels: bool = True) -> None:
         """Look at everything before the first update: an operator sees a batch, and says where in that it is wrong."""
         layer = self.model.interaction
-        for number, (x, labels, weights) in enumerate(parts):
-            place = where if len(parts) == 1 else f"{where}: shards[{number}]"
+        for place, (x, labels, weights) in _placed(where, parts):
             if isinstance(x, SparseBatch):
                 check_entries(place, x, layer.num_features, layer.num_fields)
             elif x.dtype in (torch.int32, torch.int64):
@@ -863,6 +861,12 @@ def _loss_and_slope(
     sign = np.where(labels > 0, 1.0, -1.0)
     margin = sign * score
     return np.logaddexp(0, -margin), -sign * np.exp(-np.logaddexp(0, margin))
+
+
+def _placed(where: str, parts: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Parts, each with what an error calls it."""
+    for number, part in enumerate(parts):
+        yield (where if len(parts) == 1 else f"{where}: shards[{number}]"), part
 
 
 def _check_norms(where: str, x: SparseBatch, values: Tensor, limits: torch.finfo) -> None:

@@ -81,6 +81,11 @@ inline bool all_finite(ScalarKind dtype, const void* values, int64_t n) {
   return false;
 }
 
+// The values of `count` entries from number `first` on.
+inline bool all_finite(const Problem& p, int64_t first, int64_t count) {
+  return all_finite(p.dtype, static_cast<const char*>(p.values) + first * element_bytes(p.dtype), count);
+}
+
 inline double value_at(const Problem& p, int64_t e) {
   switch (p.dtype) {
     case ScalarKind::kFloat32: return static_cast<const float*>(p.values)[e];
@@ -93,10 +98,7 @@ inline double value_at(const Problem& p, int64_t e) {
 
 inline void check_values(const char* op, const Problem& p) {
   const int64_t n = p.num_entries;
-  const auto are_finite = [&](int64_t begin, int64_t end) {
-    return all_finite(p.dtype, static_cast<const char*>(p.values) + begin * element_bytes(p.dtype), end - begin);
-  };
-  if (all_parts(n, n, are_finite)) return;
+  if (all_parts(n, n, [&](int64_t begin, int64_t end) { return all_finite(p, begin, end - begin); })) return;
   for (int64_t e = 0; e < n; ++e) {
     const double value = value_at(p, e);
     if (!std::isfinite(value)) fail_value(op, p, e, value);

@@ -85,8 +85,7 @@ void check_samples(const char* op, const Problem& p, const int64_t* numbers, int
     const int64_t count = last - first;
     if (!all_in_range(p.indices.from(first), count, p.num_features)) return false;
     if (p.fields && !all_in_range(p.fields.from(first), count, p.num_fields)) return false;
-    if (!p.values) return true;
-    return all_finite(p.dtype, static_cast<const char*>(p.values) + first * element_bytes(p.dtype), count);
+    return !p.values || all_finite(p, first, count);
   };
   const auto are_good = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -404,12 +404,8 @@ def _check_memory(args: argparse.Namespace, sizes: list[tuple[int, int]], embed_
     (_, F), most_fields = max(inputs, key=lambda found: found[0][1])
     try:
         torch.empty(N, F * max(1, embed_dim))
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        MemoryError,
-    ) as error:  # also sizes of more than 63 bits
+    # Sizes of more than 63 bits are errors of other kinds.
+    except (RuntimeError, TypeError, ValueError, MemoryError) as error:
         raise ValueError(
             f"{embed_dim} factors (-k) for features up to {N - 1} (in {most_features}) and fields up to {F - 1} "
             f"(in {most_fields}) need {4 * N * F * embed_dim} bytes, which are not to be had"
@@ -443,7 +439,7 @@ def train(args: argparse.Namespace) -> None:
         return
     if args.ranges is not None:
         raise ValueError("--ranges is for training under torchrun")
-    check_writable(_target(args))
+    check_writable(target)
     data = load_data(args.train, args.lenient)
     valid = None if args.valid is None else load_data(args.valid, args.lenient)
     if len(data) == 0:
@@ -457,7 +453,7 @@ def train(args: argparse.Namespace) -> None:
     def keep() -> str:
         checkpoint = args.checkpoint or args.resume
         if checkpoint is None:  # fit has written one that it was told of
-            checkpoint = _target(args).with_name(f"{_target(args).name}.checkpoint")
+            checkpoint = target.with_name(f"{target.name}.checkpoint")
             trainer.save(checkpoint)
         return f"go on with {_how_to_resume(args, checkpoint)}"
 
@@ -757,9 +753,7 @@ def check(args: argparse.Namespace) -> None:
             label_sum += float(labels.double().sum())
             both = torch.stack([batch.fields.long(), batch.indices.long()], 1)
             pairs = torch.cat([pairs, _unique_pairs(both)])
-            entries = _added(
-                entries, torch.stack(batch.fields.long().unique(return_counts=True), 1)
-            )
+            entries = _added(entries, torch.stack(both[:, 0].unique(return_counts=True), 1))
             if batch.nnz:
                 values = torch.ones(1) if batch.values is None else batch.values
                 low, high = min(low, float(values.min())), max(high, float(values.max()))
