@@ -52,6 +52,11 @@ __attribute__((always_inline)) constexpr bool is_vector_wise(OptimizerKind kind)
   return kind == OptimizerKind::kVectorAdaGrad;
 }
 
+// Whether two threads may each change copies of a row and of its states, and what both changed be added.
+constexpr bool changes_add_up(OptimizerKind kind) {
+  return kind != OptimizerKind::kAdam && kind != OptimizerKind::kFtrl;
+}
+
 // A table that is updated in place, with the states of its optimizer, which are of the type that sums have.
 struct UpdatedTable {
   void* weight = nullptr;      // [N, F, K], or none
@@ -75,6 +80,8 @@ enum class Loss : int8_t {
 struct Training {
   UpdatedTable table;
   UpdatedTable linear;  // [N, 1], or none
+  Ids state_rows;       // [nnz]: entry -> row of the table's states
+  Ids linear_rows;      // [nnz]: entry -> row of linear and of its states
   UpdatedTable bias;    // [1], or none
   Optimizer optimizer;
   Loss loss = Loss::kLogistic;

@@ -17,7 +17,7 @@ FILES = ("interaction", "determinism", "gradients", "modules", "optim", "trainin
 # A part of them, in seconds. Threads and random tables reach nothing in a kernel that these do not.
 QUICK = (
     "(test_interaction and matches_reference and not threaded) or rounded_once "
-    "or (same_bits and sum and F39) or (moves_what and values) or test_quantized and not loses"
+    "or (same_bits and sum and F39) or (moves_what and values) or (frequent_rows and 2) or test_quantized and not loses"
 )
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import ffm_ext
-from ffm_ext import optim
+from ffm_ext import FFM, SparseBatch, optim
 from ffm_ext.data import SparseDataset
 from ffm_ext.training import Trainer
 
@@ -281,6 +281,51 @@ def test_every_optimizer_learns(optimizer, mode, dtype):
     history = trainer.fit((torch.from_numpy(ids), labels), epochs=6)
     assert history[-1].train_loss < 0.75 * history[0].train_loss
     assert [epoch.samples for epoch in history] == [4000] * 6
+
+
+@pytest.mark.parametrize("optimizer", [optim.SGD, optim.AdaGrad, optim.VectorAdaGrad])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [2, 3, 40])
+@pytest.mark.parametrize("form", ["matrix", "lists"])
+def test_threads_lose_no_update_of_frequent_rows(optimizer, dtype, threads, form):
+    """Every row here is frequent. With steps of next to nothing, the order of the samples makes no difference."""
+    rng = np.random.RandomState(0)
+    num_fields, size, samples = 7, 5, 9000
+    ids = rng.randint(0, size, (samples, num_fields)) + size * np.arange(num_fields)
+    x = torch.from_numpy(ids.astype(np.int32 if form == "matrix" else np.int64))
+    if form == "lists":
+        fields = np.tile(np.arange(num_fields), (samples, 1))
+        has = rng.rand(*ids.shape) < 0.9
+        offsets = np.append(0, has.sum(1).cumsum())
+        values = torch.from_numpy(rng.rand(int(has.sum())) + 0.5).to(dtype)
+        indices, fields, offsets = map(torch.from_numpy, (ids[has], fields[has], offsets))
+        x = SparseBatch(indices, fields, values, offsets)
+    labels = (rng.rand(samples) < 0.5).astype(np.float32)
+    lr = 1e-9 if dtype == torch.float64 else 1e-30
+
+    def trained(mode):
+        torch.manual_seed(0)
+        sizes = {"num_features": num_fields * size, "num_fields": num_fields}
+        made = FFM(4, **sizes, bias=False, linear=False, dtype=dtype)
+        before = made.interaction.weight.detach().clone()
+        trainer = Trainer(made, optimizer=optimizer(lr=lr), mode=mode, num_threads=threads)
+        loss = trainer.partial_fit((x, labels))
+        state = trainer._states["table"]
+        return loss, made.interaction.weight.detach() - before, state[0] if state else None
+
+    (loss, moved, state), (exact_loss, exact_moved, exact_state) = map(
+        trained, ("hogwild", "exact")
+    )
+    assert loss == pytest.approx(exact_loss, rel=1e-5)
+    if dtype == torch.float64:
+        assert exact_moved.count_nonzero() == moved.numel() * (1 - 1 / num_fields)
+    else:
+        assert not exact_moved.any() and not moved.any()
+    if state is None:
+        torch.testing.assert_close(moved, exact_moved, rtol=1e-5, atol=1e-13)
+    else:
+        assert (exact_state > 1).double().mean() == pytest.approx(1 - 1 / num_fields)
+        torch.testing.assert_close(state, exact_state, rtol=2e-4, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", list(optim.OPTIMIZERS.values()))

@@ -52,6 +52,11 @@ struct TrainKernels {
   // Rows indices[i], each named once, for i in [begin, end): updated with gradient i of grad_rows [., F, K], in the
   // type of the table.
   void (*update_rows)(const Update&, ScalarKind, const Ids& indices, const void* grad_rows, int64_t begin, int64_t end);
+
+  // Row `row` of a table with its states, and row `slot` of two copies: what `own` has changed since `before` is added
+  // to the table's row, and both become what that is.
+  void (*join_row)(const Update&, ScalarKind, int64_t row, const UpdatedTable& own, const UpdatedTable& before,
+                   int64_t slot);
 };
 
 // On a packed table (packed_row_bytes).

@@ -10,6 +10,7 @@
 #include "../updated_table.h"
 #include "batch.h"
 #include "isa.h"
+#include "own_rows.h"
 
 namespace ffm {
 namespace {
@@ -20,6 +21,11 @@ constexpr int64_t kSamplesAtATime = 256;
 // In an order of their own, samples lie anywhere: the entries of each are asked for so many samples ahead, up to so
 // many bytes of each list, behind which a core asks by itself.
 constexpr int64_t kSamplesAhead = 16, kBytesAhead = 1 << 10;
+
+// Threads know of what the others did to frequent rows only after so many samples of all threads together, or updates
+// of the row, whichever comes later. The model that each updates is old by that: more threads tell each other more
+// often. But a row is not joined for fewer updates than that saves.
+constexpr int64_t kSamplesBetween = 512, kUpdatesBetween = 32, kFewestUpdates = 2;
 
 // Those of numbers[kSamplesAhead], of n that are left.
 __attribute__((always_inline)) inline void ask_entries(const Problem& p, const int64_t* numbers, int64_t n) {
@@ -38,26 +44,35 @@ __attribute__((always_inline)) inline void ask_entries(const Problem& p, const i
   ask(p.values, element_bytes(p.dtype));
 }
 
-// A copy of some samples of a Problem.
+// A copy of some samples of a Problem. Where a thread has rows of its own, they name these.
 class Samples {
  public:
-  explicit Samples(const Problem& p) : p_(p) {}
+  Samples(const Problem& p, const Training& training, OwnRows* own) : p_(p), own_(own), copy_(p), training_(training) {}
+
+  const Problem& problem() const { return copy_; }
+  const Training& training() const { return training_; }
 
   // Those that numbers[0 .. n) name.
-  const Problem& gather(const int64_t* numbers, int64_t n) {
+  void gather(const int64_t* numbers, int64_t n) {
     offsets_.assign(1, 0);
     for (int64_t i = 0; i < n; ++i) {
       ask_entries(p_, numbers + i, n - i);
       offsets_.push_back(offsets_.back() + p_.entries_begin(numbers[i] + 1) - p_.entries_begin(numbers[i]));
     }
-    copy_ = p_;
     copy_.batch_size = n;
     copy_.num_entries = offsets_.back();
     if (p_.offsets) copy_.offsets = {offsets_.data(), true};
-    copy_.indices.data = gather(p_.indices.data, p_.indices.element_bytes(), numbers, n, indices_);
+    Ids indices = p_.indices;
+    indices.data = gather(p_.indices.data, p_.indices.element_bytes(), numbers, n, indices_);
+    copy_.indices = training_.state_rows = training_.linear_rows = indices;
     copy_.fields.data = gather(p_.fields.data, p_.fields.element_bytes(), numbers, n, fields_);
     copy_.values = gather(p_.values, element_bytes(p_.dtype), numbers, n, values_);
-    return copy_;
+    if (!own_) return;
+    table_rows_.resize(copy_.num_entries);
+    state_rows_.resize(copy_.num_entries);
+    own_->take(indices, copy_.num_entries, table_rows_.data(), state_rows_.data());
+    copy_.indices = {table_rows_.data(), true};
+    training_.state_rows = {state_rows_.data(), true};
   }
 
  private:
@@ -73,8 +88,10 @@ class Samples {
   }
 
   const Problem& p_;
+  OwnRows* const own_;
   Problem copy_;
-  std::vector<int64_t> offsets_;
+  Training training_;
+  std::vector<int64_t> offsets_, table_rows_, state_rows_;
   std::vector<char> indices_, fields_, values_;
 };
 
@@ -172,24 +189,36 @@ Tensor ffm_train_(const Tensor& weight, const std::vector<Tensor>& states, const
       parallel ? std::min(std::max<int64_t>(1, n), num_parts(entries * p.row_size(), kGrainElements)) : 1;
   const Scratch scratch(parts, kernels.scratch_bytes(p));
   std::vector<double> losses(parts, 0);
+  training.state_rows = training.linear_rows = p.indices;
+  const int64_t* const at = numbers ? static_cast<const int64_t*>(numbers->const_data_ptr()) : nullptr;
+  // Copies of samples name the copies of rows.
+  std::optional<FrequentRows> frequent;
+  if (at && parts > 1 && changes_add_up(kind)) frequent.emplace(p, training.table, at, n);
+  const bool has_own = frequent && frequent->count() > 0;
+  const int64_t some = has_own ? std::clamp(kSamplesBetween / parts, kSamplesAhead, kSamplesAtATime) : kSamplesAtATime;
+  const int64_t fewest = std::max(kFewestUpdates, kUpdatesBetween / parts);
   parallel_ranges(parts, n, [&](int64_t part, int64_t begin, int64_t end) {
-    if (!numbers) {
+    if (!at) {
       losses[part] = kernels.train(p, training, label, sample_weight, step, begin, end, scratch.of(part));
       return;
     }
-    const int64_t* const at = static_cast<const int64_t*>(numbers->const_data_ptr());
-    Samples samples(p);
-    std::vector<float> some_labels(kSamplesAtATime), some_weights(kSamplesAtATime);
-    for (int64_t from = begin; from < end; from += kSamplesAtATime) {
-      const int64_t count = std::min(kSamplesAtATime, end - from);
+    std::optional<OwnRows> own;
+    if (has_own) own.emplace(*frequent, p, Update{training.table, training.optimizer}, kernels);
+    Samples samples(p, training, own ? &*own : nullptr);
+    std::vector<float> some_labels(some), some_weights(some);
+    for (int64_t from = begin; from < end; from += some) {
+      if (own) own->join(step + from, fewest, false);
+      const int64_t count = std::min(some, end - from);
       for (int64_t i = 0; i < count; ++i) {
         some_labels[i] = label[at[from + i]];
         if (sample_weight) some_weights[i] = sample_weight[at[from + i]];
       }
+      samples.gather(at + from, count);
       losses[part] +=
-          kernels.train(samples.gather(at + from, count), training, some_labels.data(),
+          kernels.train(samples.problem(), samples.training(), some_labels.data(),
                         sample_weight ? some_weights.data() : nullptr, step + from, 0, count, scratch.of(part));
     }
+    if (own) own->join(step + end, 1, true);
   });
   Tensor total = torch::stable::new_empty(all_labels, std::vector<int64_t>{}, ScalarType::Double);
   double sum = 0;

@@ -53,17 +53,18 @@ class OtherRows {
  public:
   using A = Sum<T>;
 
-  OtherRows(const Problem& p, const Training& t) : p_(p), t_(t) {}
+  explicit OtherRows(const Training& t) : t_(t) {}
 
   __attribute__((always_inline)) void operator()(int64_t e) const {
-    const int64_t row = p_.indices[e];
+    const int64_t row = t_.state_rows[e];
     for (const void* const state : t_.table.states) {
       if (state) prefetch(static_cast<const A*>(state) + row * t_.table.state_row_size, t_.table.state_row_size);
     }
-    ask_linear(row);
+    ask_linear(e);
   }
-  __attribute__((always_inline)) void ask_linear(int64_t row) const {
+  __attribute__((always_inline)) void ask_linear(int64_t e) const {
     if (!t_.linear.weight) return;
+    const int64_t row = t_.linear_rows[e];
     prefetch_line(static_cast<const A*>(t_.linear.weight) + row);
     for (const void* const state : t_.linear.states) {
       if (state) prefetch_line(static_cast<const A*>(state) + row);
@@ -71,7 +72,6 @@ class OtherRows {
   }
 
  private:
-  const Problem& p_;
   const Training& t_;
 };
 
@@ -86,7 +86,7 @@ class StatesAhead {
   StatesAhead(const Problem& p, const Training& t, Arena& arena, Rows& rows, int64_t end)
       : p_(p),
         t_(t),
-        other_rows_(p, t),
+        other_rows_(t),
         rows_(rows),
         end_(end),
         has_wide_rows_(t.table.state_row_size == p.row_size()),
@@ -99,11 +99,12 @@ class StatesAhead {
     if (!rows_.is_by_place() || later >= end_) return;
     while (num_states_ < 2 && t_.table.states[num_states_]) ++num_states_;
     for (int64_t f = 0; f < p_.num_fields; ++f) {
-      const int64_t row = p_.indices[p_.entries_begin(later) + f];
+      const int64_t e = p_.entries_begin(later) + f;
+      const int64_t row = t_.state_rows[e];
       for (int i = 0; i < num_states_; ++i) {
         places_[i].set_row(f, static_cast<const A*>(t_.table.states[i]) + row * t_.table.state_row_size);
       }
-      other_rows_.ask_linear(row);
+      other_rows_.ask_linear(e);
     }
   }
 
@@ -154,6 +155,7 @@ class Trainer {
         entries_(s_.entries()),
         learnt_(std::max<int64_t>(2, p.num_fields), arena),
         rows_(arena.take<int64_t>(std::max<int64_t>(2, p.num_fields) + kLanes<int64_t>)),
+        state_rows_(arena.take<int64_t>(std::max<int64_t>(2, p.num_fields))),
         gradients_(arena.take<A>(2 * (p.embed_dim + kLanes<A>))),
         place_bits_{arena.take<uint32_t>(kMayRound ? PlaceBits::size(p) : 0),
                     arena.take<uint32_t>(kMayRound ? PlaceBits::size(p) : 0)},
@@ -206,7 +208,7 @@ class Trainer {
     if (t_.linear.weight) {
       const A one = 1;
       for (int64_t e = first; e < last; ++e) {
-        update_linear_(t_.linear, optimizer_, p_.indices[e], slope * root * entries_.value(e), &one, 0, 1);
+        update_linear_(t_.linear, optimizer_, t_.linear_rows[e], slope * root * entries_.value(e), &one, 0, 1);
       }
     }
     if (t_.bias.weight) {
@@ -223,7 +225,7 @@ class Trainer {
   // Only bfloat16 weights are rounded at random.
   static constexpr bool kMayRound = std::is_same_v<T, BFloat16>;
 
-  A linear_weight(int64_t e) const { return static_cast<const A*>(t_.linear.weight)[p_.indices[e]]; }
+  A linear_weight(int64_t e) const { return static_cast<const A*>(t_.linear.weight)[t_.linear_rows[e]]; }
 
   // The entries [begin, end) of learnt_, whose rows and x are set.
   void learn(int64_t begin, int64_t end, A slope) {
@@ -232,7 +234,8 @@ class Trainer {
     for (int64_t e = begin; e < end; ++e) learnt_.weight[e] = static_cast<T*>(table.weight) + rows_[e] * table.row_size;
     for (int i = 0; i < 2; ++i) {
       A* const state = static_cast<A*>(table.states[i]);
-      for (int64_t e = begin; state && e < end; ++e) learnt_.states[i][e] = state + rows_[e] * table.state_row_size;
+      for (int64_t e = begin; state && e < end; ++e)
+        learnt_.states[i][e] = state + state_rows_[e] * table.state_row_size;
     }
     learnt_.is_stochastic = optimizer_.is_stochastic;
     if (!optimizer_.is_stochastic) return;
@@ -246,6 +249,7 @@ class Trainer {
   }
   void set_entry(int64_t i, int64_t e) {
     rows_[i] = p_.indices[e];
+    state_rows_[i] = t_.state_rows[e];
     learnt_.x[i] = entries_.value(e);
   }
 
@@ -295,7 +299,7 @@ class Trainer {
   FieldSums<T> s_;
   const Entries<T>& entries_;
   LearntEntries<T> learnt_;
-  int64_t* rows_;
+  int64_t *rows_, *state_rows_;
   A* gradients_;
   PlaceBits place_bits_;
   UpdateRow<A> update_linear_;
@@ -307,8 +311,7 @@ double train(const Problem& p, const Training& t, const float* labels, const flo
   using A = Sum<T>;
   Arena arena(scratch);
   Trainer<T, kEmbedDim> trainer(p, t, arena);
-  typename StatesAhead<T>::Rows rows_ahead(p, arena, Ask::kByPlace, {begin, end}, {0, p.num_fields},
-                                           OtherRows<T>(p, t));
+  typename StatesAhead<T>::Rows rows_ahead(p, arena, Ask::kByPlace, {begin, end}, {0, p.num_fields}, OtherRows<T>(t));
   StatesAhead<T> states_ahead(p, t, arena, rows_ahead, end);
   double loss = 0;
   for (int64_t b = begin; b < end; ++b) {
@@ -373,9 +376,44 @@ void dispatch_update_rows(const Update& update, ScalarKind dtype, const Ids& ind
   });
 }
 
+// to += own - before, and all three become that.
+template <typename A, typename T, typename Store>
+void join(T* to, T* own, T* before, int64_t n, const Store& store) {
+  constexpr int L = kLanes<A>;
+  for (int64_t i = 0; i < n; i += L) {
+    const int64_t count = std::min<int64_t>(L, n - i);
+    const Vec<A, L> change = load_first<L>(own + i, count) - load_first<L>(before + i, count);
+    store(to + i, load_first<L>(to + i, count) + change, i, count);
+    const auto joined = load_first_bits<L>(to + i, count);
+    store_part_bits<L, Part::kFirst, Bits<T>>(own + i, joined, count);
+    store_part_bits<L, Part::kFirst, Bits<T>>(before + i, joined, count);
+  }
+}
+
+void dispatch_join_row(const Update& update, ScalarKind dtype, int64_t row, const UpdatedTable& own,
+                       const UpdatedTable& before, int64_t slot) {
+  dispatch_dtype(dtype, [&](auto scalar) {
+    using T = typename decltype(scalar)::type;
+    using A = Sum<T>;
+    constexpr int L = kLanes<A>;
+    const UpdatedTable& table = update.table;
+    const Rounding rounding(update.optimizer, row);
+    const auto weight = [](const UpdatedTable& t, int64_t i) { return static_cast<T*>(t.weight) + i * t.row_size; };
+    join<A>(weight(table, row), weight(own, slot), weight(before, slot), table.row_size,
+            [&](T* to, Vec<A, L> w, int64_t i, int64_t count) { store_weights<L>(to, {w}, rounding, i, count); });
+    for (int s = 0; s < 2 && table.states[s]; ++s) {
+      const auto state = [s](const UpdatedTable& t, int64_t i) {
+        return static_cast<A*>(t.states[s]) + i * t.state_row_size;
+      };
+      join<A>(state(table, row), state(own, slot), state(before, slot), table.state_row_size,
+              [](A* to, Vec<A, L> sum, int64_t, int64_t count) { store_part<L, Part::kFirst>(to, sum, count); });
+    }
+  });
+}
+
 }  // namespace
 
 extern const TrainKernels train_kernels;
-const TrainKernels train_kernels = {train_bytes, dispatch_train, dispatch_update_rows};
+const TrainKernels train_kernels = {train_bytes, dispatch_train, dispatch_update_rows, dispatch_join_row};
 
 }  // namespace ffm::FFM_ISA

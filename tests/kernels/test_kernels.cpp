@@ -240,6 +240,47 @@ std::vector<double> train_in_turn(const Batch<T>& batch, const std::vector<float
   return w;
 }
 
+// Row 1 of a table and its state, of which a thread has changed a copy: slot 1 of two.
+template <typename T>
+void test_join(const Update& update, Batch<T>& batch, std::vector<SumOf<T>>& states) {
+  const auto test = [&]<typename U>(const std::vector<U>& shared, const std::vector<U>& shared_before,
+                                    const std::vector<U>& copied, const std::vector<U>& changed,
+                                    const std::vector<U>& own, const std::vector<U>& before, int64_t n,
+                                    const std::string& what) {
+    bool is_right = true;
+    for (int64_t i = 0; i < static_cast<int64_t>(shared.size()); ++i) {
+      const bool is_joined = i / n == 1;
+      const double change = is_joined ? decode(changed[i]) - decode(copied[i]) : 0, found = decode(shared[i]);
+      const double expected = decode(shared_before[i]) + change;
+      is_right = is_right && std::abs(found - expected) <= (is_joined ? 0.02 : 0);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      is_right = is_right && decode(own[n + i]) == decode(shared[n + i]) && decode(before[n + i]) == decode(own[n + i]);
+      is_right = is_right && decode(own[i]) == decode(changed[i]) && decode(before[i]) == decode(copied[i]);
+    }
+    check(is_right, "join of " + what + batch.name);
+  };
+  const Problem& p = batch.problem;
+  const int64_t n = p.row_size(), width = update.table.state_row_size;
+  const std::vector<T> copied = random_numbers<T>(2 * n), changed = random_numbers<T>(2 * n);
+  const auto copied_sums = random_numbers<SumOf<T>>(2 * width), changed_sums = random_numbers<SumOf<T>>(2 * width);
+  std::vector<T> own = changed, before = copied;
+  std::vector<SumOf<T>> own_sums = changed_sums, sums_before = copied_sums;
+  UpdatedTable copy = update.table, copy_before = update.table;
+  copy.weight = own.data();
+  copy_before.weight = before.data();
+  if (!states.empty()) {
+    copy.states[0] = own_sums.data();
+    copy_before.states[0] = sums_before.data();
+  }
+  const std::vector<T> shared = batch.weight;
+  const std::vector<SumOf<T>> shared_sums = states;
+  train_kernels().join_row(update, p.dtype, 1, copy, copy_before, 1);
+  test(batch.weight, shared, copied, changed, own, before, n, "weights");
+  if (states.empty()) return;
+  test(states, shared_sums, copied_sums, changed_sums, own_sums, sums_before, width, "states");
+}
+
 // Every optimizer stays inside its memory, and AdaGrad is that above.
 template <typename T>
 void test_training(const Batch<T>& given) {
@@ -276,6 +317,7 @@ void test_training(const Batch<T>& given) {
     training.normalize = true;
     const int64_t width = is_vector_wise(kind) ? p.num_fields : p.row_size();
     training.table = {batch.weight.data(), {}, p.row_size(), p.embed_dim, width};
+    training.state_rows = training.linear_rows = p.indices;
     if (!is_compared) training.linear = {linear.data(), {}, 1, 1, 1};
     for (int i = 0; i < num_states(kind); ++i) {
       states[i].assign(p.num_features * width, 1);
@@ -305,6 +347,7 @@ void test_training(const Batch<T>& given) {
     bool is_finite = true;
     for (const T& x : batch.weight) is_finite = is_finite && std::isfinite(decode(x));
     check(is_finite, "update of rows with optimizer " + std::to_string(static_cast<int>(kind)) + batch.name);
+    if (changes_add_up(kind)) test_join(update, batch, states[0]);
   }
 }
 
