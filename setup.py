@@ -160,14 +160,25 @@ def find_compiler() -> Compiler:
 
 
 def cuda_homes() -> Iterator[Path]:
-    """Where a toolkit may be. An nvcc on the PATH may be a script that calls one elsewhere."""
-    yield from (
-        Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
-    )
+    """Where a toolkit may be: where it is said to be, or else where they are. An nvcc on the PATH may be a script."""
+    named = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if named:
+        yield from map(Path, named)
+        return
     if nvcc := shutil.which("nvcc"):
         yield Path(nvcc).resolve().parents[1]
     yield Path("/usr/local/cuda")
     yield from sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
+
+
+def jobs_option() -> list[str]:
+    """How many compilations ninja runs at a time, as ``MAX_JOBS`` has it."""
+    jobs = os.environ.get("MAX_JOBS")
+    if not jobs:
+        return []
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise fail(f"MAX_JOBS = {jobs!r} is no number of compilations, from 1 on.")
+    return ["-j", jobs]
 
 
 def find_cuda(sanitize: str) -> Cuda | str:
@@ -347,6 +358,7 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler, torch = find_compiler(), find_torch()
         check_build_tools()
+        jobs = jobs_option()
         sanitize = os.environ.get("FFM_EXT_SANITIZE", "")
         cuda = find_cuda(sanitize)
         build = build_folder(sanitize)
@@ -374,7 +386,6 @@ class NinjaBuild(build_ext):
             steps = compile_steps(compiler, torch, cuda, self.distribution.get_version())
             write_ninja(build, library, compiler, torch, cuda, steps, sanitize)
             ninja = [sys.executable, "-m", "ninja", "-f", str(build / "build.ninja")]
-            jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
             if subprocess.run([*ninja, *jobs]).returncode:
                 raise fail(
                     f"the compiler stopped; its first error is above. It is {compiler.version}; it "

@@ -25,6 +25,16 @@ FILES = (
 )
 
 
+def _counts(text: str) -> list[int]:
+    counts = [int(count) for count in text.split(",")]
+    if min(counts) <= 0:
+        raise ValueError
+    return counts
+
+
+_counts.__name__ = "list of thread counts"  # as argparse calls what it cannot read
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     suite = parser.add_mutually_exclusive_group()
@@ -45,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "'interaction and K4', 'ffm_ext or torchfm', 'quality', 'training', 'files', 'memory', "
         "'kernels', 'kernels and roof'",
     )
-    parser.add_argument("--threads", metavar="1,2", help="thread counts instead of the suite's")
+    parser.add_argument(
+        "--threads", type=_counts, metavar="1,2", help="thread counts instead of the suite's"
+    )
     parser.add_argument(
         "--results", type=Path, default=HERE / "results", help="default: %(default)s"
     )
@@ -53,7 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--name", help="of the result files; default: full, quick or smoke, or …-part"
     )
     options = parser.parse_args(arguments)
-    name = options.suite or "full"
+    chosen = options.suite or "full"
+    name = options.name or (f"{chosen}-part" if options.only or options.threads else chosen)
+    # Measuring takes long: what cannot be saved is not begun.
+    try:
+        report.check_writable(options.results, name)
+    except OSError as error:
+        parser.error(f"the results cannot be saved: {error}")
 
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
@@ -61,23 +79,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             *(str(HERE / file) for file in FILES),
             *("-q", "--disable-warnings", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="),
             *("--benchmark-quiet", "--benchmark-disable-gc", f"--benchmark-json={raw}"),
-            *("--suite", name),
+            *("--suite", chosen),
         ]
         if options.threads:
-            command += ["--bench-threads", options.threads]
+            command += ["--bench-threads", ",".join(map(str, options.threads))]
         if options.only:
             command += ["-k", options.only]
         status = pytest.main(command)
         if status == pytest.ExitCode.NO_TESTS_COLLECTED:
             print(f"benchmarks: --only {options.only!r} leaves nothing to measure", file=sys.stderr)
+        elif not raw.exists():
+            print("benchmarks: nothing was measured", file=sys.stderr)
         if not raw.exists():
             return int(status) or 1
         results = report.collect({"not_timed": [], **json.loads(raw.read_text())})
 
     report.show(results)
-    if options.only or options.threads:
-        name += "-part"
-    for path in report.save(results, options.results, options.name or name):
+    for path in report.save(results, options.results, name):
         print(f"saved {path}")
     return int(status)
 

@@ -9,7 +9,7 @@ import importlib
 import io
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from ffm_ext.data import SparseDataset, read_libffm, write_libffm
 from .peer import Peer
 from .subjects import modern_ffm
 from .training import libffm_model
-from .workloads import Workload, make_batches
+from .workloads import NUM_BATCHES, Workload, make_batches
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Files:
     @cached_property
     def text(self) -> Path:
         path = self.folder / "test.ffm"
-        ids = torch.cat(make_batches(self.table))
-        ids = ids.repeat(-(-self.samples // len(ids)), 1)[: self.samples].int()
+        size = -(-self.samples // NUM_BATCHES)
+        ids = torch.cat(make_batches(replace(self.table, batch_size=size)))[: self.samples].int()
         labels = torch.arange(self.samples) % 2
         write_libffm(SparseDataset.from_arrays(ids, labels), path)
         return path
@@ -73,7 +73,7 @@ class FileEngine(Peer):
     """``read`` the text; ``predict_file``: probabilities of it in a file; ``predict`` what is in memory."""
 
     name: ClassVar[str]
-    threads: ClassVar[tuple[int, ...]] = (1,)
+    has_threads: ClassVar[bool] = False
 
     def __init__(self, files: Files) -> None:
         self.files = files
@@ -95,7 +95,7 @@ class FileEngine(Peer):
 
 class Ours(FileEngine):
     name = "ffm_ext"
-    threads = (1, 2)
+    has_threads = True
 
     def read(self) -> object:
         return read_libffm(self.files.text)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -138,6 +139,15 @@ def markdown(results: Record, pictures: Sequence[str] = ()) -> str:
             parts.append(f"![{section.heading or 'samples a second'}]({picture})\n")
         parts.append("\n".join(f"- {note}" for note in section.notes) + "\n")
     return "\n".join(parts)
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Raise OSError unless :func:`save` could write there, as far as can be known before."""
+    if Path(name).name != name:
+        raise OSError(f"{name!r} is no name of a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def save(results: Record, folder: Path, name: str) -> list[Path]:

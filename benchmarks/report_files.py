@@ -56,7 +56,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
     table = Table(header, body, left=("", "library"), section=1)
     first = records[0]
     notes = [
-        f"Texts: {first['table']}, one feature a field, {first.get('samples', '–')} samples; median of 3 after one "
+        f"Texts: {first['table']}, one feature a field, {first.get('samples', '–')} samples; median of 7 after one "
         "more, files in the page cache. Reading: libffm converts the text to its binary form on disk, the others make "
         "a matrix in memory. Predicting a file: the model is loaded (not by modern-fm, which has no files of its own), "
         "the text read, a probability a line written; libffm's loop is that of its ffm-predict around its own "

@@ -33,8 +33,9 @@ def sections(records: Sequence[Record]) -> list[Section]:
         body.append([table, step, _megabytes(expected), *cells])
     header = ["table", "step", "its arrays, MB", *(f"{name}, MB" for name in names)]
     notes = [
-        "Memory: how far the resident memory of a fresh process rises during one step of a batch of 4096, beside the "
-        "table; 1 thread. Its arrays: the output, the gradient, and lists that group the entries by row "
+        "Memory: how far the resident memory of a fresh process rises during one step of a batch of "
+        f"{records[0]['batch_size']}, beside the table; 1 thread. Its arrays: the output, the gradient, and lists that "
+        "group the entries by row "
         "(expected_bytes in benchmarks/memory.py). torchfm has no sparse gradient.",
         *reasons((f"{r['table']}, {r['holder']}, {r['step']}", r) for r in records),
     ]

@@ -43,7 +43,7 @@ py::dict read_text(const py::object& path, bool libsvm, int64_t begin, std::opti
                                .num_threads = num_threads};
   if (end) options.end = *end;
   if (num_features) options.num_features = *num_features;
-  if (num_fields) options.num_fields = *num_fields;
+  if (num_fields) options.num_fields = std::min(*num_fields, options.num_fields);
   const std::string name = path.cast<std::filesystem::path>().native();
   ffm::io::Samples samples;
   try {

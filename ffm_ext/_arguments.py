@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import operator
 import warnings
-from typing import Literal, SupportsIndex, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,14 @@ def outside(ids: Tensor, size: int) -> Tensor:
     return (ids < 0) | (ids > min(size - 1, torch.iinfo(ids.dtype).max))
 
 
+def as_tensor(numbers: Any) -> Tensor:
+    """A tensor as it is; arrays and lists on the CPU, copied where torch does not take their memory as it lies."""
+    if isinstance(numbers, Tensor):
+        return numbers
+    array = np.asarray(numbers)
+    return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
+
+
 def sum_dtype(tensor: Tensor) -> torch.dtype:
     """What sums of its numbers are kept in: float32, or float64 for float64."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
@@ -87,22 +96,27 @@ def _is_batched(tensor: Tensor) -> bool:
     return False
 
 
-def check_positive(where: str, **sizes: SupportsIndex) -> list[int]:
-    """The sizes as Python's own integers, which JSON takes; those of NumPy and of tensors go as well.
+def check_size(where: str, name: str, size: SupportsIndex, least: int = 0) -> int:
+    """A size as Python's own integer, which JSON takes; those of NumPy and of tensors go as well.
 
     Raises:
-        TypeError: one is not an integer.
-        ValueError: one is not positive.
+        TypeError: it is not an integer.
+        ValueError: it is less than ``least``, 0 or 1.
     """
-    found = []
-    for name, size in sizes.items():
-        try:
-            found.append(operator.index(size))
-        except TypeError:
-            raise TypeError(f"{where}: {name} = {size!r} must be an integer") from None
-        if found[-1] <= 0:
-            raise ValueError(f"{where}: {name} = {found[-1]} must be positive")
+    try:
+        found = operator.index(size)
+    except TypeError:
+        raise TypeError(f"{where}: {name} = {size!r} must be an integer") from None
+    if found < least:
+        raise ValueError(
+            f"{where}: {name} = {found} {'must be positive' if least else 'is negative'}"
+        )
     return found
+
+
+def check_positive(where: str, **sizes: SupportsIndex) -> list[int]:
+    """Several of them, see :func:`check_size`."""
+    return [check_size(where, name, size, least=1) for name, size in sizes.items()]
 
 
 def check_contents(

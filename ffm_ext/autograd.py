@@ -233,6 +233,13 @@ def _asks_for_weight(ctx: Any) -> bool:
         return True
 
 
+def _address(weight: Tensor) -> int | None:
+    """Where a table lies; ``None`` where a program is traced, which has none."""
+    if torch.compiler.is_compiling() or type(weight.data) is not Tensor:
+        return None
+    return weight.data_ptr()
+
+
 class FFMFunction(torch.autograd.Function):
     """Arguments as :func:`interaction`, all positional."""
 
@@ -251,6 +258,7 @@ class FFMFunction(torch.autograd.Function):
         ctx.num_fields, ctx.output, ctx.within_field, ctx.grad, ctx.fused, ctx.step, ctx.states = (
             modes
         )
+        ctx.address = _address(weight) if ctx.grad == "fused" else None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -277,6 +285,12 @@ class FFMFunction(torch.autograd.Function):
         if not needs_weight:
             grad_values = _ops.ffm_backward_values(grad_output, table, *lists)
         elif ctx.grad == "fused":
+            if _address(weight) != ctx.address:
+                raise RuntimeError(
+                    "FFMInteraction: backward was given a copy of the table, which its fused optimizer cannot update: "
+                    "hooks on saved tensors (save_on_cpu, offload_wrapper) make such; keep the layer out of them, or "
+                    "use grad='dense'"
+                )
             grad_values = _ops.fused_step_(
                 grad_output, table, ctx.step, ctx.states, *lists, needs_values, ctx.fused
             )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 
+from ._arguments import as_tensor
+
 __all__ = ["SparseBatch"]
 
 
@@ -94,9 +96,7 @@ class SparseBatch:
         csr = matrix.tocsr()
         fields = _feature_fields(feature_fields, csr.shape[1])
         indices = torch.from_numpy(csr.indices.astype(np.int64))
-        values = torch.from_numpy(
-            np.ascontiguousarray(csr.data, dtype=_float_dtype(csr.data.dtype))
-        )
+        values = _floats(csr.data)
         offsets = torch.from_numpy(csr.indptr.astype(np.int64))
         return cls(indices, fields[indices], values, offsets)
 
@@ -115,8 +115,7 @@ class SparseBatch:
         if isinstance(X, Tensor):
             dense = X if X.is_floating_point() else X.to(torch.get_default_dtype())
         else:
-            array = np.asarray(X)
-            dense = torch.from_numpy(np.ascontiguousarray(array, dtype=_float_dtype(array.dtype)))
+            dense = _floats(np.asarray(X))
         if dense.dim() != 2:
             raise ValueError(
                 f"SparseBatch.from_dense: X must have two dimensions, got shape {list(dense.shape)}"
@@ -215,7 +214,7 @@ class SparseBatch:
             )
         if isinstance(which, slice):
             which = range(len(self))[which]
-        samples = torch.as_tensor(which, device=self.device)
+        samples = as_tensor(which).to(self.device)
         if samples.dim() != 1 or (
             samples.numel() and (samples.is_floating_point() or samples.is_complex())
         ):
@@ -301,7 +300,7 @@ def _unflatten(parts: Iterable[Any], _: object) -> SparseBatch:
 
 
 def _feature_fields(feature_fields: Any, num_features: int) -> Tensor:
-    fields = torch.as_tensor(feature_fields)
+    fields = as_tensor(feature_fields)
     if fields.shape != (num_features,):
         raise ValueError(
             f"SparseBatch: feature_fields has shape {list(fields.shape)}, "
@@ -324,9 +323,10 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def _float_dtype(dtype: np.dtype) -> np.dtype:
-    keep = np.issubdtype(dtype, np.floating) and dtype.itemsize in (2, 4, 8)
-    return dtype if keep else np.dtype(np.float32)
+def _floats(array: np.ndarray) -> Tensor:
+    """In its own dtype, where torch has that, else as float32."""
+    keep = np.issubdtype(array.dtype, np.floating) and array.dtype.itemsize in (2, 4, 8)
+    return as_tensor(array if keep else array.astype(np.float32))
 
 
 # Programs of torch.export take batches as they are: their inputs are indices, fields, values, offsets, in this order.

@@ -53,24 +53,24 @@ def top_interactions(
         At most ``n`` pairs, ``feature_a < feature_b``, ids of the whole table.
 
     Raises:
-        ValueError: ``n`` is not positive; without ``data``, the model was made from sizes alone and does not know the
-            field of a feature: set ``model.feature_fields``.
+        TypeError: ``model`` has an int8 table.
+        ValueError: ``n`` is not positive; ``data`` has another number of columns than the model has fields; without
+            it, the model was made from sizes alone and does not know the field of a feature: set
+            ``model.feature_fields``.
         IndexError: an id or a field of ``data`` is out of range.
     """
     if n <= 0:
         raise ValueError(f"top_interactions: n = {n} must be positive")
-    layer = model.interaction
+    layer = _layer(model)
     table = _table(layer)
     pairs = _all_pairs(model, table, n) if data is None else _pairs_of(model, table, n, data)
-    ends = torch.empty(0, 4, dtype=torch.int64)
-    weights = torch.empty(0, dtype=table.dtype)
+    ends = torch.empty(0, 4, dtype=torch.int64, device="cpu")
+    weights = torch.empty(0, dtype=table.dtype, device="cpu")
     for found, dots in pairs:
         ends, weights = torch.cat([ends, found]), torch.cat([weights, dots])
         order = weights.abs().argsort(descending=True, stable=True)
         # A pair may come up in many blocks of samples; the first is as good as the others.
-        keys = ends[order, 0] * layer.num_features + ends[order, 1]
-        first = np.unique(keys.numpy(), return_index=True)[1]
-        order = order[torch.from_numpy(np.sort(first))][:n]
+        order = order[_first_of_each(ends[order], layer)][:n]
         ends, weights = ends[order], weights[order]
     return [
         Interaction(a, b, field_a, field_b, weight)
@@ -92,16 +92,17 @@ def field_strength(model: FFM, data: Tensor | SparseBatch | None = None) -> Tens
         ``[F, F]``, symmetric, float64. The diagonal is 0 where the model does not count pairs inside one field.
 
     Raises:
+        TypeError: ``model`` has an int8 table.
         ValueError: without ``data``, the model does not know the field of a feature: set ``model.feature_fields``;
-            ``data`` has no samples.
+            ``data`` has no samples, or another number of columns than the model has fields.
     """
-    layer = model.interaction
+    layer = _layer(model)
     F = layer.num_fields
     if data is not None:
         return _strength_over(model, data)
     table = _table(layer)
     members = _members(model)
-    strength = torch.zeros(F, F, dtype=torch.float64)
+    strength = torch.zeros(F, F, dtype=torch.float64, device="cpu")
 
     def gram(f: int, g: int) -> Tensor:
         """``Wᵀ W [K, K]`` of the vectors that the features of f keep for g."""
@@ -158,6 +159,15 @@ def plot_field_strength(
     return ax
 
 
+def _layer(model: FFM) -> FFMInteraction:
+    layer = model.interaction
+    if not isinstance(layer, FFMInteraction):
+        raise TypeError(
+            f"the model has a {type(layer).__name__}, whose table holds no weights: give the float one"
+        )
+    return layer
+
+
 def _table(layer: FFMInteraction) -> Tensor:
     """The weights ``[N, F, K]``, on the CPU, half precision as float32."""
     weight = layer.weight.detach().cpu()
@@ -180,6 +190,16 @@ def _ordered(a: Tensor, b: Tensor, field_a: Tensor, field_b: Tensor) -> Tensor:
     """``[n, 4]``: the two features of each pair, the smaller first, and their fields."""
     pairs = torch.stack([a, b, field_a, field_b], dim=1)
     return torch.where((a > b)[:, None], pairs[:, [1, 0, 3, 2]], pairs)
+
+
+def _first_of_each(pairs: Tensor, layer: FFMInteraction) -> Tensor:
+    """Where each of the pairs ``[n, 4]`` stands for the first time, rising."""
+    features = (pairs[:, 0] * layer.num_features + pairs[:, 1]).numpy()
+    fields = (pairs[:, 2] * layer.num_fields + pairs[:, 3]).numpy()
+    order = np.lexsort((fields, features))
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = (np.diff(features[order]) != 0) | (np.diff(fields[order]) != 0)
+    return torch.from_numpy(np.sort(order[is_new]))
 
 
 def _all_pairs(model: FFM, table: Tensor, n: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -220,18 +240,18 @@ def _pairs_of(
         # Each entry with all that come after it in its sample.
         counts = batch.offsets.diff().long()
         ends = batch.offsets[1:].long().repeat_interleave(counts)
-        partners = ends - torch.arange(batch.nnz) - 1
-        left = torch.arange(batch.nnz).repeat_interleave(partners)
+        entries = torch.arange(batch.nnz, device="cpu")
+        partners = ends - entries - 1
+        left = entries.repeat_interleave(partners)
         starts = (partners.cumsum(0) - partners).repeat_interleave(partners)
-        right = left + 1 + torch.arange(left.numel()) - starts
+        right = left + 1 + torch.arange(left.numel(), device="cpu") - starts
         keep = indices[left] != indices[right]
         if not layer.within_field:
             keep &= fields[left] != fields[right]
         pairs = _ordered(
             indices[left[keep]], indices[right[keep]], fields[left[keep]], fields[right[keep]]
         )
-        keys = pairs[:, 0] * layer.num_features + pairs[:, 1]
-        pairs = pairs[torch.from_numpy(np.unique(keys.numpy(), return_index=True)[1])]
+        pairs = pairs[_first_of_each(pairs, layer)]
         a, b, field_a, field_b = pairs.unbind(1)
         dots = (table[a, field_b] * table[b, field_a]).sum(1)
         kept = dots.abs().topk(min(n, dots.numel())).indices
@@ -242,7 +262,7 @@ def _strength_over(model: FFM, data: Tensor | SparseBatch) -> Tensor:
     layer = model.interaction
     F, weight = layer.num_fields, layer.weight.detach()
     terms = F * (F - 1) // 2 + (F if layer.within_field else 0)
-    squares = torch.zeros(terms, dtype=torch.float64)
+    squares = torch.zeros(terms, dtype=torch.float64, device="cpu")
     samples = 0
     for batch in _blocks(model, data):
         x = batch.to(weight.device, torch.float64)
@@ -262,8 +282,8 @@ def _strength_over(model: FFM, data: Tensor | SparseBatch) -> Tensor:
     if not samples:
         raise ValueError("field_strength: data has no samples")
     mean = (squares / samples).sqrt()
-    strength = torch.zeros(F, F, dtype=torch.float64)
-    f, g = torch.triu_indices(F, F, 1)
+    strength = torch.zeros(F, F, dtype=torch.float64, device="cpu")
+    f, g = torch.triu_indices(F, F, 1, device="cpu")
     strength[f, g] = strength[g, f] = mean[: f.numel()]
     if layer.within_field:
         strength.diagonal().copy_(mean[f.numel() :])
@@ -274,13 +294,16 @@ def _blocks(model: FFM, data: Tensor | SparseBatch) -> Iterator[SparseBatch]:
     """``data`` on the CPU, in pieces of samples with some ``_BLOCK`` pairs (of entries, or of fields)."""
     if isinstance(data, Tensor):
         ids = data if model.offsets is None else _global_ids("FFM", data, model.offsets)
-        B, F = ids.shape
+        F = model.interaction.num_fields
+        if ids.dim() != 2 or ids.shape[1] != F:
+            raise ValueError(f"data has shape {list(ids.shape)}, the model takes ids [B, {F}]")
+        B = len(ids)
         fields = torch.arange(F, dtype=ids.dtype, device=ids.device).repeat(B)
         offsets = torch.arange(B + 1, dtype=ids.dtype, device=ids.device) * F
         data = SparseBatch(ids.flatten(), fields, None, offsets)
     batch = data.to("cpu")
     counts = batch.offsets.diff().long()
-    work = torch.maximum(counts.square(), torch.tensor(model.interaction.num_fields**2)).cumsum(0)
+    work = counts.square().clamp(min=model.interaction.num_fields**2).cumsum(0)
     begin = 0
     while begin < len(batch):
         done = int(work[begin - 1]) if begin else 0

@@ -85,7 +85,15 @@ def save_model(model: FFM, path: _Path, *, loss: Loss | None = None) -> None:
     if loss is not None and loss not in get_args(Loss):
         raise ValueError(f"save_model: loss = {loss!r} is not one of {', '.join(get_args(Loss))}")
     arguments = model_arguments(model)
-    tensors = {name: tensor.detach().cpu() for name, tensor in model.named_parameters()}
+    # By these names whatever they are computed from (a parametrized table has others).
+    parameters = {
+        "interaction.weight": model.interaction.weight,
+        "linear.weight": model.linear.weight,
+        "linear.bias": model.linear.bias,
+    }
+    tensors = {
+        name: tensor.detach().cpu() for name, tensor in parameters.items() if tensor is not None
+    }
     if "field_dims" not in arguments and model.feature_fields is not None:
         tensors["feature_fields"] = model.feature_fields.cpu()
     metadata = {"format": _FORMAT, "version": _VERSION, "arguments": json.dumps(arguments)}
@@ -173,9 +181,14 @@ def _read_model(file: Any, metadata: dict[str, str], fail: _Failure, mmap: bool)
         fail(f"it holds tensors of shapes {found}, its metadata says {wanted}")
     for name, parameter in model.named_parameters():
         tensor = file.get_tensor(name)
+        if not tensor.is_floating_point():
+            fail(f"{name} is {tensor.dtype}")
         parameter.data = tensor if mmap else copied_table(tensor)
     if "feature_fields" in found:
-        model.feature_fields = file.get_tensor("feature_fields")
+        fields = file.get_tensor("feature_fields")
+        if fields.is_floating_point() or fields.is_complex() or fields.dtype == torch.bool:
+            fail(f"feature_fields is {fields.dtype}")
+        model.feature_fields = fields
     return model
 
 
@@ -447,7 +460,9 @@ def save_xlearn_text(model: FFM, path: _Path) -> None:
     _check_model("save_xlearn_text", model)
     _check_within_field("save_xlearn_text", "xLearn counts", model, True)
     layer, bias, linear = model.interaction, model.linear.bias, model.linear.weight
-    weights = torch.zeros(layer.num_features, 1) if linear is None else linear.detach()
+    weights = (
+        torch.zeros(layer.num_features, 1, device="cpu") if linear is None else linear.detach()
+    )
     start = 0.0 if bias is None else bias.item()
     wrong = (~weights[:, 0].float().isfinite()).nonzero()
     if len(wrong):

@@ -35,7 +35,53 @@ __all__ = ["FFM", "FM", "FFMInteraction", "FieldAwareFactorizationMachine"]
 _INITIAL_STD = 0.1
 
 
-class FFMInteraction(nn.Module):
+class _Sized(nn.Module):
+    """A table that does not tell F from K: ``state_dict`` says both, and another table is not loaded."""
+
+    num_fields: int
+    embed_dim: int
+
+    def _metadata(self) -> dict[str, Any]:
+        return {"fields_and_factors": (self.num_fields, self.embed_dim)}
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata.update(self._metadata())
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        here = (self.num_fields, self.embed_dim)
+        there = tuple(local_metadata.get("fields_and_factors", here))
+        if there != here:
+            error_msgs.append(
+                f"{prefix[:-1] or 'the table'} has {there[0]} fields of {there[1]} factors, the layer {here[0]} of "
+                f"{here[1]}"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+
+class FFMInteraction(_Sized):
     """A table of field-aware factors and the fused interaction over it.
 
     Args:
@@ -96,6 +142,8 @@ class FFMInteraction(nn.Module):
         if self._fused is not None:
             remove_state(self)
             add_state(self, self._fused.optimizer)
+            made = self._fused.optimizer
+            self._fused.settled = made.lr, made.weight_decay
 
     def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
         """Interaction of a batch, in the dtype of the table: ``[B]``, ``[B, P]`` or ``[B, P, K]`` by ``output``.
@@ -197,42 +245,17 @@ class FFMInteraction(nn.Module):
         self._reset_optimizer()
         return self._fused
 
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # [N, F·K] does not tell F from K.
-        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if metadata is not None:
-            metadata["fields_and_factors"] = (self.num_fields, self.embed_dim)
+    def _metadata(self) -> dict[str, Any]:
+        settled = {} if self._fused is None else {"settled": self._fused.settled}
+        return {**super()._metadata(), **settled}
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
     ) -> None:
-        here = (self.num_fields, self.embed_dim)
-        there = tuple(local_metadata.get("fields_and_factors", here))
-        if there != here:
-            error_msgs.append(
-                f"{prefix}weight has {there[0]} fields of {there[1]} factors, the layer {here[0]} of {here[1]}"
-            )
-            return
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
         self._follow_weight()
+        if self._fused is not None and "settled" in local_metadata:
+            self._fused.settled = local_metadata["settled"]
 
     def _follow_weight(self) -> None:
         """``load_state_dict(assign=True)`` and a way to or from the meta device put another parameter in place."""
@@ -640,7 +663,7 @@ class FM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the factors anew, ``N(0, 0.01)``; linear weights and bias become 0."""
+        """Draw the factors anew, ``N(0, 0.01 / K)``; linear weights and bias become 0."""
         self.linear.reset_parameters()
         nn.init.normal_(self.weight, std=0.1 / math.sqrt(self.weight.shape[1]))
 

@@ -35,7 +35,7 @@ class Optimizer:
 
     Raises:
         TypeError: what should be a number is none.
-        ValueError: a number is negative or not finite, or ``lr`` is not positive.
+        ValueError: a number is negative or not finite, ``lr`` is not positive, or ``rounding_seed`` no int64.
 
     Numbers of NumPy become Python's.
     """
@@ -61,6 +61,8 @@ class Optimizer:
                 raise TypeError(f"{type(self).__name__}: {name} = {value!r} is no number") from None
             object.__setattr__(self, name, value)
             is_bad = isinstance(value, float) and not 0 <= value < math.inf
+            if name == "rounding_seed" and value is not None:
+                is_bad = not -(2**63) <= value < 2**63
             if is_bad or (name == "lr" and value == 0):
                 raise ValueError(f"{type(self).__name__}: {name} = {value} is out of range")
 
@@ -221,7 +223,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             {
                 "lr": optimizer.lr,
                 "weight_decay": optimizer.weight_decay,
-                # The numbers by which the states stand for the weights (see Optimizer.keep_weights).
                 "settled": (optimizer.lr, optimizer.weight_decay),
             },
         )
@@ -271,15 +272,26 @@ class FusedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: the table has no gradient."""
 
+    @property
+    def settled(self) -> tuple[float, float]:
+        """``lr`` and ``weight_decay`` by which states stand for weights (see :meth:`Optimizer.keep_weights`)."""
+        group = self.param_groups[0]
+        lr, weight_decay = group.get("settled", (group["lr"], group["weight_decay"]))
+        return float(lr), float(weight_decay)
+
+    @settled.setter
+    def settled(self, numbers: tuple[float, float]) -> None:
+        self.param_groups[0]["settled"] = tuple(numbers)
+
     def settle(self, weight: Tensor, states: Sequence[Tensor]) -> bool:
         """Let the states stand for the weights with the numbers of now; whether there is an update with these."""
         group = self.param_groups[0]
         now = (float(group["lr"]), float(group["weight_decay"]))
         if isinstance(self.optimizer, FTRL) and now[0] == 0:
             return False
-        if now != tuple(group.get("settled", now)):
+        if now != self.settled:
             self.optimizer.keep_weights(weight, states, *now)
-        group["settled"] = now
+        self.settled = now
         return True
 
     def update(self, step: int) -> tuple[str, list[float], int, int | None]:

@@ -319,7 +319,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             indices, owners = X.indices.long(), X.fields.long()
             if indices.min() < 0 or owners.min() < 0:
                 raise ValueError(f"{name}: the SparseBatch has a negative id or field")
-            fields = torch.zeros(int(indices.max()) + 1, dtype=torch.int64)
+            fields = torch.zeros(int(indices.max()) + 1, dtype=torch.int64, device="cpu")
             fields[indices] = owners
             self._num_fields = int(owners.max()) + 1
             self.n_features_in_ = len(fields)
@@ -331,7 +331,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             counts = torch.from_numpy(_categories(name, X).max(axis=0) + 1).clamp(min=1)
             self._starts = np.concatenate([[0], counts.cumsum(0).numpy()])
             self._num_fields = len(counts)
-            fields = torch.arange(len(counts)).repeat_interleave(counts)
+            fields = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
         elif self.feature_fields is None:
             size = X.shape[1] ** 2 * self.embed_dim
             if size > _LARGE_TABLE:
@@ -340,7 +340,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
                     "give feature_fields, the field of each column"
                 )
             self._num_fields = X.shape[1]
-            fields = torch.arange(X.shape[1])
+            fields = torch.arange(X.shape[1], device="cpu")
         else:
             given = np.asarray(self.feature_fields)
             if given.shape != (X.shape[1],) or given.dtype.kind not in "iu" or given.min() < 0:

@@ -16,7 +16,8 @@ Modes:
     while that of ``"deterministic"`` grows with the number.
 ``"hogwild"``
     The same over threads that do not wait for each other (Niu et al., NIPS 2011): faster, and no two runs are alike.
-    ``torch.use_deterministic_algorithms(True)`` refuses it.
+    With SGD and both AdaGrads each thread changes copies of frequent rows, and adds what it has changed to the table
+    about every 512 samples of all threads. ``torch.use_deterministic_algorithms(True)`` refuses the mode.
 ``"deterministic"``
     Batches: every sample of a batch is scored with the weights from before it, and their gradients are summed, not
     averaged. The same bits for any number of threads.
@@ -61,6 +62,8 @@ Data = SparseDataset | str | os.PathLike[str] | tuple[Any, ...]
 
 # Samples between two looks at the clock, and at whether someone has pressed Ctrl-C.
 _PIECE = 1 << 17
+# No scores, float32 on the CPU whatever the defaults of torch are.
+_NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 _PREDICTED = 1 << 16
 _FORMAT = "ffm_ext.Trainer"
 _VERSION = "1"
@@ -582,7 +585,7 @@ class Trainer:
             TypeError, ValueError, IndexError: as :meth:`fit`.
         """
         parts = self._local_parts("Trainer.predict: data", data, has_labels=False)
-        scores = torch.cat([torch.zeros(0), *(self._scores(part) for part in parts)])
+        scores = torch.cat([_NONE, *(self._scores(part) for part in parts)])
         return torch.sigmoid(scores) if self.loss == "logistic" else scores
 
     def _scores(self, part: _Part) -> Tensor:
@@ -591,7 +594,7 @@ class Trainer:
         with torch.inference_mode():
             for i in range(0, len(part.labels), _PREDICTED):
                 pieces.append(self.model.score_table_ids(x[i : i + _PREDICTED]).float())
-        return torch.cat(pieces) if pieces else torch.zeros(0)
+        return torch.cat([_NONE, *pieces])
 
     def _mean_loss(self, parts: list[_Part]) -> float:
         total, weight = self._sum_of_losses(parts)
@@ -663,7 +666,7 @@ class Trainer:
                 f"{where}: x must be ids [n, F] or a SparseBatch, got {type(x).__name__}"
             )
         if not has_labels:
-            return _Part(x, torch.zeros(len(x)), None)
+            return _Part(x, torch.zeros(len(x), dtype=torch.float32, device="cpu"), None)
         labels = _numbers(where, "labels", labels, len(x))
         if weights is not None:
             weights = _numbers(where, "weights", weights, len(x))
@@ -882,7 +885,7 @@ def _check_norms(where: str, x: SparseBatch, values: Tensor, limits: torch.finfo
     # A piece at a time: no copy of all, which may be a file.
     if all(is_good(piece.abs()) for piece in values.split(1 << 18) if len(piece)):
         return
-    squares = torch.zeros(len(x), dtype=torch.float64)
+    squares = torch.zeros(len(x), dtype=torch.float64, device="cpu")
     squares.index_add_(0, _samples(x.indices, x.offsets), values.double().square())
     wrong = (squares > most) | ((squares > 0) & (squares < least))
     if wrong.any():

@@ -249,7 +249,7 @@ def test_errors_of_feature_fields(build: Callable[[np.ndarray, Any], SparseBatch
     )
     with raises(ValueError, message):
         build(X, [0, 0, 1])
-    with raises(TypeError, "SparseBatch: feature_fields must be integers, got torch.float32"):
+    with raises(TypeError, "SparseBatch: feature_fields must be integers, got torch.float64"):
         build(X, [0.0, 0.0, 1.0, 1.0, 1.0])
     with raises(TypeError, "SparseBatch: feature_fields must be integers, got torch.bool"):
         build(X, [True, False, True, True, True])

@@ -30,6 +30,7 @@ from benchmarks import (  # noqa: E402
     subjects,
     workloads,
 )
+from benchmarks.__main__ import main as benchmarks_main  # noqa: E402
 from benchmarks.machine import describe, slug  # noqa: E402
 
 TINY = workloads.Workload(500, 4, "uniform", num_fields=5, batch_size=70)
@@ -73,6 +74,27 @@ def test_harness_runs_without_peers(tmp_path: Path) -> None:
         assert f"\n## {heading}\n" in text
     for path in folder.glob("*.png"):
         assert f"]({path.name})" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--results", "{file}"], "the results cannot be saved: "),
+        (["--name", "sub/folder"], "'sub/folder' is no name of a file"),
+        (["--threads", "two"], "argument --threads: invalid list of thread counts value: 'two'"),
+        (["--threads", "0"], "argument --threads: invalid list of thread counts value: '0'"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    defaults = ["--smoke", "--results", str(tmp_path / "results")]
+    with pytest.raises(SystemExit) as stopped:
+        benchmarks_main([*defaults, *(argument.format(file=file) for argument in arguments)])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def _check_kernels(lines: list[dict[str, Any]]) -> None:

@@ -192,6 +192,96 @@ def test_data_loader_of_spawned_workers(tmp_path: Path) -> None:
     assert [s for batch in loader for s in samples(batch)] == ALL
 
 
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+def test_data_loader_of_views_in_new_processes(context: str) -> None:
+    for data in (
+        MIXED[2:9],
+        SparseDataset.from_arrays(torch.arange(12).view(4, 3), torch.ones(9)[:4]),
+    ):
+        loader: Any = DataLoader(
+            data,
+            batch_size=2,
+            collate_fn=data.collate,
+            num_workers=1,
+            multiprocessing_context=context,
+        )
+        assert [s for batch in loader for s in samples(batch)] == samples(data[:])
+
+
+def test_sizes_of_numpy(tmp_path: Path) -> None:
+    ids = np.array([[1, 2], [3, 4]])
+    data = SparseDataset.from_arrays(ids, [0, 1], num_features=ids.max() + 1)
+    data.save(tmp_path / "data")
+    assert open_dataset(tmp_path / "data").num_features == 5
+    write_libffm(data, tmp_path / "text")
+    for sizes in ({"num_features": np.int64(10)}, {"num_fields": np.int32(10)}):
+        found = convert_libffm(tmp_path / "text", tmp_path / "converted", **sizes)
+        assert 10 in (found.num_features, found.num_fields)
+    assert len(list(data.batches(1, shuffle=True, seed=np.int64(3)))) == 2
+    with pytest.raises(TypeError, match=r"SparseDataset: num_features = 10\.5 must be an integer"):
+        SparseDataset.from_arrays(ids, [0, 1], num_features=10.5)  # type: ignore[arg-type]
+
+
+def test_defaults_of_torch_change_nothing(tmp_path: Path) -> None:
+    def all_of_it() -> list[Any]:
+        data = SparseDataset([*MIXED.shards, *make(3, ones=True).shards])
+        ids = SparseDataset.from_arrays([[1, 2], [3, 0]], [0, 1])
+        write_libffm(ids, tmp_path / "text")
+        dense = SparseBatch.from_dense(np.eye(3, dtype=np.float32), np.arange(3))
+        return [
+            *(samples(data[which]) for which in ([], [0, 14], slice(0, 9, 2))),
+            *(samples(batch) for batch in data.batches(4, shuffle=True)),
+            *(samples(ids[[1]]), samples(read_libffm(tmp_path / "text")[:])),
+            *(dense.values, data[[0, 14]].shards[0].batch.values),
+        ]
+
+    expected = all_of_it()
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        found = all_of_it()
+    finally:
+        torch.set_default_device(device)
+        torch.set_default_dtype(dtype)
+    for one, other in zip(expected, found, strict=True):
+        if isinstance(one, torch.Tensor):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+        else:
+            assert one == other
+
+
+def test_arrays_as_they_come() -> None:
+    """Backwards, of the other byte order, read-only: torch takes no such memory by itself."""
+    ids = np.arange(12).reshape(4, 3)
+    data = SparseDataset.from_arrays(ids, np.arange(4))
+    backwards = np.arange(4)[::-1]
+    assert data[backwards].shards[0].labels.tolist() == [3, 2, 1, 0]
+    assert data.shards[0].batch[backwards].indices.tolist() == ids[::-1].ravel().tolist()
+    for same in (ids[::-1][::-1], ids.astype(">i8"), ids.astype(np.int16)):
+        same.flags.writeable = False
+        found = SparseDataset.from_arrays(same, np.arange(4)).shards[0].batch
+        assert found.indices.tolist() == list(range(12))
+    fields = np.arange(3)[::-1]
+    for dense in (np.eye(3), np.eye(3, dtype=">f8"), np.eye(3)[::-1][::-1]):
+        batch = SparseBatch.from_dense(dense, fields)
+        assert batch.fields.tolist() == [2, 1, 0]
+        assert batch.values is not None and batch.values.tolist() == [1, 1, 1]
+
+
+def test_labels_that_are_no_numbers(tmp_path: Path) -> None:
+    ids = np.zeros((2, 1), int)
+    with pytest.raises(ValueError, match=r"labels\[0\] = nan is not finite"):
+        SparseDataset.from_arrays(ids, np.ma.array([1, 2.0], mask=[1, 0]))
+    with pytest.raises(TypeError, match=r"labels must be numbers, got torch\.complex64"):
+        SparseDataset.from_arrays(ids, torch.ones(2, dtype=torch.complex64))
+    (shard,) = SparseDataset.from_arrays(ids, [0, 1]).shards
+    shard = shard._replace(labels=torch.tensor([0, float("nan")]))
+    with pytest.raises(ValueError, match=r"write_libffm: labels\[1\] = nan is not finite"):
+        write_libffm(SparseDataset([shard]), tmp_path / "text")
+    assert not (tmp_path / "text").exists()
+
+
 def test_collate() -> None:
     assert samples(SparseDataset.collate([MIXED[i] for i in range(13)])) == ALL
     assert samples(SparseDataset.collate([])) == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ffm_ext import FFM, SparseBatch, inspection
+from ffm_ext import FFM, SparseBatch, inspection, quantize
 from ffm_ext.inspection import field_strength, plot_field_strength, top_interactions
 
 FIELDS = [0] * 4 + [1] * 7 + [2] * 2
@@ -43,6 +43,32 @@ def pairs_in(batch: SparseBatch) -> set[tuple[int, int]]:
         for a, b in itertools.pairwise(batch.offsets.tolist())
     ]
     return {pair for sample in samples for pair in itertools.combinations(sample, 2)}
+
+
+@pytest.mark.parametrize("block", [1, 1 << 22])
+def test_features_that_stand_in_several_fields(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "_BLOCK", block)
+    model = FFM(1, num_features=2, num_fields=3)
+    with torch.no_grad():
+        model.interaction.weight.copy_(torch.tensor([[0, 0, 1.0], [0.1, 10, 0]]))
+    lists = [[(0, 0, 1.0), (2, 1, 1.0)], [(1, 0, 1.0), (2, 1, 1.0)]]
+    for order in (lists, lists[::-1], lists * 3):
+        found = top_interactions(model, data=SparseBatch.from_lists(order))
+        assert [(i.field_a, i.field_b) for i in found] == [(1, 2), (0, 2)]
+        assert [i.weight for i in found] == pytest.approx([10, 0.1])
+
+
+def test_what_the_model_does_not_take() -> None:
+    model = FFM(4, num_features=13, num_fields=3)
+    for look in (top_interactions, field_strength):
+        with pytest.raises(
+            ValueError, match=r"data has shape \[5, 2\], the model takes ids \[B, 3\]"
+        ):
+            look(model, data=torch.zeros(5, 2, dtype=torch.int64))  # type: ignore[operator]
+        with pytest.raises(
+            TypeError, match="QuantizedFFMInteraction, whose table holds no weights"
+        ):
+            look(quantize(model_of()))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("block", [1, 10, 1 << 22])

@@ -705,6 +705,30 @@ def with_arguments(metadata: dict[str, str], arguments: dict[str, Any]) -> dict[
     return metadata | {"arguments": json.dumps(arguments)}
 
 
+def test_models_of_numbers_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    model = model_of()
+    model.feature_fields = torch.arange(N) % F
+    save_model(model, path)
+    assert torch.equal(load_model(path).feature_fields, model.feature_fields)  # type: ignore[arg-type]
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    for name, dtype in (("interaction.weight", torch.int32), ("feature_fields", torch.float32)):
+        save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata)
+        with fails(path, f"{name} is {dtype}"):
+            load_model(path)
+
+
+def test_a_parametrized_model_is_saved_as_what_it_computes(tmp_path: Path) -> None:
+    model = model_of()
+    model.interaction.grad = "dense"
+    nn.utils.parametrizations.weight_norm(model.interaction, "weight")
+    nn.init.constant_(model.interaction.parametrizations.weight.original0, 2)
+    save_model(model, tmp_path / "model")
+    assert_close(scores(load_model(tmp_path / "model")), scores(model))
+
+
 def test_the_loss_of_a_model(tmp_path: Path) -> None:
     path = tmp_path / "model"
     for loss in ("logistic", "squared", None):

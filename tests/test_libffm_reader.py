@@ -225,8 +225,17 @@ def test_limits(tmp_path: Path) -> None:
         ValueError, match=r"train\.ffm:2:3: field 2 is too large, it must be below 2$"
     ):
         read_libffm(path, num_fields=2)
-    with pytest.raises(ValueError, match="num_threads = 0 is too small"):
+    with pytest.raises(ValueError, match=r"train\.ffm: num_threads = 0 must be positive"):
         read_libffm(path, num_threads=0)
+    with pytest.raises(ValueError, match=r"train\.ffm: num_fields = -1 is negative"):
+        read_libffm(path, num_fields=-1)
+    with pytest.raises(TypeError, match=r"train\.ffm: num_features = 1\.5 must be an integer"):
+        read_libffm(path, num_features=1.5)  # type: ignore[arg-type]
+    large = written(tmp_path, f"1 {2**32 + 1}:0:1 0:1:1\n")
+    with pytest.raises(
+        ValueError, match=r":1:3: field 4294967297 is too large, it must be below 2147483648"
+    ):
+        read_libffm(large, num_fields=2**33)
     assert read_libffm(path, num_features=5, lenient=True).metadata["skipped"] == 1
 
 
@@ -337,7 +346,7 @@ def test_ranges(tmp_path: Path) -> None:
 
 def test_libsvm(tmp_path: Path) -> None:
     path = written(tmp_path, "1 1:0.5 3:1\n-1 2:2\n")
-    found = read_libsvm(path, [9, 0, 1, 1])
+    found = read_libsvm(path, np.array([9, 0, 1, 1], np.int16)[::1])
     assert as_lines(found) == [(1, [(0, 1, 0.5), (1, 3, 1)]), (-1, [(1, 2, 2)])]
     assert (found.num_features, found.num_fields) == (4, 10)
     with pytest.raises(ValueError, match=r":1:9: feature 3 is too large, it must be below 3$"):

@@ -18,7 +18,14 @@ from problems import FORMS, Problem, batch_of, by_definition, make_problem, with
 from torch import Tensor, nn
 
 import ffm_ext
-from ffm_ext import FFM, FM, FFMInteraction, FieldAwareFactorizationMachine, SparseBatch
+from ffm_ext import (
+    FFM,
+    FM,
+    FFMInteraction,
+    FieldAwareFactorizationMachine,
+    QuantizedFFMInteraction,
+    SparseBatch,
+)
 from ffm_ext.autograd import is_from_backward
 from ffm_ext.optim import FTRL, AdaGrad, Adam, Optimizer
 
@@ -377,11 +384,21 @@ def test_tables_of_other_fields_and_factors_are_not_loaded() -> None:
     model = FFM(4, num_features=50, num_fields=6)
     other = FFM(8, num_features=50, num_fields=3)
     assert model.interaction.weight.shape == other.interaction.weight.shape
-    with pytest.raises(RuntimeError, match=r"interaction\.weight has 6 fields of 4 factors"):
+    with pytest.raises(RuntimeError, match=r"interaction has 6 fields of 4 factors"):
         other.load_state_dict(model.state_dict())
     plain = dict(model.state_dict())  # as a file of tensors alone has it
     other.load_state_dict(plain)
     assert torch.equal(other.interaction.weight, model.interaction.weight)
+
+
+def test_packed_tables_of_other_fields_and_factors_are_not_loaded() -> None:
+    layers = [QuantizedFFMInteraction(9, F, K) for F, K in ((4, 8), (6, 8), (4, 5))]
+    for one, other in itertools.permutations(layers, 2):
+        assert one.packed.shape == other.packed.shape
+        F, K = other.num_fields, other.embed_dim
+        with pytest.raises(RuntimeError, match=f"the table has {F} fields of {K} factors"):
+            one.load_state_dict(other.state_dict())
+        one.load_state_dict(one.state_dict())
 
 
 def test_normalize_names_a_bad_value_where_it_is(device: torch.device) -> None:

@@ -269,6 +269,43 @@ def test_schedules_leave_the_weights_of_ftrl_where_they_are(lrs):
         assert torch.equal(made.weight, before) == (lr == 0)
 
 
+@pytest.mark.parametrize("what", ["reset", "loaded"])
+def test_ftrl_keeps_weights_that_another_learning_rate_made(what):
+    made = layer(N, F, K)
+    handle = made.fuse_optimizer(optim.FTRL(lr=0.1, l1=0.01))
+    fit(made, handle)
+    handle.param_groups[0]["lr"] = 0.01
+    fit(made, handle, steps=1)
+    if what == "reset":
+        made.reset_parameters()
+    else:
+        other = layer(N, F, K)
+        other.fuse_optimizer(optim.FTRL(lr=0.1, l1=0.01))
+        other.load_state_dict(made.state_dict())
+        made = other
+    before = made.weight.detach().clone()
+    (made(batch(N, F)) * 0).sum().backward()
+    torch.testing.assert_close(made.weight.detach(), before)
+
+
+@pytest.mark.parametrize("grad", ["dense", "fused"])
+def test_hooks_that_copy_saved_tensors(grad):
+    """As save_on_cpu does: gradients come as ever, and an update that would be lost is an error."""
+    made, plain = layer(N, F, K), layer(N, F, K)
+    if grad == "fused":
+        made.fuse_optimizer(optim.AdaGrad())
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        loss = loss_of(made, batch(N, F))
+    if grad == "dense":
+        loss.backward()
+        loss_of(plain, batch(N, F)).backward()
+        torch.testing.assert_close(made.weight.grad, plain.weight.grad)
+        return
+    with pytest.raises(RuntimeError, match="backward was given a copy of the table"):
+        loss.backward()
+    assert made.optimizer_step == 0
+
+
 @pytest.mark.parametrize("optimizer", [optim.SGD(lr=0.1), optim.AdaGrad(lr=0.1)])
 def test_gradients_of_values_alone_leave_the_table_as_it_is(optimizer):
     made = layer(N, F, K)
@@ -325,6 +362,10 @@ def test_stochastic_rounding_keeps_the_mean_and_can_be_replayed():
 
 
 def test_bad_input():
+    with pytest.raises(
+        ValueError, match="AdaGrad: rounding_seed = 18446744073709551616 is out of range"
+    ):
+        optim.AdaGrad(rounding_seed=2**64)
     made = layer(N, F, K)
     with pytest.raises(TypeError, match=r"must be one of ffm_ext\.optim"):
         made.fuse_optimizer(torch.optim.SGD(made.parameters(), lr=0.1))

@@ -15,7 +15,7 @@ from problems import python
 from torch import Tensor, nn
 
 import ffm_ext
-from ffm_ext import FFM, SparseBatch
+from ffm_ext import FFM, SparseBatch, interop
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpp_serving"
 N, F = 50, 3
@@ -72,10 +72,11 @@ def test_packages(program: Path, tmp_path: Path) -> None:
     assert (
         "libpython" not in subprocess.run(["ldd", program], capture_output=True, text=True).stdout
     )
-    for form in ("sparse", "int8"):
+    losses: dict[str, interop.Loss] = {"sparse": "logistic", "int8": "squared"}
+    for form, loss in losses.items():
         trained = model(form)
         package, saved = tmp_path / f"{form}.pt2", tmp_path / "model.safetensors"
-        ffm_ext.interop.save_model(trained, saved)
+        interop.save_model(trained, saved, loss=loss)
         int8 = ["--int8"] if form == "int8" else []
         done = python(str(EXAMPLE / "export.py"), str(saved), str(package), *int8)
         assert done.returncode == 0, done.stderr
@@ -85,7 +86,8 @@ def test_packages(program: Path, tmp_path: Path) -> None:
             trained = ffm_ext.quantize(trained)
 
         loaded = torch._inductor.aoti_load_package(str(package))
-        wanted = torch.sigmoid(trained(in_bulk(LINES))).detach()
+        wanted = trained(in_bulk(LINES)).detach()
+        wanted = torch.sigmoid(wanted) if loss == "logistic" else wanted
         torch.testing.assert_close(loaded(in_bulk(LINES)), wanted)
 
         for batch_size in (1, 2, 1024):

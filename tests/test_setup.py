@@ -75,6 +75,20 @@ def test_it_can_be_left_out(
         setup.find_cuda("")
 
 
-def test_cuda_home_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cuda_home_is_the_only_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert next(load_setup().cuda_homes()) == tmp_path
+    assert list(load_setup().cuda_homes()) == [tmp_path]
+
+
+@pytest.mark.parametrize("jobs", ["abc", "-3", "0", "1.5"])
+def test_bad_numbers_of_jobs(jobs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    with pytest.raises(SystemExit, match=f"MAX_JOBS = '{jobs}' is no number of compilations"):
+        load_setup().jobs_option()
+
+
+def test_numbers_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    assert load_setup().jobs_option() == []
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert load_setup().jobs_option() == ["-j", "3"]

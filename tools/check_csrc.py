@@ -59,7 +59,9 @@ def check_binary() -> Iterator[str]:
             if library.name == "libffm_ext_ops.so" and re.search(r"\b_?Py[A-Z_]", line):
                 yield f"{library}: uses a symbol of Python: {line.strip()}"
     bindings = BUILD / "csrc" / "bindings.o"
-    if bindings.exists():
+    if not bindings.exists():
+        yield f"{bindings}: not there, run `make build` first"
+    else:
         for line in run("nm", "-C", "--defined-only", str(bindings)):
             if re.search(r" [BbDdu] .*\bffm::", line):
                 yield f"{bindings}: a variable that libffm_ext_ops.so has too: {line.partition(' ')[2]}"
@@ -67,7 +69,10 @@ def check_binary() -> Iterator[str]:
 
 def check_kernels() -> Iterator[str]:
     for source in sorted(Path("csrc/cpu").glob("*_kernels.cpp")):
-        for compiled in sorted((BUILD / source.parent).glob(f"{source.stem}.*.o")):
+        objects = sorted((BUILD / source.parent).glob(f"{source.stem}.*.o"))
+        if not objects:
+            yield f"{source}: not compiled, run `make build` first"
+        for compiled in objects:
             isa = compiled.suffixes[0][1:]
             for line in run("nm", "-C", "--defined-only", "--extern-only", str(compiled)):
                 if f"ffm::{isa}::" not in line:

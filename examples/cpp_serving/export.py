@@ -10,25 +10,29 @@ import torch.fx.experimental._config as shape_config
 import ffm_ext
 
 
-class Probability(torch.nn.Module):
-    """The package's entry: four tensors of a batch in, ``[B]`` probabilities out."""
+class Prediction(torch.nn.Module):
+    """The package's entry: four tensors of a batch in, ``[B]`` probabilities out, or values as ``ffm-ext predict``."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, loss: str) -> None:
         super().__init__()
         self.model = model
+        self.loss = loss
 
     def forward(self, batch: ffm_ext.SparseBatch) -> torch.Tensor:
-        return torch.sigmoid(self.model(batch))
+        scores = self.model(batch)
+        return scores if self.loss == "squared" else torch.sigmoid(scores)
 
 
-def package(model: ffm_ext.FFM, path: Path) -> None:
+def package(model: ffm_ext.FFM, path: Path, loss: str = "logistic") -> None:
     """Write ``path`` (.pt2): inputs indices, fields, values, offsets, of any number of samples and entries."""
     example = ffm_ext.SparseBatch.from_lists([[(0, 0, 1.0)], [(0, 0, 1.0), (0, 0, 1.0)]])
     entries, ends = torch.export.Dim("entries"), torch.export.Dim("ends", min=2)
     shapes = {"batch": [{0: entries}, {0: entries}, {0: entries}, {0: ends}]}
     # Without the patch, torch.export holds a batch of one sample to be another program.
     with torch.no_grad(), shape_config.patch(backed_size_oblivious=True):
-        program = torch.export.export(Probability(model).eval(), (example,), dynamic_shapes=shapes)
+        program = torch.export.export(
+            Prediction(model, loss).eval(), (example,), dynamic_shapes=shapes
+        )
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 
@@ -39,7 +43,8 @@ def main() -> None:
     parser.add_argument("--int8", action="store_true", help="with a table of int8 numbers")
     arguments = parser.parse_args()
     model = ffm_ext.interop.load_model(arguments.model)
-    package(ffm_ext.quantize(model) if arguments.int8 else model, arguments.package)
+    loss = ffm_ext.interop.model_loss(arguments.model) or "logistic"
+    package(ffm_ext.quantize(model) if arguments.int8 else model, arguments.package, loss)
     print(f"{arguments.package}; its operators are in {ffm_ext.library_path()}")
 
 

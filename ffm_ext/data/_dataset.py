@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ffm_ext._arguments import check_contents, check_finite, check_ids
+from ffm_ext._arguments import as_tensor, check_contents, check_finite, check_ids, check_size
 from ffm_ext.batch import SparseBatch
 
 MAX_INT32 = 2**31 - 1
@@ -53,8 +54,8 @@ class SparseDataset(Dataset[Shard]):
         metadata: as given.
 
     Raises:
-        TypeError: a tensor has another dtype than :class:`Shard` says; values are not float32.
-        ValueError: lengths differ, or a shard is not on the CPU.
+        TypeError: a tensor has another dtype than :class:`Shard` says; values are not float32; a size is no integer.
+        ValueError: lengths differ, a shard is not on the CPU, or a size is negative.
 
     Ids are not checked against ``num_features`` here (:meth:`from_arrays` does that), but by the operators.
     """
@@ -105,7 +106,7 @@ class SparseDataset(Dataset[Shard]):
         if isinstance(batch_or_ids, SparseBatch):
             batch = batch_or_ids.to("cpu")
         else:
-            ids = torch.as_tensor(batch_or_ids)
+            ids = as_tensor(batch_or_ids)
             if ids.dim() != 2:
                 raise ValueError(f"{where}: ids must be [n, F], got shape {list(ids.shape)}")
             if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -114,9 +115,9 @@ class SparseDataset(Dataset[Shard]):
             num_fields = F if num_fields is None else num_fields
             batch = SparseBatch(
                 ids.to("cpu", torch.int64).flatten(),
-                torch.arange(F).repeat(n),
+                torch.arange(F, device="cpu").repeat(n),
                 None,
-                torch.arange(n + 1) * F,
+                torch.arange(n + 1, device="cpu") * F,
             )
         batch = compact(batch)
         shard = Shard(
@@ -158,7 +159,7 @@ class SparseDataset(Dataset[Shard]):
         elif isinstance(which, int | np.integer):
             return self.__getitems__([int(which)])
         else:
-            rows = torch.as_tensor(which)
+            rows = as_tensor(which).cpu()
             if not rows.numel() and rows.dtype != torch.bool:
                 rows = rows.long()  # an empty list is one of float32
             if rows.dtype == torch.bool:
@@ -178,7 +179,7 @@ class SparseDataset(Dataset[Shard]):
 
     def __getitems__(self, rows: Sequence[int]) -> Shard:
         """A batch of these samples; a ``DataLoader`` calls it with the sample numbers of a batch."""
-        return self._take(torch.as_tensor(rows, dtype=torch.int64))
+        return self._take(as_tensor(rows).long())
 
     @staticmethod
     def collate(samples: Shard | Sequence[Shard]) -> Shard:
@@ -207,16 +208,16 @@ class SparseDataset(Dataset[Shard]):
     def _batches(
         self, batch_size: int, shuffle: bool, seed: int, drop_last: bool
     ) -> Iterator[Shard]:
-        random = torch.Generator().manual_seed(seed)
+        random = torch.Generator("cpu").manual_seed(operator.index(seed))
         order: list[int] = list(range(len(self.shards)))
         if shuffle:
-            order = torch.randperm(len(order), generator=random).tolist()
+            order = torch.randperm(len(order), generator=random, device="cpu").tolist()
         pieces: list[Shard] = []
         missing = batch_size
         for s in order:
             shard = self.shards[s]
             n, first = len(shard.batch), 0
-            rows = torch.randperm(n, generator=random) if shuffle else None
+            rows = torch.randperm(n, generator=random, device="cpu") if shuffle else None
             while first < n:
                 last = min(first + missing, n)
                 pieces.append(
@@ -272,7 +273,7 @@ class SparseDataset(Dataset[Shard]):
             row = int(rows[outside][0])
             raise IndexError(f"SparseDataset: sample {row} is out of range for {n} samples")
         rows = torch.where(rows < 0, rows + n, rows)
-        shard_of = torch.bucketize(rows, torch.tensor(self._ends), right=True)
+        shard_of = torch.bucketize(rows, torch.tensor(self._ends, device="cpu"), right=True)
         order = shard_of.argsort(stable=True)
         pieces = []
         for s in shard_of.unique().tolist():
@@ -284,9 +285,9 @@ class SparseDataset(Dataset[Shard]):
     def __reduce__(self) -> tuple[Any, ...]:
         if self._source is not None:
             return self._source
-        # A view drags all that it looks at along.
-        shards = [Shard(*map(_without_surroundings, shard)) for shard in self.shards]
-        return _unpickle, (shards, self.num_features, self.num_fields, self.metadata)
+        # A view drags all that it looks at along. Memory that is shared with a process has to last until that begins.
+        self.shards = tuple(Shard(*map(_without_surroundings, shard)) for shard in self.shards)
+        return _unpickle, (self.shards, self.num_features, self.num_fields, self.metadata)
 
     def __repr__(self) -> str:
         return (
@@ -296,7 +297,7 @@ class SparseDataset(Dataset[Shard]):
 
 
 def _unpickle(
-    shards: list[Shard], num_features: int, num_fields: int, metadata: dict[str, Any]
+    shards: tuple[Shard, ...], num_features: int, num_fields: int, metadata: dict[str, Any]
 ) -> SparseDataset:
     return SparseDataset(
         shards, num_features=num_features, num_fields=num_fields, metadata=metadata
@@ -337,17 +338,18 @@ def _size(name: str, size: int | None, shards: Sequence[Shard], ids: str) -> int
     if size is None:
         lists: list[Tensor] = [getattr(shard.batch, ids) for shard in shards]
         return max((int(tensor.max()) + 1 for tensor in lists if tensor.numel()), default=0)
-    if size < 0:
-        raise ValueError(f"SparseDataset: {name} = {size} is negative")
-    return size
+    return check_size("SparseDataset", name, size)
 
 
 def _numbers(where: str, name: str, numbers: Any, n: int) -> Tensor:
     if not isinstance(numbers, Tensor):
-        array = np.asarray(numbers)
+        array = np.asanyarray(numbers)
         if array.dtype.kind not in "biuf":
             raise TypeError(f"{where}: {name} must be numbers, got {array.dtype}")
-        numbers = torch.from_numpy(array.astype(np.float32))
+        # What a mask hides is no number.
+        numbers = torch.from_numpy(np.ma.filled(array.astype(np.float32), np.nan))
+    if numbers.is_complex():
+        raise TypeError(f"{where}: {name} must be numbers, got {numbers.dtype}")
     tensor = numbers.to("cpu", torch.float32)
     if tensor.shape != (n,):
         raise ValueError(
@@ -378,9 +380,9 @@ def _join(shards: Sequence[Shard]) -> Shard:
     if len(shards) == 1:
         return shards[0]
     if not shards:
-        none = torch.empty(0, dtype=torch.int32)
-        empty = SparseBatch(none, none, None, torch.zeros(1, dtype=torch.int32))
-        return Shard(empty, torch.empty(0), None)
+        none = torch.empty(0, dtype=torch.int32, device="cpu")
+        empty = SparseBatch(none, none, None, none.new_zeros(1))
+        return Shard(empty, none.float(), None)
     batches = [shard.batch for shard in shards]
     starts = accumulate((batch.nnz for batch in batches), initial=0)
     offsets = [
@@ -394,7 +396,7 @@ def _join(shards: Sequence[Shard]) -> Shard:
             indices,
             torch.cat([batch.fields for batch in batches]),
             _cat_or_ones([batch.values for batch in batches], [batch.nnz for batch in batches]),
-            torch.cat([torch.zeros(1, dtype=torch.int64), *offsets]),
+            torch.cat([offsets[0].new_zeros(1), *offsets]),
         ),
         torch.cat([shard.labels for shard in shards]),
         _cat_or_ones([shard.weights for shard in shards], [len(batch) for batch in batches]),
@@ -406,7 +408,7 @@ def _cat_or_ones(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tens
         return None
     return torch.cat(
         [
-            torch.ones(size) if tensor is None else tensor
+            torch.ones(size, dtype=torch.float32, device="cpu") if tensor is None else tensor
             for tensor, size in zip(tensors, sizes, strict=True)
         ]
     )

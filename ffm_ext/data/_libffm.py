@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ffm_ext import _C
+from ffm_ext._arguments import as_tensor, check_finite, check_size
 from ffm_ext._files import atomic_write
 from ffm_ext.batch import SparseBatch
 
@@ -51,7 +52,7 @@ def read_libffm(
             negative or too large, a number is not finite, something follows the value.
         OSError: the file is not there, is a folder, or cannot be read.
     """
-    limits = _Limits(lenient, num_features, num_fields, num_threads)
+    limits = _limits(path, lenient, num_features, num_fields, num_threads)
     return _whole(_read(path, limits), limits)
 
 
@@ -76,7 +77,7 @@ def read_libsvm(
         ValueError: as :func:`read_libffm`; a feature from N on is a fault. Or ``feature_fields`` holds no fields.
         OSError: as :func:`read_libffm`.
     """
-    fields = torch.as_tensor(feature_fields)
+    fields = as_tensor(feature_fields)
     if fields.dim() != 1 or fields.is_floating_point() or fields.dtype == torch.bool:
         raise ValueError(
             f"read_libsvm: feature_fields must be [N] integers, got {fields.dtype} "
@@ -88,8 +89,8 @@ def read_libsvm(
         raise ValueError(
             f"read_libsvm: feature_fields are in [{least}, {most}], which is not in [0, {num_fields})"
         )
-    limits = _Limits(lenient, fields.numel(), num_fields, num_threads)
-    return _whole(_read(path, limits, feature_fields=fields), limits)
+    limits = _limits(path, lenient, fields.numel(), num_fields, num_threads)
+    return _whole(_read(path, limits, feature_fields=fields.cpu().long()), limits)
 
 
 def convert_libffm(
@@ -118,7 +119,7 @@ def convert_libffm(
     """
     if shard_bytes <= 0:
         raise ValueError(f"convert_libffm: shard_bytes = {shard_bytes} must be positive")
-    limits = _Limits(lenient, num_features, num_fields, num_threads)
+    limits = _limits(path, lenient, num_features, num_fields, num_threads)
     max_index = max_field = -1
     skipped, problems = 0, list[str]()
     with DatasetWriter(folder) as writer:
@@ -132,8 +133,8 @@ def convert_libffm(
         if writer.num_shards == 0:
             writer.add(piece.shard)
         writer.finish(
-            max_index + 1 if num_features is None else num_features,
-            max_field + 1 if num_fields is None else num_fields,
+            max_index + 1 if limits.num_features is None else limits.num_features,
+            max_field + 1 if limits.num_fields is None else limits.num_fields,
             _metadata(lenient, skipped, problems),
         )
     return open_dataset(folder)
@@ -164,7 +165,7 @@ def iter_libffm(
     """
     if piece_bytes <= 0:
         raise ValueError(f"iter_libffm: piece_bytes = {piece_bytes} must be positive")
-    limits = _Limits(lenient, num_features, num_fields, num_threads)
+    limits = _limits(path, lenient, num_features, num_fields, num_threads)
     return (_whole(piece, limits) for piece in _pieces(path, limits, piece_bytes))
 
 
@@ -174,14 +175,17 @@ def write_libffm(dataset: SparseDataset, path: str | PathLike[str]) -> None:
     The file is written beside ``path`` and then renamed.
 
     Raises:
-        ValueError: the dataset has weights, for which the format has no place.
+        ValueError: the dataset has weights, for which the format has no place, or a number is not finite.
         OSError: it cannot be written.
     """
     if any(shard.weights is not None for shard in dataset.shards):
         raise ValueError("write_libffm: libffm's text has no place for weights")
     with atomic_write(path) as new, open(new, "w", encoding="ascii", newline="\n") as file:
         for batch, labels, _ in dataset.batches(_LINES_AT_ONCE):
-            values = _decimals(torch.ones(batch.nnz) if batch.values is None else batch.values)
+            for name, numbers in (("labels", labels), ("values", batch.values)):
+                if numbers is not None:
+                    check_finite("write_libffm", name, numbers)
+            values = ["1"] * batch.nnz if batch.values is None else _decimals(batch.values)
             entries = list(
                 map("{}:{}:{}".format, batch.fields.tolist(), batch.indices.tolist(), values)
             )
@@ -195,6 +199,17 @@ class _Limits(NamedTuple):
     num_features: int | None
     num_fields: int | None
     num_threads: int | None
+
+
+def _limits(path: str | PathLike[str], lenient: bool, *numbers: int | None) -> _Limits:
+    names = ("num_features", "num_fields", "num_threads")
+    checked = [
+        None
+        if number is None
+        else check_size(os.fsdecode(path), name, number, name == "num_threads")
+        for name, number in zip(names, numbers, strict=True)
+    ]
+    return _Limits(lenient, *checked)
 
 
 class _Piece(NamedTuple):
@@ -223,13 +238,6 @@ def _read(
     """
     lenient, num_features, num_fields, num_threads = limits
     path = os.fspath(path)
-    for name, size in (
-        ("num_features", num_features),
-        ("num_fields", num_fields),
-        ("num_threads", num_threads),
-    ):
-        if size is not None and size < (name == "num_threads"):
-            raise ValueError(f"{os.fsdecode(path)}: {name} = {size} is too small")
     found = _C.read_text(
         path,
         libsvm=feature_fields is not None,
@@ -277,7 +285,7 @@ def read_ranges(
     A line belongs to the range that its first byte is in, so that every line is in one range.
     """
     size = os.path.getsize(path)
-    limits = _Limits(lenient, None, None, num_threads)
+    limits = _limits(path, lenient, None, None, num_threads)
     return [
         _read(path, limits, begin=size * i // of, end=size * (i + 1) // of, first_line=None)
         for i in ranges
