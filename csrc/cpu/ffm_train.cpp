@@ -22,9 +22,9 @@ constexpr int64_t kSamplesAtATime = 256;
 // many bytes of each list, behind which a core asks by itself.
 constexpr int64_t kSamplesAhead = 16, kBytesAhead = 1 << 10;
 
-// Threads know of what the others did to frequent rows only after so many samples of all threads together, or updates
-// of the row, whichever comes later. The model that each updates is old by that: more threads tell each other more
-// often. But a row is not joined for fewer updates than that saves.
+// A thread tells the others what it did to a frequent row after so many samples of all threads together, if so many of
+// its updates have come together among all of them. By that the model is old that each of them updates: the more
+// threads, the more often they tell. But to tell costs about as much as an update of a row that is shared.
 constexpr int64_t kSamplesBetween = 512, kUpdatesBetween = 32, kFewestUpdates = 2;
 
 // Those of numbers[kSamplesAhead], of n that are left.
@@ -195,7 +195,8 @@ Tensor ffm_train_(const Tensor& weight, const std::vector<Tensor>& states, const
   std::optional<FrequentRows> frequent;
   if (at && parts > 1 && changes_add_up(kind)) frequent.emplace(p, training.table, at, n);
   const bool has_own = frequent && frequent->count() > 0;
-  const int64_t some = has_own ? std::clamp(kSamplesBetween / parts, kSamplesAhead, kSamplesAtATime) : kSamplesAtATime;
+  const int64_t at_a_time =
+      has_own ? std::clamp(kSamplesBetween / parts, kSamplesAhead, kSamplesAtATime) : kSamplesAtATime;
   const int64_t fewest = std::max(kFewestUpdates, kUpdatesBetween / parts);
   parallel_ranges(parts, n, [&](int64_t part, int64_t begin, int64_t end) {
     if (!at) {
@@ -205,10 +206,10 @@ Tensor ffm_train_(const Tensor& weight, const std::vector<Tensor>& states, const
     std::optional<OwnRows> own;
     if (has_own) own.emplace(*frequent, p, Update{training.table, training.optimizer}, kernels);
     Samples samples(p, training, own ? &*own : nullptr);
-    std::vector<float> some_labels(some), some_weights(some);
-    for (int64_t from = begin; from < end; from += some) {
+    std::vector<float> some_labels(at_a_time), some_weights(at_a_time);
+    for (int64_t from = begin; from < end; from += at_a_time) {
       if (own) own->join(step + from, fewest, false);
-      const int64_t count = std::min(some, end - from);
+      const int64_t count = std::min(at_a_time, end - from);
       for (int64_t i = 0; i < count; ++i) {
         some_labels[i] = label[at[from + i]];
         if (sample_weight) some_weights[i] = sample_weight[at[from + i]];
