@@ -159,7 +159,7 @@ class Trainer {
         gradients_(arena.take<A>(2 * (p.embed_dim + kLanes<A>))),
         place_bits_{arena.take<uint32_t>(kMayRound ? PlaceBits::size(p) : 0),
                     arena.take<uint32_t>(kMayRound ? PlaceBits::size(p) : 0)},
-        update_linear_(choose_update<A>(t.optimizer.kind)) {
+        update_bias_(choose_update<A>(t.optimizer.kind)) {
     // Behind the last row: no row.
     for (int i = 0; rows_ && i < kLanes<int64_t>; ++i) rows_[p.num_fields + i] = -1;
     if (kMayRound && place_bits_.even && t.optimizer.is_stochastic) place_bits_.fill(p);
@@ -177,13 +177,12 @@ class Trainer {
       }
       r = squares > 0 ? 1 / squares : 0;
     }
-    const A root = std::sqrt(r);
     A score = 0;
     s_.with_rows([&](auto rows) { score = r * sum_pairs<kEmbedDim>(p_, s_, rows, states_ahead); });
     if (t_.linear.weight) {
       A sum = 0;
       for (int64_t e = first; e < last; ++e) sum += entries_.value(e) * linear_weight(e);
-      score += root * sum;
+      score += std::sqrt(r) * sum;
     }
     if (t_.bias.weight) score += *static_cast<const A*>(t_.bias.weight);
     const LossAt<A> loss(t_.loss, score, label);
@@ -191,30 +190,25 @@ class Trainer {
 
     optimizer_.set_step(step);
     switch (optimizer_.kind) {
-      case OptimizerKind::kSgd: update<Elementwise<T, Sgd, kEmbedDim>>(first, last, slope * r, rows_ahead); break;
+      case OptimizerKind::kSgd: move<Elementwise<T, Sgd, kEmbedDim>, Sgd>(first, last, slope, r, rows_ahead); break;
       case OptimizerKind::kAdaGrad:
-        update<Elementwise<T, AdaGrad, kEmbedDim>>(first, last, slope * r, rows_ahead);
+        move<Elementwise<T, AdaGrad, kEmbedDim>, AdaGrad>(first, last, slope, r, rows_ahead);
         break;
       case OptimizerKind::kVectorAdaGrad:
+        // A linear weight is a vector of one.
         if (kMayRound && optimizer_.is_stochastic) {
-          update<VectorWise<T, kEmbedDim, kMayRound>>(first, last, slope * r, rows_ahead);
+          move<VectorWise<T, kEmbedDim, kMayRound>, AdaGrad>(first, last, slope, r, rows_ahead);
         } else {
-          update<VectorWise<T, kEmbedDim, false>>(first, last, slope * r, rows_ahead);
+          move<VectorWise<T, kEmbedDim, false>, AdaGrad>(first, last, slope, r, rows_ahead);
         }
         break;
-      case OptimizerKind::kAdam: update<Elementwise<T, Adam, kEmbedDim>>(first, last, slope * r, rows_ahead); break;
-      case OptimizerKind::kFtrl: update<Elementwise<T, Ftrl, kEmbedDim>>(first, last, slope * r, rows_ahead); break;
-    }
-    if (t_.linear.weight) {
-      const A one = 1;
-      for (int64_t e = first; e < last; ++e) {
-        update_linear_(t_.linear, optimizer_, t_.linear_rows[e], slope * root * entries_.value(e), &one, 0, 1);
-      }
+      case OptimizerKind::kAdam: move<Elementwise<T, Adam, kEmbedDim>, Adam>(first, last, slope, r, rows_ahead); break;
+      case OptimizerKind::kFtrl: move<Elementwise<T, Ftrl, kEmbedDim>, Ftrl>(first, last, slope, r, rows_ahead); break;
     }
     if (t_.bias.weight) {
       Optimizer without_decay = optimizer_;
       without_decay.weight_decay = 0;
-      update_linear_(t_.bias, without_decay, 0, A(1), &slope, 0, 1);
+      update_bias_(t_.bias, without_decay, 0, A(1), &slope, 0, 1);
     }
     return weight * loss.value;
   }
@@ -268,15 +262,51 @@ class Trainer {
     return sum<int64_t, kLanes<int64_t>>(is_repeated) == 0;
   }
 
+  // All that entries have, against the slope dL/dt: rows by their Form, linear weights by their Rule.
+  template <typename Form, template <typename> typename Rule, typename Ahead>
+  void move(int64_t first, int64_t last, A slope, A r, const Ahead& ahead) {
+    const bool rows_differ = update<Form>(first, last, slope * r, ahead);
+    if (t_.linear.weight) update_linear<Rule>(first, last, slope * std::sqrt(r), rows_differ);
+  }
+
+  // As many at a time as a register takes, where no row comes twice.
+  template <template <typename> typename Rule>
+  void update_linear(int64_t first, int64_t last, A slope, bool rows_differ) {
+    constexpr int L = kLanes<A>, kStates = Rule<A>::kStates;
+    const Rule<A> rule(optimizer_);
+    A* const lists[] = {static_cast<A*>(t_.linear.weight), static_cast<A*>(t_.linear.states[0]),
+                        static_cast<A*>(t_.linear.states[1])};
+    int64_t n = rows_differ ? L : 1;
+    for (int64_t e = first; e < last; e += n) {
+      n = std::min(n, last - e);
+      alignas(kCacheLine) A numbers[3][L] = {}, gradients[L] = {};
+      for (int64_t i = 0; i < n; ++i) {
+        gradients[i] = slope * entries_.value(e + i);
+        for (int s = 0; s <= kStates; ++s) numbers[s][i] = lists[s][t_.linear_rows[e + i]];
+      }
+      Vec<A, L> w = load<L>(numbers[0]), s0 = load<L>(numbers[1]), s1 = load<L>(numbers[2]);
+      rule.update(w, s0, s1, load<L>(gradients));
+      store<L>(numbers[0], w);
+      store<L>(numbers[1], s0);
+      store<L>(numbers[2], s1);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int s = 0; s <= kStates; ++s) lists[s][t_.linear_rows[e + i]] = numbers[s][i];
+      }
+    }
+  }
+
+  // Whether every field had one entry, and no two the same row.
   template <typename Form, typename Ahead>
-  void update(int64_t first, int64_t last, A slope, const Ahead& ahead) {
+  bool update(int64_t first, int64_t last, A slope, const Ahead& ahead) {
     const PairUpdates<T, Form, kEmbedDim> updates(optimizer_, place_bits_, slope, p_.embed_dim, gradients_);
     if (load_fields(first, last, slope)) {
       if (!entries_.has_values() && updates.takes(NoScale{})) {
-        return updates.update_fields(learnt_, p_.num_fields, NoScale{}, ahead);
+        updates.update_fields(learnt_, p_.num_fields, NoScale{}, ahead);
+      } else {
+        const A* const wide_scale = entries_.has_values() ? s_.wide_scale() : s_.wide_ones();
+        updates.update_fields(learnt_, p_.num_fields, wide_scale, ahead);
       }
-      const A* const wide_scale = entries_.has_values() ? s_.wide_scale() : s_.wide_ones();
-      return updates.update_fields(learnt_, p_.num_fields, wide_scale, ahead);
+      return true;
     }
     ahead.ask_rows();
     for (int64_t i = first; i < last; ++i) {
@@ -291,6 +321,7 @@ class Trainer {
         updates.update_pair(learnt_, 0, f, 1, g);
       }
     }
+    return false;
   }
 
   const Problem& p_;
@@ -302,7 +333,7 @@ class Trainer {
   int64_t *rows_, *state_rows_;
   A* gradients_;
   PlaceBits place_bits_;
-  UpdateRow<A> update_linear_;
+  UpdateRow<A> update_bias_;
 };
 
 template <typename T, int kEmbedDim>
