@@ -72,6 +72,11 @@ def as_tensor(numbers: Any) -> Tensor:
     return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
 
 
+def is_integral(tensor: Tensor) -> bool:
+    """Whether its numbers are integers; truth values are none."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def sum_dtype(tensor: Tensor) -> torch.dtype:
     """What sums of its numbers are kept in: float32, or float64 for float64."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

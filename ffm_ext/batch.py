@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 
-from ._arguments import as_tensor
+from ._arguments import as_tensor, is_integral
 
 __all__ = ["SparseBatch"]
 
@@ -306,7 +306,7 @@ def _feature_fields(feature_fields: Any, num_features: int) -> Tensor:
             f"SparseBatch: feature_fields has shape {list(fields.shape)}, "
             f"expected one field for each of the {num_features} columns"
         )
-    if fields.is_floating_point() or fields.is_complex() or fields.dtype == torch.bool:
+    if not is_integral(fields):
         raise TypeError(f"SparseBatch: feature_fields must be integers, got {fields.dtype}")
     return fields.to(torch.int64)
 

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ._arguments import is_integral
 from ._files import atomic_write
 from .memory import copied_table
 from .modules import FFM, FFMInteraction
@@ -186,7 +187,7 @@ def _read_model(file: Any, metadata: dict[str, str], fail: _Failure, mmap: bool)
         parameter.data = tensor if mmap else copied_table(tensor)
     if "feature_fields" in found:
         fields = file.get_tensor("feature_fields")
-        if fields.is_floating_point() or fields.is_complex() or fields.dtype == torch.bool:
+        if not is_integral(fields):
             fail(f"feature_fields is {fields.dtype}")
         model.feature_fields = fields
     return model

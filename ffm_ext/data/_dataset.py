@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ffm_ext._arguments import as_tensor, check_contents, check_finite, check_ids, check_size
+from ffm_ext._arguments import (
+    as_tensor,
+    check_contents,
+    check_finite,
+    check_ids,
+    check_size,
+    is_integral,
+)
 from ffm_ext.batch import SparseBatch
 
 MAX_INT32 = 2**31 - 1
@@ -109,7 +116,7 @@ class SparseDataset(Dataset[Shard]):
             ids = as_tensor(batch_or_ids)
             if ids.dim() != 2:
                 raise ValueError(f"{where}: ids must be [n, F], got shape {list(ids.shape)}")
-            if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            if not is_integral(ids):
                 raise TypeError(f"{where}: ids must be integers, got {ids.dtype}")
             n, F = ids.shape
             num_fields = F if num_fields is None else num_fields

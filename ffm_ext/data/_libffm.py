@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ffm_ext import _C
-from ffm_ext._arguments import as_tensor, check_finite, check_size
+from ffm_ext._arguments import as_tensor, check_finite, check_size, is_integral
 from ffm_ext._files import atomic_write
 from ffm_ext.batch import SparseBatch
 
@@ -78,7 +78,7 @@ def read_libsvm(
         OSError: as :func:`read_libffm`.
     """
     fields = as_tensor(feature_fields)
-    if fields.dim() != 1 or fields.is_floating_point() or fields.dtype == torch.bool:
+    if fields.dim() != 1 or not is_integral(fields):
         raise ValueError(
             f"read_libsvm: feature_fields must be [N] integers, got {fields.dtype} "
             f"of shape {list(fields.shape)}"
