@@ -320,7 +320,8 @@ def test_threads_lose_no_update_of_frequent_rows(optimizer, dtype, threads, form
     if dtype == torch.float64:
         assert exact_moved.count_nonzero() == moved.numel() * (1 - 1 / num_fields)
     else:
-        assert not exact_moved.any() and not moved.any()
+        # What is added to a number is lost in it, but for a weight of zero: torch draws some in bfloat16.
+        assert max(exact_moved.double().abs().max(), moved.double().abs().max()) < 1e-20
     if state is None:
         torch.testing.assert_close(moved, exact_moved, rtol=1e-5, atol=1e-13)
     else:
