@@ -6,13 +6,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 __all__ = [
     "atomic_write",
@@ -36,18 +39,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields the path of an empty file in the folder of ``path``. Without an exception it is flushed to the disk and takes
     the place and the permissions of ``path``, or of a new file where there was none; with one it is removed. A symbolic
-    link stays one: what it points to is replaced. A pipe or a device (``/dev/stdout``) stays what it is: it is sent the
-    whole file at the end.
+    link stays one: what it points to is replaced. A pipe or a device stays what it is, and so does an open descriptor
+    (``/dev/stdout``, ``/dev/fd/3``), also one of a file: it is sent the whole file at the end.
 
     Raises:
         OSError: ``path`` is a folder, its folder does not exist or cannot be written to, or the disk is full.
     """
-    if is_stream(path):
+    if is_stream(path) or _descriptor(path) is not None:
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, "file")
             temporary.touch()
             yield temporary
-            with _naming(path), open(temporary, "rb") as file, open(path, "wb") as stream:
+            with _naming(path), open(temporary, "rb") as file, _open_stream(path) as stream:
                 shutil.copyfileobj(file, stream)
         return
     target, temporary = _new_beside(path)
@@ -73,14 +76,22 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: it could not; the text names ``path``.
     """
-    if not is_stream(path):
+    descriptor = _descriptor(path)
+    if descriptor is not None:
+        with _naming(path):
+            mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        may_write = mode != os.O_RDONLY
+    elif is_stream(path):
+        may_write = os.access(path, os.W_OK)
+    else:
         _new_beside(path)[1].unlink()
-    elif not os.access(path, os.W_OK):
+        may_write = True
+    if not may_write:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names what is neither file nor folder: nothing may take its place."""
+    """Whether a path leads to what is neither file nor folder: nothing may take its place."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -96,6 +107,36 @@ def is_same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> 
         return os.path.samefile(one, other)
     except OSError:
         return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _descriptor(path: str | os.PathLike[str]) -> int | None:
+    """The open descriptor of this process that a path, or a link there, stands for: of ``/dev/stdout`` 1.
+
+    What it leads to may be a file, whose place is not that of the path: whoever opened it goes on writing to it.
+    """
+    name = os.fsdecode(path)
+    shown = set(map(os.path.realpath, ("/dev/fd", "/proc/self/fd", "/proc/thread-self/fd")))
+    for _ in range(40):  # so many links Linux follows
+        folder, last = os.path.split(name)
+        folder = os.path.realpath(folder)
+        name = os.path.join(folder, last)
+        if folder in shown and last.isdecimal():
+            return int(last)
+        if not os.path.islink(name):
+            break
+        name = os.path.join(folder, os.readlink(name))
+    return None
+
+
+def _open_stream(path: str | os.PathLike[str]) -> BinaryIO:
+    """What is neither file nor folder, or an open descriptor at its place in its file."""
+    descriptor = _descriptor(path)
+    if descriptor is None:
+        return open(path, "wb")
+    for written in (sys.stdout, sys.stderr):
+        if written is not None:  # it may be the same file, and then comes first
+            written.flush()
+    return open(os.dup(descriptor), "wb")
 
 
 def _new_beside(path: str | os.PathLike[str]) -> tuple[Path, Path]:

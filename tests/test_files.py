@@ -6,11 +6,15 @@ from __future__ import annotations
 import os
 import re
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
+from ffm_ext import FFM, interop
 from ffm_ext._files import atomic_write, check_writable, is_same_file
 
 
@@ -102,6 +106,68 @@ def test_a_pipe_that_nobody_reads_any_more_is_named(tmp_path: Path) -> None:
     ):
         temporary.write_bytes(bytes(1 << 20))  # more than a pipe holds
     reader.join(60)
+
+
+@pytest.mark.parametrize("folder", ["/dev/fd", "/proc/self/fd", "/proc/thread-self/fd", "link"])
+@pytest.mark.parametrize("flags", [os.O_APPEND, 0])
+def test_an_open_descriptor_stays_one_at_its_place_in_its_file(
+    folder: str, flags: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old ")
+    descriptor = os.open(path, os.O_WRONLY | flags)
+    os.lseek(descriptor, 0, os.SEEK_END)
+    name = Path(folder, str(descriptor))
+    if folder == "link":
+        name = tmp_path / "link"
+        name.symlink_to(f"/dev/fd/{descriptor}")
+    os.write(descriptor, b"before ")
+    check_writable(name)
+    with atomic_write(name) as temporary:
+        temporary.write_bytes(b"new ")
+    os.write(descriptor, b"after")
+    os.close(descriptor)
+    assert path.read_bytes() == b"old before new after"
+    with pytest.raises(OSError, match=re.escape(f"'{name}'")):
+        check_writable(name)
+
+
+def test_a_descriptor_that_is_only_read_from(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with open(tmp_path / "file") as file:
+        name = f"/dev/fd/{file.fileno()}"
+        with pytest.raises(PermissionError, match=name):
+            check_writable(name)
+        with pytest.raises(OSError, match=name), atomic_write(name) as temporary:
+            temporary.write_text("new")
+    assert (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize(("output", "number"), [("/dev/stdout", 1), ("/dev/fd/3", 3)])
+def test_output_of_the_command_line_is_appended_where_it_is_told_to(
+    output: str, number: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    interop.save_model(FFM(num_features=4, num_fields=2), tmp_path / "model")
+    (tmp_path / "data").write_text("1 0:1:1 1:2:1\n0 0:0:1\n")
+    (tmp_path / "file").write_text("old\n")
+    predict = f"{sys.executable} -m ffm_ext predict data model {output} --json"
+    done = subprocess.run(
+        [
+            *("sh", "-c"),
+            f"(echo before >&{number}; {predict}; echo after >&{number}) {number}>>file",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    old, before, *scores, after = (tmp_path / "file").read_text().splitlines()
+    assert (old, before, after) == ("old", "before", "after")
+    if number == 1:
+        assert scores.pop().startswith('{"samples": 2')
+    assert len([float(score) for score in scores]) == 2
 
 
 def test_what_cannot_be_written_is_known_before_and_named(tmp_path: Path) -> None:
