@@ -422,6 +422,20 @@ def test_ctrl_c_while_a_checkpoint_is_read_or_written(
     assert DistributedTrainer.load(tmp_path / "checkpoint").epoch == 1
 
 
+def test_folders_of_other_names_are_left(tmp_path: Path) -> None:
+    made = trainer_with_checkpoint(tmp_path)
+    checkpoint = tmp_path / "checkpoint"
+    others = ["step-1-raw-data", "step-z", "step-999999-999999999999-mine", ".step-mine.tmp"]
+    leftovers = [".step-000001-000000000001.tmp", ".step-000001-000000000001.0123456789ab.tmp"]
+    for name in [*others, *leftovers]:
+        (checkpoint / name).mkdir()
+    assert DistributedTrainer.load(checkpoint).epoch == 1
+    made.save(checkpoint)
+    (kept,) = {path.name for path in checkpoint.iterdir()} - {*others}
+    assert DistributedTrainer.load(checkpoint).epoch == 1 and kept.startswith("step-000001-")
+    assert len(list(checkpoint.iterdir())) == 5
+
+
 def test_the_same_step_saved_again_leaves_one_checkpoint_at_every_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

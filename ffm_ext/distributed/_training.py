@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ from ._group import Group
 from ._share import Share, read_share, share
 
 _INFO = "trainer.json"
-_STEP = "step-"
+_CHECKPOINT = re.compile(r"step-\d{6}-\d{12}")
+# What a killed process leaves behind of one, by its own name or by that of ``beside``.
+_LEFTOVER = re.compile(rf"\.{_CHECKPOINT.pattern}(\.[0-9a-f]+)?\.tmp")
 
 
 class DistributedTrainer(Trainer):
@@ -163,8 +166,9 @@ class DistributedTrainer(Trainer):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint into a folder, by ``torch.distributed.checkpoint``; every process writes a part of it.
 
-        It is written beside the older one and then renamed: after a failure, the older one is there still. Tensors are
-        in safetensors files, all else in ``trainer.json``; nothing is pickled. All processes see the same file system.
+        It is written beside the older one, takes its place when it is whole, and leaves all else in the folder as it
+        is: after a failure, the older one is there still. Tensors are in safetensors files, all else in
+        ``trainer.json``; nothing is pickled. All processes see the same file system.
         """
         from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -176,7 +180,7 @@ class DistributedTrainer(Trainer):
             {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in tensors.items()}
         )
         # The number of the update alone would not do: an auto-stop changes weights without one.
-        name = f"{_STEP}{self.epoch:06d}-{self._step:012d}"
+        name = f"step-{self.epoch:06d}-{self._step:012d}"
         new, target = folder / f".{name}.tmp", folder / name
 
         def prepare() -> None:
@@ -205,7 +209,7 @@ class DistributedTrainer(Trainer):
                 put_in_place(new, target)
                 flush_to_disk(folder)
                 # Older ones; if the same step has been saved before, that too, as ``new``.
-                for other in [*folder.glob(f"{_STEP}*"), *folder.glob(f".{_STEP}*.tmp")]:
+                for other in [*_named(_CHECKPOINT, folder), *_named(_LEFTOVER, folder)]:
                     if other != target:
                         shutil.rmtree(other, ignore_errors=True)
 
@@ -263,4 +267,9 @@ def _raise_interrupt(failures: dict[int, Any]) -> None:
 
 def newest_checkpoint(path: str | os.PathLike[str]) -> Path | None:
     """The last whole checkpoint in a folder of :meth:`DistributedTrainer.save`."""
-    return max(Path(path).glob(f"{_STEP}*"), default=None)
+    return max(_named(_CHECKPOINT, Path(path)), default=None)
+
+
+def _named(pattern: re.Pattern[str], folder: Path) -> list[Path]:
+    """What a folder holds of these names; all else there is the user's."""
+    return [path for path in folder.glob("*") if pattern.fullmatch(path.name)]
