@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -437,6 +438,45 @@ def test_pickled(tmp_path: Path) -> None:
     assert samples(pickle.loads(pickle.dumps(few))) == samples(few)
 
 
+def test_a_pickle_knows_its_dataset_from_another_in_its_place(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    make(10).save(folder)
+    data = open_dataset(folder)
+    data.num_features, data.metadata = 50, {"name": "a"}
+    pickled = pickle.dumps(data)
+    found = pickle.loads(pickled)
+    assert (found.num_features, found.metadata) == (50, {"name": "a"})
+    make(10, seed=1).save(folder)  # of the same sizes
+    with pytest.raises(ValueError, match=f"^{folder}: another dataset has taken the place"):
+        pickle.loads(pickled)
+
+
+def test_a_folder_without_an_id_is_known_by_its_time(tmp_path: Path) -> None:
+    make(3).save(tmp_path / "data")
+    path = tmp_path / "data" / "dataset.json"
+    info = json.loads(path.read_text())
+    del info["id"]
+    path.write_text(json.dumps(info))
+    pickled = pickle.dumps(open_dataset(tmp_path / "data"))
+    assert samples(pickle.loads(pickled)) == samples(make(3))
+    os.utime(path, ns=(0, 1))
+    with pytest.raises(ValueError, match="another dataset has taken the place"):
+        pickle.loads(pickled)
+
+
+def test_copies_are_of_the_tensors(tmp_path: Path) -> None:
+    MIXED.save(tmp_path / "data")
+    opened = open_dataset(tmp_path / "data")
+    opened.num_features = 50
+    (tmp_path / "data").rename(tmp_path / "moved")
+    for data in (opened, MIXED[:], MIXED[2:9]):
+        one, other = copy.copy(data), copy.deepcopy(data)
+        assert one.num_features == other.num_features == data.num_features
+        data.shards[0].labels[0] = 7
+        assert samples(one) == samples(data) != samples(other)
+        assert samples(pickle.loads(pickle.dumps(other))) == samples(other)
+
+
 def test_a_relative_folder_is_found_from_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -487,6 +527,31 @@ def test_what_is_not_a_dataset_is_left(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     MIXED.save(tmp_path / "empty")
     assert samples(open_dataset(tmp_path / "empty")) == ALL
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("dataset.json", "{}", r"is not a dataset; it is left as it is \(.*format is not"),
+        ("dataset.json", "[" * 100_000, r"is not a dataset; it is left as it is \(.*corrupt: "),
+        ("notes", "dear", "holds more than a dataset, such as 'notes'; it is left as it is"),
+        ("part-00004.safetensors", "", "more than a dataset, such as 'part-00004.safetensors'"),
+    ],
+)
+def test_a_folder_with_files_of_the_user_is_left(
+    name: str, text: str, message: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "project"
+    MIXED.save(folder)
+    (folder / name).write_text(text)
+    before = sorted(os.listdir(folder))
+    with pytest.raises(FileExistsError, match=f"^{folder} .*{message}"):
+        MIXED.save(folder)
+    write_libffm(make(3), tmp_path / "text")
+    with pytest.raises(FileExistsError, match=message):
+        convert_libffm(tmp_path / "text", folder)
+    assert sorted(os.listdir(folder)) == before
+    assert (folder / name).read_text() == text
 
 
 def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
@@ -595,6 +660,7 @@ def test_broken_descriptions(tmp_path: Path) -> None:
         "",
         text[:-5],
         "[]",
+        "[" * 100_000,
         json.dumps({**info, "format": "other"}),
         json.dumps({**info, "version": 2}),
         json.dumps({**info, "num_fields": -1}),

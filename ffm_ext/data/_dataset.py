@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -245,7 +246,7 @@ class SparseDataset(Dataset[Shard]):
         is there already is replaced.
 
         Raises:
-            FileExistsError: ``folder`` exists and is not a dataset.
+            FileExistsError: ``folder`` exists and is not a dataset, or holds anything besides.
             OSError: it cannot be written.
         """
         from ._store import DatasetWriter
@@ -291,10 +292,25 @@ class SparseDataset(Dataset[Shard]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._source is not None:
-            return self._source
+            reopen, arguments = self._source
+            return reopen, (*arguments, self.num_features, self.num_fields, self.metadata)
         # A view drags all that it looks at along. Memory that is shared with a process has to last until that begins.
-        self.shards = tuple(Shard(*map(_without_surroundings, shard)) for shard in self.shards)
+        self.shards = tuple(_mapped(_without_surroundings, shard) for shard in self.shards)
         return _unpickle, (self.shards, self.num_features, self.num_fields, self.metadata)
+
+    def __copy__(self) -> SparseDataset:
+        copied = self.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseDataset:
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        copied._source = None  # what is written to its tensors is to be pickled
+        # Not by deepcopy, which copies all that a view looks at.
+        copied.shards = tuple(_mapped(Tensor.clone, shard) for shard in self.shards)
+        copied.metadata = copy.deepcopy(self.metadata, memo)
+        return copied
 
     def __repr__(self) -> str:
         return (
@@ -421,11 +437,18 @@ def _cat_or_ones(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tens
     )
 
 
-def _without_surroundings(part: Any) -> Any:
-    if isinstance(part, SparseBatch):
-        return SparseBatch(
-            *map(_without_surroundings, (part.indices, part.fields, part.values, part.offsets))
-        )
-    if part is None or part.untyped_storage().nbytes() == part.numel() * part.element_size():
+def _mapped(change: Callable[[Tensor], Tensor], shard: Shard) -> Shard:
+    """A shard of other tensors."""
+
+    def of(part: Tensor | None) -> Any:
+        return None if part is None else change(part)
+
+    batch, labels, weights = shard
+    parts = (batch.indices, batch.fields, batch.values, batch.offsets)
+    return Shard(SparseBatch(*map(of, parts)), of(labels), of(weights))
+
+
+def _without_surroundings(part: Tensor) -> Tensor:
+    if part.untyped_storage().nbytes() == part.numel() * part.element_size():
         return part
     return part.clone()

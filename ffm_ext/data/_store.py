@@ -4,7 +4,8 @@
 ::
 
     dataset.json           {"format": "ffm_ext.SparseDataset", "version": 1, "num_features": …, "num_fields": …,
-                            "shards": [{"samples": …, "entries": …}, …], "metadata": {…}}
+                            "shards": [{"samples": …, "entries": …}, …], "metadata": {…},
+                            "id": of this writing, by which a pickle finds out that the folder has been replaced}
     part-00000.safetensors  labels [n] float32, offsets [n + 1], fields [nnz], indices [nnz] int32 or int64,
                             values [nnz] float32 (if not all are 1), weights [n] float32 (if there are any)
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from os import PathLike
 from pathlib import Path
@@ -37,7 +39,8 @@ def open_dataset(folder: str | PathLike[str]) -> SparseDataset:
     """Open what :meth:`SparseDataset.save` or :func:`convert_libffm` wrote.
 
     It is memory-mapped: samples are read from the disk when they are used, and the system drops them when memory is
-    short. Writing to its tensors does not change the files. It is pickled as the path of its folder.
+    short. Writing to its tensors does not change the files. It is pickled as the path of its folder; unpickling it once
+    another dataset is there is a ValueError. Copies are made of the tensors, deep ones in memory.
 
     Raises:
         FileNotFoundError: ``folder``, or a file of it, is not there.
@@ -55,7 +58,24 @@ def open_dataset(folder: str | PathLike[str]) -> SparseDataset:
         num_fields=info["num_fields"],
         metadata=info["metadata"],
     )
-    dataset._source = (open_dataset, (str(path),))
+    dataset._source = (_open_again, (str(path), info["id"]))
+    return dataset
+
+
+def _open_again(
+    folder: str,
+    identity: str | int,
+    num_features: int,
+    num_fields: int,
+    metadata: dict[str, Any],
+) -> SparseDataset:
+    """What a pickled dataset becomes."""
+    dataset = open_dataset(folder)
+    if dataset._source != (_open_again, (folder, identity)):
+        raise ValueError(
+            f"{folder}: another dataset has taken the place of the one that was pickled"
+        )
+    dataset.num_features, dataset.num_fields, dataset.metadata = num_features, num_fields, metadata
     return dataset
 
 
@@ -115,6 +135,7 @@ class DatasetWriter:
             "num_fields": num_fields,
             "shards": self._shards,
             "metadata": metadata,
+            "id": secrets.token_hex(8),
         }
         path = self._new / INFO
         path.write_text(json.dumps(info, indent=1), encoding="utf-8")
@@ -149,20 +170,36 @@ def _part_name(i: int) -> str:
 
 
 def _check_replaceable(folder: Path) -> None:
-    if not folder.exists() or (folder / INFO).exists():
+    """A folder may be replaced that is empty, or a dataset and nothing besides: whatever else there is is the user's.
+
+    Raises:
+        FileExistsError: it is something else.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not folder.is_dir() or any(folder.iterdir()):
-        raise FileExistsError(f"{folder} exists and is not a dataset; it is left as it is")
+    try:
+        info = _read_info(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise FileExistsError(
+            f"{folder} exists and is not a dataset; it is left as it is ({error})"
+        ) from None
+    known = {INFO, *map(_part_name, range(len(info["shards"])))}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    if others:
+        raise FileExistsError(
+            f"{folder} holds more than a dataset, such as {others[0]!r}; it is left as it is"
+        )
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
     path = folder / INFO
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
+        written = path.stat().st_mtime_ns
     except (FileNotFoundError, NotADirectoryError):
         what = f"has no {INFO}" if folder.exists() else "is not there"
         raise FileNotFoundError(f"{folder} {what}: it is not a dataset") from None
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: corrupt: {error}") from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise ValueError(f"{path}: it does not describe a dataset (format is not {FORMAT!r})")
@@ -176,6 +213,8 @@ def _read_info(folder: Path) -> dict[str, Any]:
             "num_fields": _count(info["num_fields"]),
             "shards": [(_count(s["samples"]), _count(s["entries"])) for s in info["shards"]],
             "metadata": dict(info["metadata"]),
+            # A folder without one is known by when it was written.
+            "id": str(info["id"]) if "id" in info else written,
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: corrupt: {type(error).__name__}: {error}") from None
