@@ -168,6 +168,105 @@ def test_frames_agree_on_what_a_category_is() -> None:
     assert found == [wanted[0], encoder.field_dims[0], 0, wanted[3]]
 
 
+UTC = datetime.timezone.utc
+EAST = datetime.timezone(datetime.timedelta(hours=1))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (datetime.date(2020, 1, 1), "2020-01-01T00:00:00"),
+        (datetime.datetime(2020, 1, 1, 12, 0, 0, 500_000), "2020-01-01T12:00:00.500000"),
+        (datetime.datetime(2020, 1, 1, tzinfo=UTC), "2020-01-01T00:00:00"),
+        (datetime.datetime(2020, 1, 1, 1, tzinfo=EAST), "2020-01-01T00:00:00"),
+        (datetime.timedelta(days=-1, microseconds=7), "-1 day, 0:00:00.000007"),
+        (datetime.timedelta(days=1), "1 day, 0:00:00"),
+        (Decimal("1.00"), "1"),
+        (Decimal("0.10"), "0.1"),
+    ],
+    ids=str,
+)
+def test_a_value_has_one_text_in_every_frame(value: Any, text: str) -> None:
+    pandas, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    polars = pytest.importorskip("polars")
+    column = arrow.array([value])
+    of_arrow = pandas.ArrowDtype(column.type)
+    as_object = np.array([value], dtype=object)
+    frames = [
+        {"a": [value]},
+        pandas.DataFrame({"a": [value]}),
+        pandas.DataFrame({"a": as_object}),
+        pandas.DataFrame({"a": pandas.Series(pandas.Series([value]).tolist(), dtype=object)}),
+        pandas.DataFrame({"a": pandas.Series([value], dtype=of_arrow)}),
+        polars.DataFrame({"a": [value]}),
+        polars.DataFrame({"a": [[value]]}),
+        arrow.table({"a": column}),
+        arrow.table({"a": [[value]]}),
+    ]
+    if isinstance(value, datetime.timedelta):
+        frames += [{"a": np.array([value], dtype=f"m8[{unit}]")} for unit in ("us", "ns")]
+    elif isinstance(value, datetime.date) and getattr(value, "tzinfo", None) is None:
+        frames += [{"a": np.array([value], dtype=f"M8[{unit}]")} for unit in ("us", "ns")]
+    for frame in frames:
+        assert FieldEncoder({"a": "vocabulary"}).fit(frame).feature_names[2:] == (f"a={text}",)
+
+
+@pytest.mark.parametrize("of", [list, np.array], ids=["objects", "array"])
+def test_nanoseconds_are_kept(of: Any) -> None:
+    def texts(kind: str) -> tuple[str, ...]:
+        values = np.array([-1, 0, 1, 1000], dtype=f"{kind}8[ns]")
+        column = [*values, None] if of is list else values
+        return FieldEncoder({"a": "vocabulary"}).fit({"a": column}).feature_names[2:]
+
+    assert set(texts("M")) == {
+        *("a=1969-12-31T23:59:59.999999999", "a=1970-01-01T00:00:00"),
+        *("a=1970-01-01T00:00:00.000000001", "a=1970-01-01T00:00:00.000001"),
+    }
+    assert set(texts("m")) == {
+        *("a=-1 day, 23:59:59.999999999", "a=0:00:00"),
+        *("a=0:00:00.000000001", "a=0:00:00.000001"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ([1, 1.0, Decimal("1"), Decimal("1.0"), Decimal("1.00"), "1"], "1"),
+        ([0, -0.0, Decimal("-0.00")], "0"),
+        ([100000, Decimal("1E+5")], "100000"),
+        ([10**300, Decimal("1E+300")], "1" + "0" * 300),
+        ([0.1, Decimal("0.1"), Decimal("0.100"), Decimal.from_float(0.1)], "0.1"),
+        ([1e-7, Decimal("0.00000010")], "1e-07"),
+        ([2**63 + 1, Decimal(2**63 + 1)], str(2**63 + 1)),
+        ([Decimal("0." + "1" * 40), Decimal("0." + "1" * 40 + "0")], "0." + "1" * 40),
+        ([math.inf, Decimal("Infinity")], "inf"),
+    ],
+)
+def test_numbers_are_told_apart_by_value(numbers: list[Any], text: str) -> None:
+    for number in numbers:
+        encoder = FieldEncoder({"a": "vocabulary"}).fit({"a": np.array([number], dtype=object)})
+        assert encoder.feature_names[2:] == (f"a={text}",)
+
+
+@pytest.mark.parametrize("dtype", ["double[pyarrow]", "float[pyarrow]", "Float64"])
+def test_nan_is_missing_in_every_dtype_of_pandas(dtype: str) -> None:
+    pandas, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    column = pandas.Series([2.5, 0.0, None, 1.0, 0.0], dtype=dtype)
+    if dtype != "Float64":
+        numbers = arrow.array(
+            [2.5, math.nan, None, 1.0, math.nan], column.array.dtype.pyarrow_dtype
+        )
+        column = pandas.Series(pandas.arrays.ArrowExtensionArray(numbers))
+    else:
+        column = column / (column != 0).astype("Int64") ** 2  # 0 / 0
+    frame = pandas.DataFrame(dict.fromkeys("abc", column))
+    encoder = FieldEncoder({"a": "vocabulary", "b": Bins(2), "c": "numeric"})
+    found = rows(encoder, encoder.fit_transform(frame))
+    missing = [("a=<missing>", 1.0), ("b=<missing>", 1.0)]
+    assert [row == missing for row in found] == [False, True, True, False, True]
+    assert encoder.feature_names[2:4] == ("a=1", "a=2.5")
+
+
 def test_special_columns_of_pandas() -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame(
@@ -401,11 +500,17 @@ def test_files_that_hold_no_encoder(tmp_path: Path) -> None:
         "",
         text[:-9],
         "[]",
+        "[" * 100_000,
         json.dumps({**info, "version": 2}),
         json.dumps({**info, "format": "other"}),
         json.dumps({**info, "columns": [{"name": "a", "kind": "other"}]}),
         json.dumps({**info, "columns": [{**columns[0], "min_count": 0}]}),
         json.dumps({**info, "columns": [{**columns[0], "more": 0}]}),
+        json.dumps({**info, "columns": [{**columns[0], "categories": "abc"}]}),
+        json.dumps({**info, "columns": [{**columns[0], "categories": [1, 2]}]}),
+        json.dumps({**info, "columns": [{**columns[2], "edges": ["x"]}]}),
+        json.dumps({**info, "columns": [{**columns[2], "edges": {"1": 2}}]}),
+        json.dumps({**info, "columns": [{**columns[2], "edges": [True]}]}),
     ):
         path.write_text(bad)
         with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: corrupt: "):
@@ -450,6 +555,40 @@ def test_misuse() -> None:
         for kind in (Vocabulary(), Hash(8)):
             with pytest.raises(ValueError, match=f"^FieldEncoder: column 'c': {text}"):
                 FieldEncoder({"c": kind}).fit_transform({"c": wrong})
+
+
+def test_a_failed_fit_changes_nothing() -> None:
+    encoder = FieldEncoder({"user": "vocabulary", "age": Bins(2), "price": "numeric"})
+    bad = {"user": ["eve"], "age": [1.0], "price": ["x"]}
+    for fit in (encoder.fit, encoder.fit_transform):
+        with pytest.raises(ValueError, match="column 'price': numbers are needed"):
+            fit(bad)
+        with pytest.raises(RuntimeError, match="call fit first"):
+            encoder.transform(TEST)
+    names = encoder.fit(TRAIN).feature_names
+    with pytest.raises(ValueError, match="column 'price': numbers are needed"):
+        encoder.fit(bad)
+    assert encoder.feature_names == names
+    inferred = FieldEncoder().fit({"a": ["x"]})
+    with pytest.raises(ValueError, match="column 'b': a category must be hashable"):
+        inferred.fit({"a": ["y"], "b": [{"c": 1}]})
+    assert inferred.feature_names[2:] == ("a=x",)
+
+
+def test_columns_without_an_encoding_are_named() -> None:
+    pandas, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    polars = pytest.importorskip("polars")
+    parts = [arrow.array([1, 2]), arrow.array(["a", "b"])]
+    union = arrow.UnionArray.from_sparse(arrow.array([0, 1], arrow.int8()), parts)
+    for frame in (
+        polars.DataFrame({"c": [{"x": 1}, None]}),
+        polars.DataFrame({"c": [[{"x": 1}]]}),
+        arrow.table({"c": [{"x": 1}, None]}),
+        arrow.table({"c": union}),
+        pandas.DataFrame({"c": pandas.Series(pandas.arrays.ArrowExtensionArray(union))}),
+    ):
+        with pytest.raises(ValueError, match=r"^FieldEncoder: column 'c': "):
+            FieldEncoder().fit(frame)
 
 
 def test_columns_of_one_name() -> None:

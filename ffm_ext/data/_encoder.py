@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import hashlib
 import json
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -49,6 +51,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         (self.min_count,) = check_positive("Vocabulary", min_count=self.min_count)
+        _check_elements("Vocabulary: categories", self.categories, str, "a text")
 
     @property
     def num_features(self) -> int:
@@ -133,6 +136,7 @@ class Bins:
 
     def __post_init__(self) -> None:
         (self.bins,) = check_positive("Bins", bins=self.bins)
+        _check_elements("Bins: edges", self.edges, float | int, "a number")
 
     @property
     def num_features(self) -> int:
@@ -171,7 +175,8 @@ class Numeric:
         return 1
 
     def fit(self, values: Array) -> None:
-        """Nothing is to be learnt."""
+        """Nothing is to be learnt, but whether they are numbers."""
+        _as_numbers(values)
 
     def encode(self, values: Array) -> tuple[Array, Array | None]:
         """Local ids of values that are there, and the value of each entry.
@@ -203,8 +208,9 @@ class FieldEncoder:
     value among lists is a list of one, an empty list is a sample without entries in this field, a missing list is a
     missing value.
 
-    Categories are told apart by their text, numbers by value: 1, 1.0, ``True`` and ``"1"`` are the same, so that a
-    column may be of integers here and, for a missing value, of floats there.
+    Categories are told apart by their text, numbers by value: 1, 1.0, ``Decimal("1.00")``, ``True`` and ``"1"`` are the
+    same, so that a column may be of integers here and, for a missing value, of floats there. So are times, whatever a
+    frame has them in: an instant with a time zone is that in UTC, a date its midnight.
 
     Args:
         columns: column -> :class:`Vocabulary`, :class:`Hash`, :class:`Bins` or :class:`Numeric`, or the name of one
@@ -266,22 +272,24 @@ class FieldEncoder:
         )
 
     def fit(self, frame: Any) -> FieldEncoder:
-        """Learn vocabularies and bins.
+        """Learn vocabularies and bins. After an error, the encoder is as it was.
 
         Raises:
             KeyError: the frame lacks a column.
-            ValueError: columns differ in length, one is there twice, numbers are asked of a column that holds none, or
-                a category is not hashable.
+            ValueError: columns differ in length, one is there twice or of a type that has no encoding, numbers are
+                asked of a column that holds none, or a category is not hashable.
         """
         found = columns_of(frame, None if self._infer else self.columns)
+        columns = copy.deepcopy(self.columns)
         if self._infer:
-            self.columns = {
+            columns = {
                 name: Bins() if column.values.dtype.kind == "f" else Vocabulary()
                 for name, column in found.items()
             }
-        for name, encoding in self.columns.items():
+        for name, encoding in columns.items():
             with naming(name):
                 encoding.fit(found[name].values)
+        self.columns = columns
         self._is_fitted = True
         return self
 
@@ -291,8 +299,9 @@ class FieldEncoder:
         Raises:
             KeyError: the frame lacks a column.
             RuntimeError: :meth:`fit` has not been called.
-            ValueError: columns differ in length, one is there twice, should hold numbers and does not, is ``"numeric"``
-                and holds lists or an infinite number, or holds a category that is not hashable.
+            ValueError: columns differ in length, one is there twice or of a type that has no encoding, should hold
+                numbers and does not, is ``"numeric"`` and holds lists or an infinite number, or holds a category that
+                is not hashable.
         """
         self._check_fitted()
         found = columns_of(frame, self.columns)
@@ -345,7 +354,7 @@ class FieldEncoder:
             for column in info["columns"]:
                 name, kind = column.pop("name"), column.pop("kind")
                 encoder.columns[_name_of_json(name)] = _ENCODINGS[kind](**column)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: corrupt: {type(error).__name__}: {error}") from None
         encoder._is_fitted = True
         return encoder
@@ -394,10 +403,10 @@ def _interleave(fields: list[tuple[Array, Array | None, Array]], n: int) -> Spar
 
 def _unique_texts(values: Array) -> tuple[list[str], Array]:
     """The texts of ``values``, each about once, and which of them each value has."""
-    if values.dtype.kind == "M":
-        values = values.astype("datetime64[us]")
     if values.dtype.kind != "O":
         unique, inverse = np.unique(values, return_inverse=True)
+        if unique.dtype.kind in "mM":
+            return _texts_of_times(unique), inverse
         return list(map(_text, unique.tolist() if unique.dtype.kind != "f" else unique)), inverse
     numbers: dict[Any, int] = {}
     try:
@@ -414,11 +423,50 @@ def _text(value: Any) -> str:
         return value
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
+    # Instants and durations of pandas have nanoseconds; this is what they are to numpy, in UTC.
+    value = getattr(value, "asm8", value)
+    if isinstance(value, np.datetime64 | np.timedelta64):
+        return _texts_of_times(np.array([value]))[0]
     if isinstance(value, bool | int | np.bool_ | np.integer):
         return str(int(value))
     if isinstance(value, float | np.floating):
         return str(int(value)) if float(value).is_integer() else str(value)
+    if isinstance(value, Decimal):
+        return _text_of_decimal(value)
+    if isinstance(value, datetime.datetime) and value.utcoffset() is not None:
+        value = value.astimezone(datetime.timezone.utc).replace(tzinfo=None)
+    elif isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        value = datetime.datetime.combine(value, datetime.time())
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _texts_of_times(times: Array) -> list[str]:
+    """Instants and durations of numpy as ``datetime.isoformat`` and ``str(timedelta)`` have them.
+
+    Nanoseconds, which those lack, have three places more where they are not zero.
+    """
+    kind, (unit, _) = times.dtype.kind, np.datetime_data(times.dtype)
+    unit, scale = ("ns", 1) if unit in ("ns", "ps", "fs", "as") else ("us", 1000)
+    seconds, parts = np.divmod(times.astype(f"{kind}8[{unit}]").astype(np.int64), 10**9 // scale)
+    whole = (
+        np.datetime_as_string(seconds.astype("M8[s]")).tolist()
+        if kind == "M"
+        else [str(datetime.timedelta(seconds=number)) for number in seconds.tolist()]
+    )
+    return [
+        f"{text}.{part:09d}".removesuffix("000") if part else text
+        for text, part in zip(whole, (parts * scale).tolist(), strict=True)
+    ]
+
+
+def _text_of_decimal(value: Decimal) -> str:
+    """As that of the integer or the float of this value, or of the float that is written so."""
+    number = float(value)
+    if value.is_finite() and value == value.to_integral_value():
+        return f"{value:f}".partition(".")[0] if value else "0"
+    if value == number or value == Decimal(str(number)):
+        return str(number)
+    return f"{value:f}".rstrip("0")
 
 
 def _as_numbers(values: Array) -> npt.NDArray[np.float64]:
@@ -428,6 +476,14 @@ def _as_numbers(values: Array) -> npt.NDArray[np.float64]:
         return values.astype(np.float64)
     except (TypeError, ValueError):
         raise ValueError("numbers are needed, got something else") from None
+
+
+def _check_elements(where: str, elements: Any, kind: Any, what: str) -> None:
+    if not isinstance(elements, list):
+        raise TypeError(f"{where} must be a list, got {type(elements).__name__}")
+    for i, element in enumerate(elements):
+        if not isinstance(element, kind) or isinstance(element, bool):
+            raise TypeError(f"{where}[{i}] = {element!r} must be {what}")
 
 
 def _number_of_name(part: Any) -> Any:

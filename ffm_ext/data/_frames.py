@@ -41,7 +41,8 @@ def columns_of(frame: Any, names: Iterable[str] | None) -> dict[str, Column]:
     Raises:
         KeyError: there is no such column.
         TypeError: it is no frame.
-        ValueError: columns differ in length, one is there twice, is no array, or holds lists of lists.
+        ValueError: columns differ in length, one is there twice, is no array, is of a type that has no encoding, or
+            holds lists of lists.
     """
     package = type(frame).__module__.partition(".")[0]
     if isinstance(frame, Mapping):
@@ -69,7 +70,7 @@ def columns_of(frame: Any, names: Iterable[str] | None) -> dict[str, Column]:
 
 
 class naming:
-    """Puts the column's name before the text of a ValueError."""
+    """Puts the column's name before the text of a ValueError, and of what a frame's package says of a type."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -78,19 +79,28 @@ class naming:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ValueError):
+        # pandas and pyarrow have NotImplementedError for a type that arrays cannot hold, polars errors of its own.
+        of_polars = type(error).__module__.startswith("polars.")
+        if isinstance(error, ValueError | NotImplementedError) or of_polars:
             raise ValueError(f"FieldEncoder: column {self.name!r}: {error}") from error
 
 
 def _from_pandas(series: Any) -> Column:
-    missing = series.isna().to_numpy(dtype=bool)
+    missing = series.isna().to_numpy(dtype=bool, copy=True)
     values = series[~missing] if missing.any() else series
     if values.dtype.name == "category":
         values = values.astype(values.cat.categories.dtype)
-    return _from_present(values.to_numpy(), missing)
+    array = values.to_numpy()
+    if array.dtype.kind == "f":  # NaN is a value to pandas where it is Arrow that holds the column
+        is_nan = np.isnan(array)
+        missing[~missing] = is_nan
+        array = array[~is_nan]
+    return _from_present(array, missing)
 
 
 def _from_polars(series: Any) -> Column:
+    if hasattr(series.dtype, "fields"):
+        raise ValueError(f"{series.dtype} has no encoding")
     if series.dtype.is_nested():
         if hasattr(series.dtype, "shape"):  # fixed-size lists
             series = series.arr.to_list()
