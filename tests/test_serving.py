@@ -19,7 +19,14 @@ from ffm_ext import FFM, SparseBatch, interop
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpp_serving"
 N, F = 50, 3
-LINES = ["1 0:3:1 1:7:0.5 2:9:1", "0", "", "1\t2:49:-1e-1  0:1:2 ", "0 1:0:3 1:1:1\r"]
+LINES = [
+    *("1 0:3:1 1:7:0.5 2:9:1", "0", "", "1\t2:49:-1e-1  0:1:2 ", "0 1:0:3 1:1:1\r"),
+    *("+1 0:3:+1 1:7:+.5e+0", "1e400 0:3:1 2:9:1e-50", "? 1:7:-1e-400 2:9:1"),
+]
+
+
+def text_of(lines: list[str]) -> str:
+    return "\n".join(lines) + "\n"
 
 
 def in_bulk(lines: list[str]) -> SparseBatch:
@@ -91,8 +98,7 @@ def test_packages(program: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(in_bulk(LINES)), wanted)
 
         for batch_size in (1, 2, 1024):
-            text = "\n".join(LINES) + "\n"
-            served = serve(program, package, library, batch_size, stdin=text)
+            served = serve(program, package, library, batch_size, stdin=text_of(LINES))
             assert served.returncode == 0, served.stderr
             torch.testing.assert_close(Tensor(list(map(float, served.stdout.split()))), wanted)
 
@@ -104,12 +110,24 @@ def test_packages(program: Path, tmp_path: Path) -> None:
             "1 0:3:nan\n",
             "line 1, column 3: field and feature must not be negative, the value must be finite",
         ),
+        (
+            "1 0:3:1e400\n",
+            "line 1, column 3: field and feature must not be negative, the value must",
+        ),
+        ("1 0:3:+-1\n", "line 1, column 7: the value is not a number"),
+        ("1 0:3:+\n", "line 1, column 7: the value is not a number"),
         (f"0\n1 0:{N}:1\n", "lines 1 to 2: "),
         (f"1 {F}:3:1\n", "fields[0] = 3 is out of range for 3 fields"),
     ):
         served = serve(program, tmp_path / "sparse.pt2", library, stdin=text)
         assert served.returncode == 1
         assert message in served.stderr, served.stderr
+    with open("/dev/full", "w") as full:
+        command = [program, tmp_path / "sparse.pt2", library]
+        done = subprocess.run(
+            command, input=text_of(LINES), stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1 and "standard output cannot be written" in done.stderr
     nowhere = tmp_path / "nowhere"
     for args in ((nowhere, library), (tmp_path / "sparse.pt2", nowhere)):
         served = serve(program, *args)

@@ -4,7 +4,7 @@
 //   serve MODEL.pt2 LIBFFM_EXT_OPS.so [BATCH] < samples.ffm
 //
 // A line is `label field:feature:value ...`; its label is not looked at. The model sees BATCH lines (1024) at a time.
-// Exit codes: 0; 1 a line, an id or the package is wrong; 2 the command line is.
+// Exit codes: 0; 1 a line, an id or the package is wrong, or stdout cannot be written; 2 the command line is wrong.
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
@@ -21,6 +21,8 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -38,11 +40,20 @@ struct Batch {
                            what);
 }
 
-// Reads a number at `at` and what has to follow it; `end` as a follower stands for a blank or the end of the line.
+// Reads a number at `at` and what has to follow it; '\0' as a follower stands for a blank or the end of the line. The
+// text ends in '\0', as that of std::string does.
 template <typename T>
 const char* read_number(std::string_view text, const char* at, char follower, int64_t line, const char* name, T& to) {
   const char* const end = text.data() + text.size();
-  const auto [next, error] = std::from_chars(at, end, to);
+  // from_chars knows no plus.
+  const bool has_plus = end - at > 1 && *at == '+' && at[1] != '-';
+  auto [next, error] = std::from_chars(at + has_plus, end, to);
+  if constexpr (std::is_same_v<T, float>) {
+    if (error == std::errc::result_out_of_range) {  // too small, which is 0, or too large: `to` does not say which
+      to = std::strtof(at, nullptr);
+      error = std::errc();
+    }
+  }
   const bool is_followed = follower ? next != end && *next == follower : next == end || *next == ' ' || *next == '\t';
   if (error != std::errc() || !is_followed)
     fail(line, at, text, std::string(name) + " is not a number in field:feature:value");
@@ -56,8 +67,7 @@ void append_line(std::string_view text, int64_t line, Batch& batch) {
     while (at != end && (*at == ' ' || *at == '\t')) ++at;
   };
   skip_blanks();
-  float label;
-  if (at != end) at = read_number(text, at, '\0', line, "the label", label);
+  while (at != end && *at != ' ' && *at != '\t') ++at;  // the label
   for (skip_blanks(); at != end; skip_blanks()) {
     int64_t field, feature;
     float value;
@@ -122,6 +132,7 @@ int serve(const char* package, const char* operators, size_t batch_size) {
     if (batch.size() == batch_size) predict(model, batch, line - static_cast<int64_t>(batch_size) + 1);
   }
   if (batch.size()) predict(model, batch, line - static_cast<int64_t>(batch.size()) + 1);
+  if (std::fflush(stdout) || std::ferror(stdout)) throw std::runtime_error("standard output cannot be written");
   return 0;
 }
 
