@@ -19,6 +19,7 @@ full disk leaves the old one.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -153,6 +154,8 @@ def _open_model(where: str, path: _Path) -> Iterator[tuple[Any, dict[str, str], 
     from safetensors import SafetensorError, safe_open
 
     fail = _Failure(where, path)
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -249,6 +252,8 @@ def model_from_arguments(arguments: Mapping[str, Any]) -> FFM:
 # num_features, num_fields, embed_dim, normalization
 _LIBFFM_HEADER = struct.Struct("<iii?")
 _LIBFFM_TEXT = re.compile(rb"n \d+\s+m \d+\s")
+# Weights that stand together, and after them their accumulators: 4 where libffm was built with SSE, which is what it
+# does on x86, else 1.
 _LIBFFM_LANES = 4
 
 
@@ -260,9 +265,13 @@ def load_libffm(path: _Path) -> FFM:
         logit is libffm's score: pairs of all entries times ``r = 1 / Σ x²``. Its ids are those of the data file.
         AdaGrad's accumulators, which the binary holds too, are left out.
 
+    A libffm that was built without SSE orders the binary in another way. Where sizes do not tell which, accumulators
+    do: they are 1 or more.
+
     Raises:
         ValueError: the file is truncated, holds more than it should, or is no model of libffm, or a weight is not
-            finite; the text names the file, and the offset or the line.
+            finite; the text names the file, and the offset or the line. Or weights and accumulators cannot be told
+            apart.
         OSError: it cannot be read.
     """
     fail = _Failure("load_libffm", path)
@@ -287,13 +296,13 @@ def save_libffm(
         model: what libffm can express: no bias, no linear weights, ``within_field=True``.
         path: the file, replaced if it exists.
         format: ``"binary"`` is float32, ``"text"`` has 9 digits, which read back as the same float32.
-        accumulators: AdaGrad's sums of squared gradients, ``[N, F·K]``, for the binary; ``None`` = 1, as libffm
-            starts.
+        accumulators: AdaGrad's sums of squared gradients, ``[N, F·K]``, for the binary, 1 or more, as in libffm;
+            ``None`` = 1, as libffm starts.
 
     Raises:
         TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
         ValueError: libffm has no place for a part of the model or for its size; a weight is not finite; ``format``
-            does not exist; ``accumulators`` has another shape or goes with text.
+            does not exist; ``accumulators`` has another shape, a number below 1, or goes with text.
         OSError: it cannot be written; a file that was there before is left as it was.
     """
     _check_model("save_libffm", model)
@@ -335,6 +344,10 @@ def save_libffm(
                 body[:, :, :, 1] = 1
             else:
                 sums = accumulators[begin : begin + len(block)].to("cpu", torch.float32)
+                if not bool((sums >= 1).all()):
+                    raise ValueError(
+                        f"save_libffm: accumulators has {sums.min().item()}; libffm's are 1 or more"
+                    )
                 body[:, :, :, 1] = _in_groups(sums.numpy().reshape(block.shape), groups, 1.0)
             file.write(body.data)
 
@@ -357,28 +370,50 @@ def _load_libffm_binary(path: Path, start: bytes, fail: _Failure) -> FFM:
     if start[12] > 1:
         fail(f"offset 12: normalization = {start[12]} is neither 0 nor 1; is it a model of libffm?")
     N, F, K = sizes
-    groups = -(-K // _LIBFFM_LANES)
-    vector = groups * 2 * _LIBFFM_LANES
-    expected = _LIBFFM_HEADER.size + N * F * vector * 4
-    if size != expected:
+    vectors = {lanes: -(-K // lanes) * 2 * lanes for lanes in (_LIBFFM_LANES, 1)}
+    expected = {lanes: _LIBFFM_HEADER.size + N * F * n * 4 for lanes, n in vectors.items()}
+    found = [lanes for lanes, bytes_ in expected.items() if size == bytes_]
+    if not found:
+        most = expected[_LIBFFM_LANES]
         fail(
             f"it has {size} bytes, but a model of num_features = {N}, num_fields = {F}, embed_dim = {K} has "
-            f"{expected}; is it {'truncated' if size < expected else 'a model of libffm'}?"
+            f"{most}; is it {'truncated' if size < most else 'a model of libffm'}?"
         )
+    lanes = _libffm_lanes(path, N, F * vectors[found[0]], found, fail)
+    vector = vectors[lanes]
     model = _libffm_model(N, F, K, normalize)
-    body = np.memmap(path, "<f4", "r", _LIBFFM_HEADER.size, (N, F, groups, 2, _LIBFFM_LANES))
+    body = np.memmap(path, "<f4", "r", _LIBFFM_HEADER.size, (N, F, vector // 2 // lanes, 2, lanes))
     for begin, table in _row_blocks(model.interaction, model.interaction.weight):
         weights = body[begin : begin + len(table), :, :, 0].reshape(*table.shape[:2], -1)
         table[...] = weights[..., :K]
-        if (found := _not_finite(table)) is not None:
-            a, f, k = found
-            group, lane = divmod(k, _LIBFFM_LANES)
-            entry = ((begin + a) * F + f) * vector + group * 2 * _LIBFFM_LANES + lane
+        if (wrong := _not_finite(table)) is not None:
+            a, f, k = wrong
+            group, lane = divmod(k, lanes)
+            entry = ((begin + a) * F + f) * vector + group * 2 * lanes + lane
             fail(
                 f"offset {_LIBFFM_HEADER.size + 4 * entry}: factor {k} of feature {begin + a} for field {f} is "
-                f"{table[found]}"
+                f"{table[wrong]}"
             )
     return model
+
+
+def _libffm_lanes(path: Path, N: int, row: int, found: list[int], fail: _Failure) -> int:
+    """Which of the lanes that the size of a binary leaves it has: accumulators begin at 1 and never fall."""
+    body = np.memmap(path, "<f4", "r", _LIBFFM_HEADER.size, (N, row))
+    rows = max(1, _BLOCK_BYTES // (4 * row))
+    for begin in range(0, N, rows):
+        if len(found) < 2:
+            break
+        block = body[begin : begin + rows]
+        if (block.reshape(-1, 2, _LIBFFM_LANES)[:, 1] == 1).all():  # weights are not, by chance
+            return _LIBFFM_LANES
+        found = [n for n in found if not (block.reshape(-1, 2, n)[:, 1] < 1).any()]
+    if len(found) != 1:
+        fail(
+            "weights and AdaGrad's accumulators, which are 1 or more, cannot be told apart: "
+            f"{'both' if found else 'neither'} would do; is it a model of libffm?"
+        )
+    return found[0]
 
 
 def _load_libffm_text(file: BinaryIO, fail: _Failure) -> FFM:
@@ -487,11 +522,13 @@ def _xlearn_sizes(file: BinaryIO, line: bytes, N: int, fail: _Failure) -> tuple[
         fail(f"line {2 + N}: {_shown(line)} belongs to a factorization machine without fields")
     if not N or not line:
         fail(f"line {2 + N}: the model has no {'factors' if N else 'linear weights'}")
-    here = file.tell()
-    # A vector of a thousand factors takes less than this.
-    tail_bytes = 1 << 16
-    file.seek(max(0, os.fstat(file.fileno()).st_size - tail_bytes))
-    last = file.read().splitlines(keepends=True)[-1]
+    here, size = file.tell(), os.fstat(file.fileno()).st_size
+    tail, tail_bytes = b"", 1 << 12
+    while b"\n" not in tail[:-1] and len(tail) < size:
+        tail_bytes *= 4
+        file.seek(max(0, size - tail_bytes))
+        tail = file.read(tail_bytes)
+    last = tail.splitlines(keepends=True)[-1]
     file.seek(here)
     match = re.fullmatch(rb"v_(\d+)_(\d+): (.*)\n", last)
     if match is None:

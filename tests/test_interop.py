@@ -110,6 +110,40 @@ def test_libffm_binary(embed_dim: int, normalize: bool, tmp_path: Path) -> None:
     assert (accumulators.reshape(N * F, -1)[:, embed_dim:] == 1).all()
 
 
+@pytest.mark.parametrize("embed_dim", [1, 3, 4, 8])
+def test_libffm_binary_without_sse(embed_dim: int, tmp_path: Path) -> None:
+    """Each weight stands before its own accumulator, and there is no padding: with 4 or 8 the file is as large."""
+    model, path = model_of(embed_dim, **LIBFFM), tmp_path / "model"
+    weights = model.interaction.weight.detach().numpy().reshape(-1)
+    sums = 1 + np.random.default_rng(0).exponential(size=weights.size).astype("<f4")
+    body = np.stack([weights, sums], axis=1)
+    header = struct.pack("<iiib", N, F, embed_dim, 1)
+    path.write_bytes(header + body.tobytes())
+    assert_same(load_libffm(path), model)
+    entry = (5 * F + 2) * embed_dim
+    body[entry, 0] = np.nan
+    path.write_bytes(header + body.tobytes())
+    with fails(path, f"offset {13 + 8 * entry}: factor 0 of feature 5 for field 2 is nan"):
+        load_libffm(path)
+
+
+def test_large_weights_are_no_accumulators(tmp_path: Path) -> None:
+    model = model_of(4, **LIBFFM)
+    with torch.no_grad():
+        model.interaction.weight.abs_().add_(1)
+    save_libffm(model, tmp_path / "model")
+    assert_same(load_libffm(tmp_path / "model"), model)
+
+
+@pytest.mark.parametrize(("number", "which"), [(2.0, "both"), (0.5, "neither")])
+def test_a_libffm_binary_of_no_known_order(number: float, which: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    body = np.full(N * F * 8, number, "<f4")
+    path.write_bytes(struct.pack("<iiib", N, F, 4, 1) + body.tobytes())
+    with fails(path, f"weights and AdaGrad's accumulators, .* told apart: {which} would do"):
+        load_libffm(path)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("embed_dim", [1, 4, 6])
 def test_libffm_text(embed_dim: int, normalize: bool, tmp_path: Path) -> None:
@@ -234,6 +268,8 @@ def test_what_libffm_has_no_place_for(tmp_path: Path) -> None:
         save_libffm(model, path, format="xml")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"accumulators has shape \[2\], the table has \[11, 12\]"):
         save_libffm(model, path, accumulators=torch.ones(2))
+    with pytest.raises(ValueError, match=r"accumulators has 0\.5; libffm's are 1 or more"):
+        save_libffm(model, path, accumulators=torch.full((N, F * 4), 0.5))
     with pytest.raises(ValueError, match="text format has no place for accumulators"):
         save_libffm(model, path, accumulators=torch.ones(11, 12), format="text")
     with pytest.raises(TypeError, match="FFM with a float table, got FFM with a Quantized"):
@@ -338,7 +374,7 @@ def xlearn_text(model: FFM) -> str:
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("embed_dim", [1, 4, 5])
+@pytest.mark.parametrize("embed_dim", [1, 4, 5, 8000])
 def test_xlearn_text(embed_dim: int, normalize: bool, tmp_path: Path) -> None:
     model = model_of(embed_dim, within_field=True, normalize=normalize)
     path = tmp_path / "model"
@@ -699,6 +735,8 @@ def test_damaged_files_of_our_own(tmp_path: Path) -> None:
             load_model(path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_model(tmp_path / "nowhere")
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        load_model(tmp_path)
 
 
 def with_arguments(metadata: dict[str, str], arguments: dict[str, Any]) -> dict[str, str]:
