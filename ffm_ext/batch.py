@@ -188,6 +188,11 @@ class SparseBatch:
         return self.offsets.numel() - 1
 
     @property
+    def shape(self) -> tuple[int]:
+        """``(B,)``: scikit-learn takes samples by their numbers from what has a shape."""
+        return (len(self),)
+
+    @property
     def nnz(self) -> int:
         """The number of entries of all samples together."""
         return self.indices.numel()
@@ -197,13 +202,17 @@ class SparseBatch:
         """Where all of its tensors are."""
         return self.indices.device
 
-    def __getitem__(self, which: slice | Tensor | np.ndarray | Sequence[int]) -> SparseBatch:
+    def __getitem__(self, which: slice | Tensor | np.ndarray | Sequence[Any]) -> SparseBatch:
         """Some of the samples, as a batch: by slice, by sample numbers, or by a boolean mask ``[B]``.
+
+        ``batch[which, ...]``, which scikit-learn writes, is the same.
 
         Raises:
             IndexError: a sample number is out of range, or the mask has another length.
             TypeError: it is something else. One sample is ``batch[b : b + 1]``.
         """
+        if isinstance(which, tuple) and len(which) == 2 and which[1] is Ellipsis:
+            which = which[0]
         if isinstance(which, slice) and which.step in (None, 1):
             start, stop, _ = which.indices(len(self))
             offsets = self.offsets[start : max(start, stop) + 1]

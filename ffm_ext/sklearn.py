@@ -21,13 +21,15 @@ whole numbers ``[n, F]``                    ``"categorical"``    a column is a f
 
 In the first two, the values of a sample are its nonzeros. Categories count from 0 in every column, as
 ``sklearn.preprocessing.OrdinalEncoder`` makes them. -1, and in ``predict`` a category or an entry of a ``SparseBatch``
-that ``fit`` has not seen, is no entry: it adds nothing.
+that ``fit`` has not seen, is no entry: it adds nothing. scikit-learn's model selection splits all of these, a
+``SparseBatch`` too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -132,15 +134,20 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
     def _fit(
         self, X: Any, y: Any, sample_weight: Any, *, partial: bool, classes: Any = None
     ) -> None:
-        """Train: one pass where ``partial``, else all of them. A new model that fails leaves the one before it."""
+        """Train: one pass where ``partial``, else all of them. Where it fails, all is as it was before.
+
+        But for the weights of one pass: a copy of a large table would take longer than a pass over few samples.
+        """
         new = not hasattr(self, "model_") or not (partial or self.warm_start)
         before = vars(self).copy()
+        state = None if new or partial else deepcopy(self.trainer_.state_dict())
         try:
             self._train(X, y, sample_weight, new, partial, classes)
         except Exception:
-            if new:
-                # A model goes with the features, fields and labels that it was made for.
-                self.__dict__ = before
+            # A model goes with the features, fields and labels that it was made for.
+            self.__dict__ = before
+            if state is not None:
+                self.trainer_.load_state_dict(state)
             raise
 
     def _train(
@@ -159,9 +166,11 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
                 sample_weight, y, dtype=np.float64, ensure_non_negative=True
             )
             # A sample without weight is no sample: it does not even move the mean of y.
-            kept = weights > 0
+            kept = weights.astype(np.float32) > 0
             if not kept.any():
-                raise ValueError("sample_weight is 0 for all samples")
+                raise ValueError(
+                    f"sample_weight is 0 for all samples, in float32: the largest is {weights.max()}"
+                )
             if not kept.all():
                 batch, y, weights = batch[kept], y[kept], weights[kept]
         targets = self._targets(y, weights, new, classes)
@@ -172,7 +181,8 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             data += (torch.from_numpy(weights.astype(np.float32)),)
         if partial:
             self.trainer_.partial_fit(data)
-            self.n_iter_ = getattr(self, "n_iter_", 0) + 1
+            self.history_ = [*getattr(self, "history_", []), self.trainer_.history[-1]]
+            self.n_iter_ = len(self.history_)
             return
         valid = None
         if self.early_stopping:
@@ -445,12 +455,14 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
         warm_start: ``fit`` goes on from the weights that are there, and keeps what is known of features and fields.
             Settings may change in between, but for those of the model (``embed_dim``, ``normalize``, ``within_field``,
             ``bias``, ``linear``, ``feature_fields``), the kind of optimizer, and the numbers of FTRL: ``ValueError``.
+            A copy of the weights is there meanwhile, and they are as they were where ``fit`` fails.
         verbose: 1 prints a line an epoch.
 
     Attributes:
         model_: the trained :class:`~ffm_ext.FFM`.
         trainer_: the :class:`~ffm_ext.training.Trainer`, with the state of the optimizer.
-        history_: an :class:`~ffm_ext.training.Epoch` for each epoch of the last ``fit``, with its losses.
+        history_: an :class:`~ffm_ext.training.Epoch` for each epoch of the last ``fit``, and for each ``partial_fit``
+            since, with its losses.
         n_iter_: the number of these.
         n_features_in_, feature_names_in_: of ``X``, as scikit-learn has them; the largest id + 1 for a ``SparseBatch``.
         classes_: the two labels; the second is the positive one.
@@ -484,7 +496,9 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
 
         Args:
             X, y, sample_weight: as :meth:`fit` has them.
-            classes: the two labels; needed on the first call where ``y`` does not have both.
+            classes: the two labels; needed on the first call where ``y`` does not have both, and the same ones later.
+
+        Where the loss is not finite any more, ``FloatingPointError``, the weights are lost.
         """
         self._fit(X, y, sample_weight, partial=True, classes=classes)
         return self
@@ -509,6 +523,10 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
                     f"{type(self).__name__} needs two classes, got {len(classes)} class(es): {classes}"
                 )
             self.classes_ = classes
+        elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
+            raise ValueError(
+                f"{type(self).__name__}: classes = {classes!r}, but the model has {self.classes_}"
+            )
         unknown = y[~np.isin(y, self.classes_)]
         if len(unknown):
             raise ValueError(
@@ -573,6 +591,8 @@ class FFMRegressor(RegressorMixin, _BaseFFM):  # type: ignore[misc]
 
         Args:
             X, y, sample_weight: as :meth:`fit` has them.
+
+        Where the loss is not finite any more, ``FloatingPointError``, the weights are lost.
         """
         self._fit(X, y, sample_weight, partial=True)
         return self
@@ -601,10 +621,15 @@ class FFMRegressor(RegressorMixin, _BaseFFM):  # type: ignore[misc]
         self, y: np.ndarray, weights: np.ndarray | None, new: bool, classes: Any
     ) -> np.ndarray:
         if new:
-            self.y_mean_ = float(np.average(y, weights=weights))
-            self.y_scale_ = (
-                float(np.average((y - self.y_mean_) ** 2, weights=weights)) ** 0.5 or 1.0
-            )
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.y_mean_ = float(np.average(y, weights=weights))
+                variance = float(np.average((y - self.y_mean_) ** 2, weights=weights))
+            if not math.isfinite(variance):
+                raise ValueError(
+                    f"{type(self).__name__}: y goes from {y.min():.3g} to {y.max():.3g}, and its variance is out of "
+                    "the range of float64: other units of y may help"
+                )
+            self.y_scale_ = variance**0.5 or 1.0
         return (y - self.y_mean_) / self.y_scale_
 
 

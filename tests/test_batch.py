@@ -296,6 +296,8 @@ def test_sample_numbers(samples: Samples, data: st.DataObject) -> None:
     index = np.array(which, dtype=np.int64)
     for form in (which, index, torch.from_numpy(index), torch.from_numpy(index).int()):
         assert entries(batch[form]) == wanted
+        assert entries(batch[form, ...]) == wanted
+    assert batch.shape == (n,)
 
 
 @given(samples=sample_lists(), data=st.data())
@@ -326,7 +328,7 @@ def test_errors_of_indexing() -> None:
     with raises(IndexError, "SparseBatch: the mask has shape [3], the batch has 4 samples"):
         batch[torch.tensor([True, False, True])]
     # One sample is a batch of one: batch[b : b + 1] or batch[[b]].
-    for which in (1, 9, torch.tensor(1), 1.5, [0.5], [[0, 1]]):
+    for which in (1, 9, torch.tensor(1), 1.5, [0.5], [[0, 1]], (1, ...)):
         with pytest.raises((TypeError, IndexError), match="SparseBatch"):
             batch[which]  # type: ignore[index]
 

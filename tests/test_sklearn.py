@@ -19,7 +19,7 @@ from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
@@ -167,6 +167,16 @@ def test_with_the_tools_of_scikit_learn() -> None:
     assert calibrated.score(ids, label) > 0.9
     three = OneVsRestClassifier(base).fit(ids, ids[:, 1] % 3)
     assert three.score(ids, ids[:, 1] % 3) > 0.9
+    # A batch of entries is split as a matrix is.
+    batch, _ = forms()["SparseBatch"]
+    by_entries = FFMClassifier(random_state=0, epochs=5)
+    expected = cross_val_score(base, ids, label, cv=3)
+    found = cross_val_score(by_entries, batch, label, cv=3)
+    np.testing.assert_allclose(found, expected, atol=0.01)
+    assert GridSearchCV(by_entries, {"embed_dim": [1, 4]}, cv=3).fit(batch, label).best_score_ > 0.8
+    train, test, rows, _ = train_test_split(batch, np.arange(2000), random_state=0)
+    assert (len(train), len(test), train.nnz) == (1500, 500, 4500)
+    assert torch.equal(train.indices, batch[rows].indices)
     copy = clone(base.set_params(optimizer=optim.AdaGrad(lr=0.1)))
     assert copy.optimizer == optim.AdaGrad(lr=0.1)
     assert not hasattr(copy, "model_")
@@ -258,6 +268,23 @@ def test_warm_start_and_partial_fit() -> None:
         cold.partial_fit(ids, target)
     assert np.square(cold.predict(ids) - target).mean() < 0.7 * errors[0]
     assert cold.n_iter_ == 9
+    assert [epoch.epoch for epoch in cold.history_] == list(range(1, 10))
+    assert cold.history_ == cold.trainer_.history
+
+
+def test_a_warm_start_that_diverges_leaves_the_model_that_was_there() -> None:
+    ids, target, _ = pairs_matter()
+    settings = {"feature_fields": "categorical", "optimizer": "sgd", "random_state": 0}
+    model = FFMRegressor(**settings, lr=0.01, epochs=2, warm_start=True).fit(ids, target)
+    expected, history, trainer = model.predict(ids), model.history_, model.trainer_
+    with pytest.raises(FloatingPointError, match="a smaller learning rate may help"):
+        model.set_params(lr=1e20).fit(ids, target)
+    assert (model.predict(ids) == expected).all()
+    assert (model.history_, model.n_iter_, model.trainer_) == (history, 2, trainer)
+    # It trains on as if nothing had been.
+    model.set_params(lr=0.01).fit(ids, target)
+    other = FFMRegressor(**settings, lr=0.01, epochs=2, warm_start=True).fit(ids, target)
+    assert (model.predict(ids) == other.fit(ids, target).predict(ids)).all()
 
 
 @pytest.mark.parametrize("call", ["fit", "partial_fit"])
@@ -343,6 +370,10 @@ def test_partial_fit_knows_its_classes() -> None:
     model.partial_fit(ids, label, classes=["yes", "no"])
     model.partial_fit(ids[one], label[one])
     assert list(model.classes_) == ["no", "yes"]
+    model.partial_fit(ids, label, classes=np.array(["no", "yes"]))
+    for classes in (["no", "maybe"], ["no"], ["no", "yes", "maybe"]):
+        with pytest.raises(ValueError, match=r"classes = \[.*\], but the model has \['no' 'yes'\]"):
+            model.partial_fit(ids, label, classes=classes)
     with pytest.raises(ValueError, match=r"y has .*maybe.*, which is not one of the classes"):
         model.partial_fit(ids[:2], ["no", "maybe"])
     with pytest.raises(ValueError, match="Only binary classification is supported"):
@@ -366,6 +397,20 @@ def test_sample_weight() -> None:
     assert regressor.y_mean_ == pytest.approx(target[:1000].mean())
     with pytest.raises(ValueError, match=r"is 0 for all|non-zero"):
         model.fit(ids, label, sample_weight=np.zeros(len(label)))
+    # Float32 has no such numbers.
+    tiny = np.where(noise, 1e-300, 1.0)
+    assert (model.fit(ids, wrong, tiny).decision_function(ids) == a).all()
+    with pytest.raises(ValueError, match="is 0 for all samples, in float32: the largest is 1e-300"):
+        model.fit(ids, label, np.full(len(label), 1e-300))
+
+
+def test_y_beyond_the_range_of_its_variance() -> None:
+    ids, target, _ = pairs_matter()
+    model = FFMRegressor(feature_fields="categorical", random_state=0, epochs=1)
+    for factor in (1e200, 1e306):
+        with pytest.raises(ValueError, match=r"y goes from .*e\+\d+ to .*e\+\d+, and its variance"):
+            model.fit(ids, target * factor)
+    assert np.isfinite(model.fit(ids, target * 1e100).predict(ids)).all()
 
 
 def test_verbose(capsys: pytest.CaptureFixture[str]) -> None:
