@@ -105,6 +105,8 @@ def flags_of(name: str) -> set[str]:
         (["demo", "--threads", "two"], "--threads: invalid positive_int value: 'two'"),
         (["demo", "--seed", str(2**63)], f"--seed: {2**63} is not from 0 to {2**63 - 1}"),
         (["train", "x", "--seed", "-1"], f"--seed: -1 is not from 0 to {2**63 - 1}"),
+        (["train", "x", "-s", "50000"], "-s: 50000 is not from 1 to 1024"),
+        (["train", "x", "-s", "0"], "-s: 0 is not from 1 to 1024"),
         (["train", "x", "--rounding-seed", str(2**70)], "--rounding-seed: 1180591620717411303424"),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -104,8 +105,8 @@ def test_flags(flags, files, capsys):
 
 def test_json_and_auto_stop(files, capsys):
     tr, va = files
-    flags = ("-t", 60, "-r", 1.0, "--auto-stop", "--patience", 2, "-p", va)
-    run("train", "--json", *flags, "--checkpoint", "c", tr, "m")
+    flags = ("-t", 60, "--auto-stop", "--patience", 2, "-p", va)
+    run("train", "--json", "-r", 1.0, *flags, "--checkpoint", "c", tr, "m")
     *epochs, summary = map(json.loads, capsys.readouterr().out.splitlines())
     assert len(epochs) == summary["epochs"] < 60
     best = min(epoch["valid_loss"] for epoch in epochs)
@@ -159,6 +160,22 @@ def test_pipes(files, capfd):
     with subprocess.Popen(["head", "-n", "1", "pipe"], stdout=subprocess.DEVNULL):
         assert cli.main(["predict", "many.ffm", "m", "pipe"]) == 1
     assert capfd.readouterr().err == "ffm-ext predict: [Errno 32] Broken pipe: 'pipe'\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *("train pipe m2", "train -p pipe tr.ffm m2", "predict pipe m", "check pipe"),
+        *("convert pipe folder --to dataset", "convert pipe text --to text"),
+    ],
+)
+def test_data_from_a_pipe_is_refused_without_waiting_for_a_writer(argv, files):
+    run("train", "-t", 1, "--quiet", files[0], "m")
+    os.mkfifo("pipe")
+    command = [sys.executable, "-m", "ffm_ext", *argv.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "pipe: data is read from a file, not from a pipe or a device" in done.stderr
 
 
 def test_unknown_features_count_in_the_norm(files, capsys):
@@ -218,6 +235,13 @@ def test_check_of_fields_far_apart(files, capsys):
         (["train", "tr.ffm", "--patience", "1"], "--patience is for --auto-stop"),
         (["train", "tr.ffm", "--batch-size", "8"], "--batch-size is for --mode deterministic, not"),
         (["train", "tr.ffm", "--ranges", "8"], "--ranges is for training under torchrun"),
+        (["train", "tr.ffm", "--mode", "exact", "-s", "2"], "-s 2: --mode exact has one thread"),
+        (["train", "tr.ffm", "--checkpoint-every", "9"], "--checkpoint-every is for --checkpoint"),
+        (["train", "tr.ffm", "--rounding-seed", "3"], "--rounding-seed is for --dtype bfloat16"),
+        (["train", "tr.ffm", "-p", "empty.ffm"], "empty.ffm: no samples"),
+        (["train", "--lenient", "-p", "ds", "ds"], "--lenient is for lines of text, and ds is a"),
+        (["predict", "--lenient", "ds", "m"], "--lenient is for lines of text, and ds is a folder"),
+        (["convert", "--lenient", "ds", "x", "--to", "text"], "--lenient is for lines of text"),
         (
             ["train", "-k", "1000000000000", "tr.ffm"],
             "1000000000000 factors (-k) for features up to 39 (in tr.ffm) and fields up to 3 (in tr.ffm) "
@@ -236,9 +260,27 @@ def test_errors_are_one_message(argv, message, files, capsys):
     Path("bad.ffm").write_text("1 0:x:1\n")
     Path("empty.ffm").write_text("")
     Path("far.ffm").write_text(f"1 0:{2**62}:1\n")
+    run("convert", files[1], "ds", "--to", "dataset")
     assert cli.main(argv) == 1
     captured = capsys.readouterr()
     assert message in captured.err and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("-l 0", "-k 4", "-r 0.2", "-s 1", "--no-norm", "--loss logistic", "--mode exact"),
+        *("--optimizer adagrad", "--l1 0", "--beta 1", "--bias", "--linear", "--no-within-field"),
+        *("--dtype float32", "--rounding-seed 0", "--init normal", "--batch-size 8", "--seed 0"),
+        "--no-shuffle",
+    ],
+)
+def test_settings_are_those_of_the_checkpoint(given, files, capsys):
+    argv = ["train", *given.split(), "--resume", "c", files[0], "m"]
+    assert cli.main(argv) == 1
+    flag = given.split()[0]
+    message = f"{flag} is for a new run, and --resume goes on with the settings of c"
+    assert capsys.readouterr().err == f"ffm-ext train: {message}\n"
 
 
 @pytest.mark.parametrize(
@@ -287,15 +329,41 @@ def test_what_cannot_be_written_is_said_before_the_work(
         ("predict va.ffm m va.ffm", "OUTPUT va.ffm would take the place of TEST va.ffm"),
         ("predict va.ffm m link", "OUTPUT link would take the place of MODEL m"),
         ("convert m m --to libffm", "TARGET m would take the place of SOURCE m"),
+        (
+            "train --init-model n.checkpoint tr.ffm n",
+            "on Ctrl-C, the file n.checkpoint would take the place of --init-model n.checkpoint",
+        ),
+        (
+            "train -p va.ffm n.checkpoint n",
+            "on Ctrl-C, the file n.checkpoint would take the place of TRAIN n.checkpoint",
+        ),
+        ("train ds ds/part-00000.safetensors", "MODEL ds/part-00000.safetensors would be written"),
+        ("train -p ds tr.ffm to_ds/m", "MODEL to_ds/m would be written into -p ds"),
+        ("train --checkpoint ds/c ds n", "--checkpoint ds/c would be written into TRAIN ds"),
+        ("predict ds m ds/out", "OUTPUT ds/out would be written into TEST ds"),
+        ("convert ds ds/out --to text", "TARGET ds/out would be written into SOURCE ds"),
+        (
+            "convert ds/in.ffm ds --to dataset",
+            "TARGET ds would take the place of SOURCE ds/in.ffm, which is inside",
+        ),
     ],
 )
 def test_no_input_is_replaced(argv, message, files, capsys):
-    run("train", "-t", 1, "--quiet", "--checkpoint", "c", files[0], "m")
+    tr, _ = files
+    run("train", "-t", 1, "--quiet", "--checkpoint", "c", tr, "m")
     Path("link").symlink_to("m")
-    before = {path: path.read_bytes() for path in Path().iterdir()}
+    run("convert", tr, "ds", "--to", "dataset")
+    Path("to_ds").symlink_to("ds")
+    for copy in ("ds/in.ffm", "n.checkpoint"):
+        Path(copy).write_bytes(Path(tr).read_bytes())
+
+    def found():
+        return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+    before = found()
     assert cli.main(argv.split()) == 1
     assert message in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in Path().iterdir()} == before
+    assert found() == before
 
 
 def test_a_run_may_take_the_place_of_what_it_goes_on_with(files, capsys):
@@ -304,6 +372,61 @@ def test_a_run_may_take_the_place_of_what_it_goes_on_with(files, capsys):
     run("train", "-t", 2, "--resume", "c", "--checkpoint", "c", tr, "m")
     assert Trainer.load("c").epoch == 2
     run("train", "-t", 1, "--init-model", "m", tr, "m")
+
+
+def test_the_folder_that_one_is_in_has_a_name(files, capsys, monkeypatch):
+    run("convert", files[0], "ds", "--to", "dataset")
+    before = sorted(Path("ds").iterdir())
+    monkeypatch.chdir("ds")
+    assert cli.main(["train", "-t", "1", "."]) == 1
+    assert "MODEL ds.model would be written into TRAIN ." in capsys.readouterr().err
+    monkeypatch.chdir("..")
+    assert sorted(Path("ds").iterdir()) == before
+    run("train", "-t", 1, "ds/../ds/")
+    assert Path("ds.model").is_file()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_checkpoint_of_resume_is_only_read(stopped, files, capsys, monkeypatch):
+    tr, _ = files
+    run("train", "-t", 1, "--checkpoint", "c", tr, "m")
+    before = Path("c").read_bytes()
+    if stopped:
+        finish = Trainer._finish_epoch
+
+        def interrupt(*args):
+            finish(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Trainer, "_finish_epoch", interrupt)
+    assert cli.main(["train", "-t", "3", "--resume", "c", tr, "m"]) == 130 * stopped
+    assert Path("c").read_bytes() == before
+    assert Path("m.checkpoint").exists() == stopped
+    if stopped:
+        assert Trainer.load("m.checkpoint").epoch == 2
+        assert "go on with --resume m.checkpoint -t 3\n" in capsys.readouterr().err
+
+
+def test_checkpoints_of_several_processes(files, capsys, monkeypatch):
+    """A folder of a run under torchrun, as a model; one process does not go on with it, nor several with a file."""
+    tr, va = files
+    run("train", "-t", 1, "--checkpoint", "c", "--loss", "squared", tr, "m")
+    with pytest.warns(UserWarning, match="in a single process"):
+        DistributedTrainer(interop.load_model("m"), loss="squared").save("folder")
+    run("predict", va, "m", "expected")
+    run("predict", va, "folder", "out")
+    assert Path("out").read_text() == Path("expected").read_text()
+    assert capsys.readouterr().err == ""
+    run("info", "--json", "folder")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["loss"]) == ("ffm_ext checkpoint folder", "squared")
+    run("train", "-t", 1, "--init-model", "folder", tr, "m2")
+    assert cli.main(["train", "--resume", "folder", tr, "m2"]) == 1
+    message = "--resume folder: these checkpoints were written under torchrun"
+    assert message in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert cli.main(["train", "--resume", "c", tr, "m2"]) == 1
+    assert "--resume c: under torchrun it is a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -514,7 +637,8 @@ def test_interrupted_training_resumes_to_the_same_bits(asked, files):
     status, err = interrupted("-m", "ffm_ext", *flags, *asked, "--json", tr, "broken")
     checkpoint = "c" if asked else "broken.checkpoint"
     assert status == 130
-    assert err == f"\nstopped; go on with --resume {checkpoint} -t 400 -p {va}\n"
+    told = shlex.join(["--resume", checkpoint, "-t", "400", "-p", va, *asked])
+    assert err == f"\nstopped; go on with {told}\n"
     assert 0 < Trainer.load(checkpoint).epoch < 400
     assert not Path("broken").exists()
     run("train", "-t", 400, "-p", va, "--resume", checkpoint, "--quiet", tr, "resumed")
@@ -528,9 +652,10 @@ def test_the_flags_to_go_on_with_are_all_that_it_takes(files, capsys, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "fit", interrupt)
-    flags = ["-t", "20", "--auto-stop", "--patience", "3", "-p", files[1]]
-    assert cli.main(["train", *flags, "--checkpoint", "a file", files[0], "m"]) == 130
-    told = f"--resume 'a file' -t 20 --auto-stop --patience 3 -p {files[1]}"
+    flags = ["-t", "20", "--auto-stop", "--patience", "3", "-p", files[1], "--lenient"]
+    flags += ["--checkpoint", "a file", "--checkpoint-every", "9"]
+    assert cli.main(["train", *flags, files[0], "m"]) == 130
+    told = f"--resume 'a file' {shlex.join(flags)}"
     assert capsys.readouterr().err == f"\nstopped; go on with {told}\n"
 
 
@@ -550,15 +675,15 @@ def test_interrupted_processes_claim_no_checkpoint_that_is_not_there(files):
     for asked, message in (
         ([], "stopped; no checkpoint was written"),
         (
-            ["--checkpoint", "c"],
-            "stopped; --resume c -t 100000 goes on from the last checkpoint there",
+            ["--checkpoint", "c", "--ranges", "8"],
+            "stopped; --resume c -t 100000 --checkpoint c --ranges 8 goes on from the last checkpoint there",
         ),
     ):
         command = ["-m", "ffm_ext", "train", "-t", "100000", "--json", *asked, files[0], "m"]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
         _, err = interrupted(*launcher, *command)
         assert message in err.splitlines()
-        assert sorted(path.name for path in Path().iterdir()) == [*asked[1:], "tr.ffm", "va.ffm"]
+        assert sorted(path.name for path in Path().iterdir()) == [*asked[1:2], "tr.ffm", "va.ffm"]
     assert DistributedTrainer.load("c").epoch >= 2
 
 

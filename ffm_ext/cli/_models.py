@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -40,22 +41,53 @@ from ..training import Epoch, Mode, Progress, Trainer
 
 def seed(text: str) -> int:
     """A seed that torch and the operators, which take 64 bits with a sign, can be given."""
+    return _in_range(text, 0, (1 << 63) - 1)
+
+
+def threads(text: str) -> int:
+    """A number of threads. OpenMP ends the process where the system has no room for as many as it is asked for."""
+    return _in_range(text, 1, 1024)
+
+
+def _in_range(text: str, least: int, most: int) -> int:
     number = int(text)
-    if not 0 <= number < 1 << 63:
-        raise argparse.ArgumentTypeError(f"{number} is not from 0 to {(1 << 63) - 1}")
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{number} is not from {least} to {most}")
     return number
 
 
-def _check_apart(written: Mapping[str, Path | None], read: Mapping[str, Path | None]) -> None:
+def _flag(name: str) -> str:
+    """What the user calls an argument."""
+    letters = {"decay": "-l", "embed_dim": "-k", "lr": "-r", "threads": "-s"}
+    return letters.get(name, f"--{name.replace('_', '-')}")
+
+
+def _check_apart(
+    written: Mapping[str, Path | None], read: Mapping[str, Path | None], *, inside: bool = True
+) -> None:
     """See whether what is to be written is something else than what is read: name -> path, where it was given.
+
+    Args:
+        written, read: see above.
+        inside: whether a folder that is read is to stay as it is, too.
 
     Raises:
         ValueError: it is not.
     """
     for name, path in written.items():
         for other, source in read.items():
-            if path is not None and source is not None and is_same_file(path, source):
+            if path is None or source is None:
+                continue
+            if is_same_file(path, source):
                 raise ValueError(f"{name} {path} would take the place of {other} {source}")
+            if inside and _is_inside(path, source):
+                raise ValueError(f"{name} {path} would be written into {other} {source}")
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return (
+        folder.is_dir() and Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
+    )
 
 
 def discard_output() -> None:
@@ -68,6 +100,20 @@ _json = partial(json.dumps, allow_nan=False)
 
 
 # ---------------------------------------------------------------- data
+
+
+def _check_data(lenient: bool, *paths: Path | None) -> None:
+    """See whether paths, where they are given, can be those of data, before one is opened: a pipe waits for a writer.
+
+    Raises:
+        ValueError: one cannot, or ``lenient`` would do nothing.
+    """
+    given = [path for path in paths if path is not None]
+    for path in given:
+        if is_stream(path):
+            raise ValueError(f"{path}: data is read from a file, not from a pipe or a device")
+    if lenient and all(path.is_dir() for path in given):
+        raise ValueError(f"--lenient is for lines of text, and {given[0]} is a folder")
 
 
 def load_data(path: Path, lenient: bool = False) -> SparseDataset:
@@ -109,8 +155,21 @@ class Loaded(NamedTuple):
 _XLEARN = "xLearn text model"
 
 
+def _is_checkpoint_folder(path: Path) -> bool:
+    """Whether a run under torchrun has written checkpoints there."""
+    return path.is_dir() and any(path.glob("step-*/trainer.json"))
+
+
 def load_any_model(path: Path) -> Loaded:
     """A model, what kind of file it was in, and its loss; found by content."""
+    if _is_checkpoint_folder(path):
+        from ..distributed import DistributedTrainer
+
+        with warnings.catch_warnings():
+            # That a single process reads it is what is meant.
+            warnings.filterwarnings("ignore", message="torch.distributed is .* uninitialized")
+            trainer = DistributedTrainer.load(path)
+        return Loaded(trainer.model, "ffm_ext checkpoint folder", trainer.loss)
     failures = []
     kinds: tuple[tuple[str, Callable[[Path], FFM | Trainer]], ...] = (
         ("ffm_ext model", partial(interop.load_model, mmap=True)),
@@ -238,7 +297,6 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         "--l2",
         dest="decay",
         type=float,
-        default=2e-5,
         metavar="LAMBDA",
         help="L2 (2e-5)",
     )
@@ -248,13 +306,13 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     libffm.add_argument(
         "-t", dest="epochs", type=int, default=15, metavar="EPOCHS", help="epochs (15)"
     )
-    libffm.add_argument(
-        "-r", dest="lr", type=float, default=0.2, metavar="ETA", help="learning rate (0.2)"
-    )
-    libffm.add_argument("-s", dest="threads", type=int, default=1, metavar="N", help="threads (1)")
+    libffm.add_argument("-r", dest="lr", type=float, metavar="ETA", help="learning rate (0.2)")
+    libffm.add_argument("-s", dest="threads", type=threads, metavar="N", help="threads (1)")
     libffm.add_argument("-p", dest="valid", type=Path, metavar="PATH", help="validation data")
     libffm.add_argument("--quiet", action="store_true", help="print nothing")
-    libffm.add_argument("--no-norm", action="store_true", help="do not normalise samples")
+    libffm.add_argument(
+        "--no-norm", action="store_true", default=None, help="do not normalise samples"
+    )
     libffm.add_argument(
         "--auto-stop", action="store_true", help="stop when the loss of -p does not fall"
     )
@@ -265,21 +323,22 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("exact", "hogwild", "deterministic"),
         help="default: exact with one thread, else hogwild",
     )
-    more.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adagrad")
+    more.add_argument("--optimizer", choices=sorted(OPTIMIZERS), help="default: adagrad")
     more.add_argument("--l1", type=float, metavar="L1", help="of ftrl: exact zeros (0)")
     more.add_argument("--beta", type=float, metavar="BETA", help="of ftrl (1)")
-    more.add_argument("--bias", action="store_true", help="have a bias")
-    more.add_argument("--linear", action="store_true", help="have a weight for each feature")
-    more.add_argument("--no-within-field", action="store_true", help="no pairs inside a field")
+    more.add_argument("--bias", action="store_true", default=None, help="have a bias")
     more.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the table"
+        "--linear", action="store_true", default=None, help="have a weight for each feature"
     )
+    more.add_argument(
+        "--no-within-field", action="store_true", default=None, help="no pairs inside a field"
+    )
+    more.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the table (float32)")
     more.add_argument("--rounding-seed", type=seed, metavar="N", help="bfloat16: round at random")
     more.add_argument(
         "--init",
         choices=("uniform", "normal"),
-        default="uniform",
-        help="U(0, 1/√k) as libffm, or small normal",
+        help="U(0, 1/√k) as libffm, the default, or small normal",
     )
     more.add_argument("--batch-size", type=int, metavar="N", help="of --mode deterministic (1024)")
     more.add_argument(
@@ -288,10 +347,10 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="--auto-stop: after N epochs in a row without a new lowest loss of -p (1)",
     )
+    more.add_argument("--seed", type=seed, metavar="N", help="of initial weights and order (0)")
     more.add_argument(
-        "--seed", type=seed, default=0, metavar="N", help="of initial weights and order (0)"
+        "--no-shuffle", action="store_true", default=None, help="samples as they stand"
     )
-    more.add_argument("--no-shuffle", action="store_true", help="samples as they stand")
     more.add_argument("--lenient", action="store_true", help="skip broken lines and count them")
     more.add_argument(
         "--checkpoint",
@@ -302,7 +361,10 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     more.add_argument("--checkpoint-every", type=int, metavar="N", help="and every N samples")
     more.add_argument(
-        "--resume", type=Path, metavar="PATH", help="go on from a checkpoint; its settings hold"
+        "--resume",
+        type=Path,
+        metavar="PATH",
+        help="go on from a checkpoint, whose settings hold; what is written is --checkpoint",
     )
     more.add_argument(
         "--init-model",
@@ -321,6 +383,31 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+# What a checkpoint holds, so that only a new run is told it: what holds where it is not given.
+_SETTINGS: dict[str, Any] = {
+    **{"decay": 2e-5, "embed_dim": None, "lr": 0.2, "threads": 1, "no_norm": False},
+    **{"loss": None, "mode": None, "optimizer": "adagrad", "l1": None, "beta": None},
+    **{"bias": False, "linear": False, "no_within_field": False, "dtype": "float32"},
+    **{"rounding_seed": None, "init": "uniform", "batch_size": None, "seed": 0},
+    **{"no_shuffle": False},
+}
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """Fill in the settings that are not given.
+
+    Raises:
+        ValueError: one is given, and ``--resume`` is.
+    """
+    for name, default in _SETTINGS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.resume is not None:
+            raise ValueError(
+                f"{_flag(name)} is for a new run, and --resume goes on with the settings of {args.resume}"
+            )
+
+
 def _new_trainer(
     args: argparse.Namespace, train: SparseDataset, valid: SparseDataset | None, kind: type[Trainer]
 ) -> Trainer:
@@ -328,6 +415,8 @@ def _new_trainer(
     mode: Mode = args.mode or (alone if kind is Trainer else "deterministic")
     if args.batch_size is not None and mode != "deterministic":
         raise ValueError(f"--batch-size is for --mode deterministic, not for {mode}")
+    if mode == "exact" and args.threads > 1:
+        raise ValueError(f"-s {args.threads}: --mode exact has one thread")
     model, loss = _new_model(args, [train] if valid is None else [train, valid])
     return kind(
         model,
@@ -348,6 +437,8 @@ def _optimizer(args: argparse.Namespace) -> Optimizer:
     for name in own:
         if name not in kind.__dataclass_fields__:
             raise ValueError(f"--{name} is for --optimizer ftrl, not for {args.optimizer}")
+    if args.rounding_seed is not None and args.dtype != "bfloat16":
+        raise ValueError(f"--rounding-seed is for --dtype bfloat16, not for {args.dtype}")
     return kind(lr=args.lr, weight_decay=args.decay, rounding_seed=args.rounding_seed, **own)
 
 
@@ -429,21 +520,42 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError("--init-model is where a new run starts, --resume goes on with an old one")
     if args.patience is not None and not args.auto_stop:
         raise ValueError("--patience is for --auto-stop")
-    target, data_read = _target(args), {"TRAIN": args.train, "-p": args.valid}
-    # A checkpoint may be that of --resume, and a model may take the place of the one that it starts from.
-    _check_apart({"MODEL": target}, {"--checkpoint": args.checkpoint, "--resume": args.resume})
-    _check_apart({"MODEL": target, "--checkpoint": args.checkpoint}, data_read)
-    _check_apart({"--checkpoint": args.checkpoint}, {"--init-model": args.init_model})
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process, and others
+    if args.checkpoint_every is not None and args.checkpoint is None:
+        raise ValueError("--checkpoint-every is for --checkpoint")
+    _settle(args)
+    _check_data(args.lenient, args.train, args.valid)
+    # torchrun has started this process, and others; these write nothing on Ctrl-C.
+    together = "TORCHELASTIC_RUN_ID" in os.environ
+    target, checkpoint, written = _target(args), args.checkpoint, "--checkpoint"
+    if checkpoint is None and not together:
+        checkpoint, written = Path(f"{target}.checkpoint"), "on Ctrl-C, the file"
+    data_read = {"TRAIN": args.train, "-p": args.valid}
+    # A checkpoint may be that of --resume, and a model may take the place of the one that it starts from. A folder of
+    # checkpoints may hold the model, too.
+    _check_apart(
+        {"MODEL": target}, {"--checkpoint": args.checkpoint, "--resume": args.resume}, inside=False
+    )
+    _check_apart({"MODEL": target}, data_read)
+    _check_apart({written: checkpoint}, {**data_read, "--init-model": args.init_model})
+    if together:
+        if args.resume is not None and args.resume.is_file():
+            raise ValueError(
+                f"--resume {args.resume}: under torchrun it is a folder, and a file is what one process goes on with; "
+                "--init-model starts a new run from its weights"
+            )
         _train_together(args)
         return
     if args.ranges is not None:
         raise ValueError("--ranges is for training under torchrun")
+    if args.resume is not None and _is_checkpoint_folder(args.resume):
+        raise ValueError(
+            f"--resume {args.resume}: these checkpoints were written under torchrun, which goes on with them in any "
+            "number of processes; --init-model starts a new run from their weights"
+        )
     check_writable(target)
     data = load_data(args.train, args.lenient)
     valid = None if args.valid is None else load_data(args.valid, args.lenient)
-    if len(data) == 0:
-        raise ValueError(f"{args.train}: no samples")
+    _check_samples(args, len(data), None if valid is None else len(valid))
     trainer = Trainer.load(args.resume) if args.resume else _new_trainer(args, data, valid, Trainer)
 
     def validate() -> tuple[Tensor, Tensor]:
@@ -451,9 +563,7 @@ def train(args: argparse.Namespace) -> None:
         return scores(trainer.model, valid)[0], torch.cat([part.labels for part in valid.shards])
 
     def keep() -> str:
-        checkpoint = args.checkpoint or args.resume
-        if checkpoint is None:  # fit has written one that it was told of
-            checkpoint = target.with_name(f"{target.name}.checkpoint")
+        if args.checkpoint is None:  # fit has written one that it was told of
             trainer.save(checkpoint)
         return f"go on with {_how_to_resume(args, checkpoint)}"
 
@@ -461,15 +571,27 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _target(args: argparse.Namespace) -> Path:
-    return args.model or Path(f"{args.train.name}.model")
+    # `.` has a name, too.
+    return args.model or Path(f"{os.path.basename(os.path.abspath(args.train))}.model")
+
+
+def _check_samples(args: argparse.Namespace, train: int, valid: int | None) -> None:
+    """See whether there is something to train with, and to validate with where ``valid`` is a number of samples."""
+    for path, samples in ((args.train, train), (args.valid, valid)):
+        if samples == 0:
+            raise ValueError(f"{path}: no samples")
 
 
 def _how_to_resume(args: argparse.Namespace, checkpoint: Path) -> str:
-    """The flags that go on with a checkpoint as the run would have: it holds none of what is for ``fit`` alone."""
+    """The flags that go on with a checkpoint as the run would have: it holds none of what is for data and ``fit``."""
     flags = ["--resume", str(checkpoint), "-t", str(args.epochs)]
     flags += ["--auto-stop"] * args.auto_stop
     flags += [] if args.patience is None else ["--patience", str(args.patience)]
     flags += [] if args.valid is None else ["-p", str(args.valid)]
+    flags += ["--lenient"] * args.lenient
+    for name in ("checkpoint", "checkpoint_every", "ranges"):
+        value = getattr(args, name)
+        flags += [] if value is None else [_flag(name), str(value)]
     return shlex.join(flags)
 
 
@@ -496,8 +618,7 @@ def _train_together(args: argparse.Namespace) -> None:
 
     data = read(args.train)
     valid = None if args.valid is None else read(args.valid)
-    if data.num_samples == 0:
-        raise ValueError(f"{args.train}: no samples")
+    _check_samples(args, data.num_samples, None if valid is None else valid.num_samples)
     resume = args.resume
     # After a failure the agent starts all processes again, with the arguments of the first time.
     if args.checkpoint is not None and newest_checkpoint(args.checkpoint):
@@ -519,10 +640,9 @@ def _train_together(args: argparse.Namespace) -> None:
         return score, label
 
     def keep() -> str:
-        checkpoint = args.checkpoint or args.resume
-        if checkpoint is None or newest_checkpoint(checkpoint) is None:
+        if args.checkpoint is None or newest_checkpoint(args.checkpoint) is None:
             return "no checkpoint was written"
-        return f"{_how_to_resume(args, checkpoint)} goes on from the last checkpoint there"
+        return f"{_how_to_resume(args, args.checkpoint)} goes on from the last checkpoint there"
 
     _fit(args, trainer, data, valid, validate, keep, first=first)
     members.barrier()
@@ -569,7 +689,7 @@ def _fit(
                 auto_stop=args.auto_stop,
                 patience=1 if args.patience is None else args.patience,
                 callback=callback,
-                checkpoint=args.checkpoint or args.resume,
+                checkpoint=args.checkpoint,
                 checkpoint_every=args.checkpoint_every,
             )
         except KeyboardInterrupt:
@@ -673,6 +793,7 @@ def predict(args: argparse.Namespace) -> None:
     if args.output is not None:
         check_writable(args.output)
         _check_apart({"OUTPUT": args.output}, {"TEST": args.test, "MODEL": args.model})
+    _check_data(args.lenient, args.test)
     model, _, said = load_as_told(args.model, args)
     loss = said or "logistic"
     skipped = missing = entries = 0
@@ -738,6 +859,7 @@ def check_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
+    _check_data(False, args.file)
     problems, skipped = list[str](), 0
     rows = num_entries = positive = 0
     label_sum, low, high = 0.0, math.inf, -math.inf
@@ -833,11 +955,9 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 def convert(args: argparse.Namespace) -> None:
     _check_apart({"TARGET": args.target}, {"SOURCE": args.source})
     if args.to in ("dataset", "text"):
-        for flag in ("loss", "no_norm"):
-            if getattr(args, flag):
-                raise ValueError(
-                    f"--{flag.replace('_', '-')} is for models, not for --to {args.to}"
-                )
+        for name in ("loss", "no_norm"):
+            if getattr(args, name):
+                raise ValueError(f"{_flag(name)} is for models, not for --to {args.to}")
         _convert_data(args)
     else:
         if args.lenient:
@@ -852,7 +972,12 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _convert_data(args: argparse.Namespace) -> None:
+    _check_data(args.lenient, args.source)
     if args.to == "dataset":
+        if _is_inside(args.source, args.target):  # which is replaced with all that is in it
+            raise ValueError(
+                f"TARGET {args.target} would take the place of SOURCE {args.source}, which is inside"
+            )
         if not args.target.is_dir():
             check_writable(args.target)
         data = convert_libffm(args.source, args.target, lenient=args.lenient)
@@ -887,7 +1012,7 @@ def _convert_model(args: argparse.Namespace) -> None:
 
 def describe(path: Path) -> dict[str, Any]:
     """What a model, checkpoint or dataset is."""
-    if path.is_dir():
+    if path.is_dir() and not _is_checkpoint_folder(path):
         data = open_dataset(path)
         return {
             "kind": "ffm_ext dataset",
