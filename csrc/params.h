@@ -142,6 +142,7 @@ struct Gradient {
   const int64_t* stage_slots = nullptr;  // [nnz], where put[e] is kStage
   void* grad_values = nullptr;           // [nnz], or none
   const Update* update = nullptr;        // instead of grad_rows
+  bool most_are_asked = false;           // whether most entries need a row to be in cache when they are put
 };
 
 }  // namespace ffm

@@ -42,11 +42,13 @@ struct Adam {
   template <typename V>
   FFM_HOST_DEVICE void update(V& w, V& mean, V& square, V g) const {
     g += weight_decay * w;
-    mean += (1 - beta1) * (g - mean);
-    square += (1 - beta2) * (g * g - square);
+    // Subtracted as doubles: in float32 nothing may be left of it.
+    mean += A(1 - beta1) * (g - mean);
+    square += A(1 - beta2) * (g * g - square);
     w -= rate * mean / (square_root(square) + eps);
   }
-  A beta1, beta2, eps, weight_decay, rate;
+  double beta1, beta2;
+  A eps, weight_decay, rate;
 };
 
 // McMahan et al., "Ad Click Prediction: a View from the Trenches", KDD 2013, Algorithm 1. weight_decay is its lambda_2.

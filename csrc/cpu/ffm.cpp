@@ -2,9 +2,14 @@
 // The operators on the CPU: arguments -> checks -> params.h -> kernels, over torch's threads.
 
 #include <torch/csrc/stable/library.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <system_error>
 #include <tuple>
 #include <vector>
 
@@ -22,9 +27,26 @@ namespace {
 // pauses, more find more rows that two threads share.
 constexpr int64_t kBlockBytes = 8 << 20;
 
-// Gradients from this size on are written past the caches: a line that is not read before it is written is worth more
-// than finding it in cache afterwards.
-constexpr int64_t kStreamedBytes = 2 << 20;
+// Gradients from this size on are written past the caches, so that no line is read before it is written: those of
+// which the last cache, where table and other programs are too, would not keep what the next call writes again.
+int64_t streamed_bytes(const char* op) {
+  constexpr const char* kSetting = "FFM_EXT_STREAM_BYTES";
+  static const char* const setting = std::getenv(kSetting);
+  if (setting == nullptr || *setting == '\0') {
+    constexpr int64_t kLeast = 2 << 20;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    static const int64_t cache_bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return std::max(kLeast, cache_bytes / 5);
+#else
+    return kLeast;
+#endif
+  }
+  int64_t bytes = 0;
+  const char* const end = setting + std::strlen(setting);
+  const auto [last, error] = std::from_chars(setting, end, bytes);
+  if (error != std::errc() || last != end || bytes < 0) fail(op, kSetting, " = '", setting, "' is no number of bytes");
+  return bytes;
+}
 
 // Samples that several threads work on, and the entries among them that are staged, by the thread that will add them.
 struct Block {
@@ -151,11 +173,16 @@ void run_samples(const Problem& p, Gradient grad, const RowGroups* groups) {
   }
 }
 
-void run_backward(const Problem& p, Gradient grad, const RowGroups& groups) {
+void run_backward(const char* op, const Problem& p, Gradient grad, const RowGroups& groups) {
   grad.put = groups.put.get();
-  grad.is_streamed = groups.num_rows * p.row_size() * element_bytes(p.dtype) >= kStreamedBytes;
-  if (!is_narrow(p.dtype) && !grad.update) return run_samples(p, grad, &groups);
-  const SharedRows shared = shared_rows(groups, p.num_entries);
+  // An update leaves nothing to store.
+  grad.is_streamed = grad.update || groups.num_rows * p.row_size() * element_bytes(p.dtype) >= streamed_bytes(op);
+  const bool has_sums = is_narrow(p.dtype) || grad.update;
+  const SharedRows shared = has_sums ? shared_rows(groups, p.num_entries) : SharedRows();
+  // Entries that are their row's first, or only, one.
+  const int64_t stored = grad.is_streamed ? groups.num_rows - shared.count : 0;
+  grad.most_are_asked = 2 * stored < p.num_entries;
+  if (!has_sums) return run_samples(p, grad, &groups);
   const AlignedBuffer sums(static_cast<size_t>(shared.count * p.row_size() * sum_bytes(p.dtype)));
   grad.sums = sums.data();
   grad.sum_slots = shared.slots.get();
@@ -219,7 +246,7 @@ std::tuple<Tensor, Tensor> ffm_backward(const Tensor& grad_output, const Tensor&
   grad.grad_rows = grad_weight.mutable_data_ptr();
   grad.slots = p.indices;
   Tensor grad_values = new_grad_values(op, batch, values_grad, grad);
-  run_backward(p, grad, groups);
+  run_backward(op, p, grad, groups);
   return {grad_weight, grad_values};
 }
 
@@ -241,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> ffm_backward_sparse(const Tensor& grad_output
   grad.grad_rows = grad_rows.mutable_data_ptr();
   grad.slots = {groups.slots.get(), true};
   Tensor grad_values = new_grad_values(op, batch, values_grad, grad);
-  run_backward(p, grad, groups);
+  run_backward(op, p, grad, groups);
   return {rows, grad_rows, grad_values};
 }
 
@@ -261,7 +288,7 @@ Tensor ffm_backward_fused_(const Tensor& grad_output, const Tensor& weight, cons
   grad.slots = {groups.slots.get(), true};
   grad.update = &update;
   Tensor grad_values = new_grad_values(op, batch, values_grad, grad);
-  run_backward(p, grad, groups);
+  run_backward(op, p, grad, groups);
   return grad_values;
 }
 

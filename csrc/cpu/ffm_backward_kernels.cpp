@@ -78,9 +78,21 @@ class RowGradients {
   // What becomes of the sum that begins with entry e.
   void finish_sum(int64_t e) const { finish(e, A(1), sum(e)); }
 
-  // Asks for the row that entry e will be added to. Inlined by force, as prefetch is.
-  __attribute__((always_inline)) void prefetch_sum(int64_t e) const {
-    if (g_.put && g_.put[e] == Put::kAdd) prefetch(sum(e), row_size_);
+  // The sum that put(e) will add to or begin, and the row of the gradient that it will store by itself; null where it
+  // does neither, or past the caches.
+  const A* sum_to_ask(int64_t e) const {
+    const bool is_asked = g_.put[e] == Put::kAdd || (is_first(e) && (g_.sum_slots || !g_.is_streamed));
+    return is_asked && !is_only(e) ? sum(e) : nullptr;
+  }
+  const T* row_to_ask(int64_t e) const { return is_only(e) && stores_row() && !g_.is_streamed ? row(e) : nullptr; }
+  // Whether there are such rows beside sums.
+  bool asks_rows() const { return g_.sum_slots && stores_row() && !g_.is_streamed; }
+
+  // Asks for both. Inlined by force, as prefetch is.
+  __attribute__((always_inline)) void prefetch_put(int64_t e) const {
+    if (!g_.put) return;
+    if (const A* const sum = sum_to_ask(e)) prefetch(sum, row_size_);
+    if (const T* const row = row_to_ask(e)) prefetch(row, row_size_);
   }
 
   __attribute__((always_inline)) void prefetch_staged(int64_t e) const {
@@ -95,12 +107,14 @@ class RowGradients {
   }
   // The gradient of e's row is x * d.
   void finish(int64_t e, A x, const A* d) const {
-    if (!update_row_) return store_first(rows_ + g_.slots[e] * row_size_, x, d);
+    if (stores_row()) return store_first(row(e), x, d);
     update_row_(g_.update->table, g_.update->optimizer, indices_[e], x, d, 0, row_size_);
   }
   bool is_only(int64_t e) const { return g_.sum_slots && g_.sum_slots[e] < 0; }
   bool is_first(int64_t e) const { return g_.put[e] == Put::kStore; }
   int64_t slot(int64_t e) const { return g_.sum_slots ? g_.sum_slots[e] : g_.slots[e]; }
+  bool stores_row() const { return update_row_ == nullptr; }
+  T* row(int64_t e) const { return rows_ + g_.slots[e] * row_size_; }
   A* sum(int64_t e) const { return sums_ + slot(e) * row_size_; }
   A* staged(int64_t e) const { return stage_ + g_.stage_slots[e] * row_size_; }
 
@@ -112,6 +126,70 @@ class RowGradients {
   A* stage_;
   Ids indices_;
   UpdateRow<T> update_row_;
+};
+
+// Rows of the gradient, asked for with those of the table (see rows_ahead.h) and, where most entries need one, by place
+// as they are: the row of an entry whose column is worked on is stored column by column.
+template <typename T, typename Rows>
+class GradientsAhead {
+ public:
+  using A = Sum<T>;
+
+  // none: as many numbers as a row has, asked for where an entry needs no row.
+  GradientsAhead(const Problem& p, Arena& arena, const Rows& rows, const RowGradients<T>& gradients, bool is_by_place,
+                 const A* none, int64_t end, Range fields)
+      : p_(p),
+        rows_(rows),
+        gradients_(gradients),
+        none_(none),
+        end_(end),
+        fields_(fields),
+        is_by_place_(is_by_place && gradients),
+        asks_rows_(gradients && gradients.asks_rows()),
+        sum_places_(p, arena, 0, p.row_size()),
+        row_places_(p, arena, 0, p.row_size()) {}
+
+  // Sample b is next. Whether ask_vectors is to be called for it; `rows` asks for the table's alone.
+  bool at_sample(int64_t b) {
+    const int64_t later = b + rows_.distance();
+    has_later_ = rows_.is_by_place() && later < end_;
+    if (!has_later_) return false;
+    first_ = p_.entries_begin(later);
+    if (!is_by_place_) return false;
+    for (int64_t f = fields_.begin; f < fields_.end; ++f) {
+      const A* const sum = gradients_.sum_to_ask(first_ + f);
+      sum_places_.set_row(f, sum ? sum : none_);
+      if (!asks_rows_) continue;
+      const T* const row = gradients_.row_to_ask(first_ + f);
+      row_places_.set_row(f, row ? row : reinterpret_cast<const T*>(none_));
+    }
+    return true;
+  }
+  template <int kEmbedDim, int kFields, bool kAlways = false, int kRows = kFields>
+  __attribute__((always_inline)) void ask_vectors(int64_t g, int64_t f, int64_t embed_dim) const {
+    rows_.template ask_vectors<kEmbedDim, kFields, kAlways, kRows>(g, f, embed_dim);
+    sum_places_.template ask_vectors<kEmbedDim, kRows, kAlways, kFields>(f, g, embed_dim);
+    if constexpr (kIsNarrow<T>) {
+      if (asks_rows_) row_places_.template ask_vectors<kEmbedDim, kRows, kAlways, kFields>(f, g, embed_dim);
+    }
+  }
+  // Field f is done.
+  __attribute__((always_inline)) void pass_field(int64_t f) const {
+    if (has_later_ && !is_by_place_) gradients_.prefetch_put(first_ + f);
+    rows_.pass_field(f);
+  }
+
+ private:
+  const Problem& p_;
+  const Rows& rows_;
+  const RowGradients<T>& gradients_;
+  const A* none_;
+  int64_t end_;
+  const Range fields_;
+  bool is_by_place_, asks_rows_, has_later_ = false;
+  Places<A> sum_places_;
+  Places<T> row_places_;
+  int64_t first_ = 0;  // the first entry of the sample that is asked for
 };
 
 template <typename T, int kEmbedDim, Output kOutput>
@@ -133,13 +211,16 @@ void backward(const Problem& p, const Gradient& grad, Range samples, Range field
     if (grad_values) store(grad_values + e, dot(entries.row(e), gradient, row_size));
     if (grad_rows) grad_rows.put(e, x, gradient);
   };
-  const auto prefetch_sum = [&](int64_t e) __attribute__((always_inline)) { grad_rows.prefetch_sum(e); };
-  RowsAhead<T, decltype(prefetch_sum)> ahead(p, arena, kAskFor<kOutput>, samples, fields, prefetch_sum);
+  const auto prefetch_put = [&](int64_t e) __attribute__((always_inline)) { grad_rows.prefetch_put(e); };
+  RowsAhead<T, decltype(prefetch_put)> ahead(p, arena, kAskFor<kOutput>, samples, fields, prefetch_put);
+  GradientsAhead<T, decltype(ahead)> gradients_ahead(p, arena, ahead, grad_rows, grad.most_are_asked, d, samples.end,
+                                                     fields);
 
   for (int64_t b = samples.begin; b < samples.end; ++b) {
     const int64_t first = p.entries_begin(b), last = p.entries_begin(b + 1);
     s.load_sample(first, last);
     ahead.at_sample(b, p.fields ? last - first : fields.end - fields.begin);
+    const bool asks_gradients = gradients_ahead.at_sample(b);
     const Terms terms(p, grad, b);
     if (b == samples.begin || !s.is_dense()) {
       for (int64_t f = 0; f < (keeps_all ? p.num_fields : 1); ++f) {
@@ -158,10 +239,13 @@ void backward(const Problem& p, const Gradient& grad, Range samples, Range field
             int64_t f = fields.begin;
             const auto work_on = [&](auto fields_at_once) {
               A* const d_fields = d + (keeps_all ? f * stride : 0);
-              field_gradients<embed_dim(), rest(), fields_at_once()>(s, grad_output, rows, f, p.num_fields, K, d_fields,
-                                                                     stride, ahead);
+              const auto make = [&](const auto& asks) {
+                field_gradients<embed_dim(), rest(), fields_at_once()>(s, grad_output, rows, f, p.num_fields, K,
+                                                                       d_fields, stride, asks);
+              };
+              asks_gradients ? make(gradients_ahead) : make(ahead);
               for (int64_t r = 0; r < fields_at_once() && !keeps_all; ++r) put_field(f + r, d_fields + r * stride);
-              for (int r = 0; r < fields_at_once(); ++r) ahead.ask_other_row(f + r);
+              for (int r = 0; r < fields_at_once(); ++r) gradients_ahead.pass_field(f + r);
               ahead.step(fields_at_once());
               f += fields_at_once();
             };
@@ -203,7 +287,7 @@ void backward(const Problem& p, const Gradient& grad, Range samples, Range field
 }
 
 size_t backward_bytes(const Problem& p, bool updates) {
-  return field_sums_bytes(p, gradient_rows(p, updates)) + Places<char>::bytes(p);
+  return field_sums_bytes(p, gradient_rows(p, updates)) + 3 * Places<char>::bytes(p);
 }
 
 void dispatch_backward(const Problem& p, const Gradient& grad, Range samples, Range fields, void* scratch) {

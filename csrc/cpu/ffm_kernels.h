@@ -50,8 +50,9 @@ struct TrainKernels {
                   int64_t begin, int64_t end, void* scratch);
 
   // Rows indices[i], each named once, for i in [begin, end): updated with gradient i of grad_rows [., F, K], in the
-  // type of the table.
-  void (*update_rows)(const Update&, ScalarKind, const Ids& indices, const void* grad_rows, int64_t begin, int64_t end);
+  // type of the table. scratch: [F, K] in the type of sums, aligned to 64.
+  void (*update_rows)(const Update&, ScalarKind, const Ids& indices, const void* grad_rows, int64_t begin, int64_t end,
+                      void* scratch);
 
   // Row `row` of a table with its states, and row `slot` of two copies: what `own` has changed since `before` is added
   // to the table's row, and both become what that is.

@@ -251,8 +251,10 @@ void ffm_update_(const Tensor& weight, const std::vector<Tensor>& states, const 
   }
   const TrainKernels& kernels = train_kernels();
   const int64_t parts = num_parts(n * p.row_size(), kGrainElements);
-  parallel_ranges(parts, n, [&](int64_t, int64_t begin, int64_t end) {
-    kernels.update_rows(given.update, p.dtype, ids_of_rows, given.gradient.const_data_ptr(), begin, end);
+  const Scratch scratch(parts, static_cast<size_t>(p.row_size() * sum_bytes(p.dtype)));
+  parallel_ranges(parts, n, [&](int64_t part, int64_t begin, int64_t end) {
+    kernels.update_rows(given.update, p.dtype, ids_of_rows, given.gradient.const_data_ptr(), begin, end,
+                        scratch.of(part));
   });
 }
 

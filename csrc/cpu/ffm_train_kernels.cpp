@@ -382,27 +382,22 @@ double dispatch_train(const Problem& p, const Training& t, const float* labels, 
 }
 
 void dispatch_update_rows(const Update& update, ScalarKind dtype, const Ids& indices, const void* grad_rows,
-                          int64_t begin, int64_t end) {
+                          int64_t begin, int64_t end, void* scratch) {
   dispatch_dtype(dtype, [&](auto scalar) {
     using T = typename decltype(scalar)::type;
     using A = Sum<T>;
-    const int64_t row_size = update.table.row_size, K = update.table.embed_dim;
+    const int64_t row_size = update.table.row_size;
     const UpdateRow<T> update_row = choose_update<T>(update.optimizer.kind);
     for (int64_t i = begin; i < end; ++i) {
       const T* const gradient = static_cast<const T*>(grad_rows) + i * row_size;
-      if constexpr (!kIsNarrow<T>) {
-        update_row(update.table, update.optimizer, indices[i], A(1), gradient, 0, row_size);
+      const A* wide;
+      if constexpr (kIsNarrow<T>) {
+        scale_into(static_cast<A*>(scratch), A(1), gradient, row_size);
+        wide = static_cast<const A*>(scratch);
       } else {
-        // Widened in pieces of whole K-vectors.
-        constexpr int64_t kPiece = 1024;
-        alignas(kCacheLine) A wide[kPiece];
-        const int64_t piece = std::max<int64_t>(1, kPiece / K) * K;
-        for (int64_t j = 0; j < row_size; j += piece) {
-          const int64_t n = std::min(piece, row_size - j);
-          scale_into(wide, A(1), gradient + j, n);
-          update_row(update.table, update.optimizer, indices[i], A(1), wide, j, n);
-        }
+        wide = gradient;
       }
+      update_row(update.table, update.optimizer, indices[i], A(1), wide, 0, row_size);
     }
   });
 }

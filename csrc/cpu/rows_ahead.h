@@ -88,7 +88,7 @@ template <Output kOutput>
 constexpr Ask kAskFor = kOutput == Output::kSum ? Ask::kByPlaceEndsFirst : Ask::kInBursts;
 
 // Those of the table. Given fields, only the columns for these are asked for. Given also(e), entry e needs another row,
-// which that asks for; where there are fewer than all fields, for the entries of these.
+// which that asks for, in bursts; where there are fewer than all fields, for the entries of these.
 struct NoOtherRow {
   void operator()(int64_t) const {}
 };
@@ -130,12 +130,12 @@ class RowsAhead {
       has_later_ = later < end_;
       has_next_ = asks_ends_first_ && later + 1 < end_;
       if (!has_later_) return;
-      later_ = p_.entries_begin(later);
+      const int64_t first = p_.entries_begin(later);
       if (asks_ends_first_) {
         places_.turn_to_next();
         if (has_next_) set_next(later + 1);
       } else {
-        for (int64_t f = 0; f < p_.num_fields; ++f) places_.set_row(f, entries_.row(later_ + f));
+        for (int64_t f = 0; f < p_.num_fields; ++f) places_.set_row(f, entries_.row(first + f));
       }
       return;
     }
@@ -163,9 +163,8 @@ class RowsAhead {
   __attribute__((always_inline)) void ask_vectors(int64_t f, int64_t g, int64_t embed_dim) const {
     if (has_later_) places_.template ask_vectors<kEmbedDim, kFields, kAlways, kRows>(f, g, embed_dim);
   }
-  // What goes with the entry of field f, by who does not ask for tiles.
-  __attribute__((always_inline)) void ask_other_row(int64_t f) const {
-    if (has_later_) also_(later_ + f);
+  // Field f is done, by who does not ask for tiles.
+  __attribute__((always_inline)) void pass_field(int64_t f) const {
     const int64_t row = (f - fields_.begin) * ends_a_field_;
     ask_ends(row, std::min(p_.num_fields, row + ends_a_field_));
   }
@@ -208,5 +207,4 @@ class RowsAhead {
   bool is_by_place_, asks_ends_first_, has_later_ = false, has_next_ = false;
   int64_t distance_, ends_a_field_;
   Places<T> places_;
-  int64_t later_ = 0;  // the first entry of the sample that is asked for
 };

@@ -107,6 +107,7 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
     grad.put = put.data();
     grad.stage_slots = stage_slots.data();
     grad.is_streamed = is_streamed;
+    grad.most_are_asked = !is_streamed || is_staged;
     if (kIsHalf<T>) {
       sums = unwritten<SumOf<T>>(num_sums * p.row_size());
       grad.sums = sums.data();
@@ -343,7 +344,8 @@ void test_training(const Batch<T>& given) {
     const std::vector<T> gradients = random_numbers<T>(p.num_features * p.row_size());
     std::vector<int64_t> rows(p.num_features);
     for (int64_t i = 0; i < p.num_features; ++i) rows[i] = i;
-    kernels.update_rows(update, p.dtype, {rows.data(), true}, gradients.data(), 0, p.num_features);
+    const auto row = new_scratch(static_cast<size_t>(p.row_size() * sum_bytes(p.dtype)));
+    kernels.update_rows(update, p.dtype, {rows.data(), true}, gradients.data(), 0, p.num_features, row.get());
     bool is_finite = true;
     for (const T& x : batch.weight) is_finite = is_finite && std::isfinite(decode(x));
     check(is_finite, "update of rows with optimizer " + std::to_string(static_cast<int>(kind)) + batch.name);
