@@ -179,6 +179,16 @@ def check_finite(where: str, name: str, numbers: Tensor) -> None:
         raise ValueError(f"{where}: {_first(name, numbers, ~numbers.isfinite())} is not finite")
 
 
+def check_fits(where: str, name: str, numbers: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless all numbers, which are finite, are so in a dtype that they are rounded to."""
+    if torch.finfo(numbers.dtype).max <= torch.finfo(dtype).max:
+        return
+    # The largest by size is the first to overflow.
+    if numbers.numel() and not torch.stack(numbers.aminmax()).to(dtype).isfinite().all():
+        wrong = ~numbers.to(dtype).isfinite()
+        raise ValueError(f"{where}: {_first(name, numbers, wrong)} is not finite in {dtype}")
+
+
 def _first(name: str, tensor: Tensor, wrong: Tensor) -> str:
     """The first element that is wrong: ``"indices[3, 17] = -1"``."""
     at = wrong.nonzero()[0].tolist()

@@ -192,7 +192,7 @@ def _read_model(file: Any, metadata: dict[str, str], fail: _Failure, mmap: bool)
         fields = file.get_tensor("feature_fields")
         if not is_integral(fields):
             fail(f"feature_fields is {fields.dtype}")
-        model.feature_fields = fields
+        model._describe_fields(fields)
     return model
 
 

@@ -214,8 +214,8 @@ class FFMInteraction(_Sized):
         The optimizer's state becomes buffers of this layer (``optimizer_step``, ``optimizer_sum``, …), which
         ``state_dict`` holds: load one into a layer that has the same optimizer fused. A graph that was made before an
         update raises if its backward comes after it. A backward that is asked for gradients of values alone
-        (``torch.autograd.grad(out, values)``, ``backward(inputs=[values])``) updates nothing. Called again, it starts
-        anew with the new optimizer.
+        (``torch.autograd.grad(out, values)``, ``backward(inputs=[values])``) updates nothing; but one that
+        ``torch.compile`` has traced always does. Called again, it starts anew with the new optimizer.
 
         Args:
             optimizer: one of :mod:`ffm_ext.optim`.
@@ -254,8 +254,13 @@ class FFMInteraction(_Sized):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
         self._follow_weight()
-        if self._fused is not None and "settled" in local_metadata:
+        if self._fused is None:
+            return
+        if "settled" in local_metadata:
             self._fused.settled = local_metadata["settled"]
+        elif f"{prefix}optimizer_step" in state_dict and not self.weight.is_meta:
+            # A plain dict of tensors, as files keep it: by which numbers its states stand for weights, it does not say.
+            self._fused.make_stand(self.weight.detach(), optimizer_state(self)[1:])
 
     def _follow_weight(self) -> None:
         """``load_state_dict(assign=True)`` and a way to or from the meta device put another parameter in place."""
@@ -620,6 +625,10 @@ class FFM(_Described):
             return indices, values
         return SparseBatch(indices, fields, values, offsets), None
 
+    def _describe_fields(self, feature_fields: Tensor) -> None:
+        """Take the field of each feature, ``[N]``, where only sizes were given."""
+        self._description["feature_fields"] = self.feature_fields = feature_fields
+
     def extra_repr(self) -> str:
         """What the layers inside do not say, for ``repr``."""
         return f"normalize={self.normalize}"
@@ -787,6 +796,8 @@ def _entries(
         raise TypeError(f"{where}: x must be a tensor or a SparseBatch, got {type(x).__name__}")
     if x.dim() != 2:
         raise ValueError(f"{where}: ids must be [B, F], got shape {list(x.shape)}")
+    if values is not None and values.is_complex():
+        raise ValueError(f"{where}: values must be real, got {values.dtype}")
     if values is not None and values.shape != x.shape:
         raise ValueError(
             f"{where}: values has shape {list(values.shape)}, ids have {list(x.shape)}"

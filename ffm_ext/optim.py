@@ -84,6 +84,12 @@ class Optimizer:
             states: those of :meth:`new_state`, changed in place.
         """
 
+    def stands_for(
+        self, weight: Tensor, states: Sequence[Tensor], lr: float, weight_decay: float
+    ) -> bool:
+        """Whether they do so, to 2 %: weights may have been rounded. Arguments as of :meth:`keep_weights`."""
+        return True
+
 
 def _number(value: Any) -> float:
     if isinstance(value, str):
@@ -156,6 +162,9 @@ class Adam(Optimizer):
         super().__post_init__()
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"Adam: betas = {self.betas} must be two numbers in [0, 1)")
+        # A feature's vector for its own field never has a gradient, and eps is all that it is divided by.
+        if self.eps < torch.finfo(torch.float32).tiny:
+            raise ValueError(f"Adam: eps = {self.eps} is 0 in float32")
 
     def settings(self) -> list[float]:
         """``lr, weight_decay, beta1, beta2, eps, l1``."""
@@ -200,6 +209,15 @@ class FTRL(Optimizer):
         size = (self.beta + n.sqrt()) / lr + weight_decay
         # Many a z stands for 0.
         z.copy_(z.clamp(-self.l1, self.l1).where(wide == 0, -wide * size - wide.sign() * self.l1))
+
+    def stands_for(
+        self, weight: Tensor, states: Sequence[Tensor], lr: float, weight_decay: float
+    ) -> bool:
+        """Whether the paper's closed form makes these weights of ``z`` and ``n``."""
+        z, n = states
+        wide = weight.detach().view_as(z).to(z.dtype)
+        made = -(z - z.clamp(-self.l1, self.l1)) / ((self.beta + n.sqrt()) / lr + weight_decay)
+        return torch.allclose(made, wide, rtol=0.02, atol=1e-6)
 
 
 OPTIMIZERS = {cls.name: cls for cls in (SGD, AdaGrad, VectorAdaGrad, Adam, FTRL)}
@@ -282,6 +300,17 @@ class FusedOptimizer(torch.optim.Optimizer):
     @settled.setter
     def settled(self, numbers: tuple[float, float]) -> None:
         self.param_groups[0]["settled"] = tuple(numbers)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Take the learning rate and weight decay. ``settled`` belongs to the states, which the layer loads."""
+        settled = self.settled
+        super().load_state_dict(state_dict)
+        self.settled = settled
+
+    def make_stand(self, weight: Tensor, states: Sequence[Tensor]) -> None:
+        """Let states that were loaded stand for weights that were, where they do not by :attr:`settled`."""
+        if not self.optimizer.stands_for(weight, states, *self.settled):
+            self.optimizer.keep_weights(weight, states, *self.settled)
 
     def settle(self, weight: Tensor, states: Sequence[Tensor]) -> bool:
         """Let the states stand for the weights with the numbers of now; whether there is an update with these."""

@@ -217,7 +217,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
                 num_fields=self._num_fields,
                 **options,
             )
-        model.feature_fields = self._fields
+        model._describe_fields(self._fields)
         self.trainer_ = self._new_trainer(model, self._new_optimizer(), seed)
         self.model_ = model
         self._settled = {name: getattr(self, name) for name in _SETTLED}

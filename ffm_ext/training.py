@@ -46,13 +46,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arguments import alert_not_deterministic, check_contents, check_finite, sum_dtype
+from ._arguments import (
+    alert_not_deterministic,
+    check_contents,
+    check_finite,
+    check_fits,
+    sum_dtype,
+)
 from ._files import atomic_write, check_writable
 from .batch import SparseBatch
 from .data import SparseDataset, open_dataset
 from .data._dataset import _numbers, check_entries
 from .interop import Loss, model_arguments, model_from_arguments
-from .modules import FFM, _entries, _global_ids, _samples
+from .modules import FFM, FFMInteraction, _entries, _global_ids, _samples
 from .optim import OPTIMIZERS, AdaGrad, Optimizer
 
 __all__ = ["Epoch", "History", "Progress", "Trainer"]
@@ -65,6 +71,8 @@ _PIECE = 1 << 17
 # No scores, float32 on the CPU whatever the defaults of torch are.
 _NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 _PREDICTED = 1 << 16
+# More threads than that are a mistake, or end the process: the system runs out of them.
+_MANY_THREADS = 1024
 _FORMAT = "ffm_ext.Trainer"
 _VERSION = "1"
 
@@ -170,12 +178,11 @@ class Trainer:
         batch_size = _whole("Trainer", "batch_size", batch_size)
         if num_threads is not None:
             num_threads = _whole("Trainer", "num_threads", num_threads)
+            most = max(_MANY_THREADS, os.cpu_count() or 1)
+            if num_threads > most:
+                raise ValueError(f"Trainer: num_threads = {num_threads} is more than {most}")
         seed = _whole("Trainer", "seed", seed, least=0)
-        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-        if frozen:
-            raise ValueError(f"Trainer: {frozen[0]} has requires_grad=False, and would be trained")
-        if model.interaction.weight.device.type != "cpu":
-            raise ValueError(f"Trainer: model is on {model.interaction.weight.device}, not the CPU")
+        _check_trainable("Trainer", model)
         self.model = model
         self.optimizer = optimizer
         self.loss: Loss = loss
@@ -200,8 +207,8 @@ class Trainer:
             "table": list(optimizer.new_state(table, model.interaction.embed_dim).values())
         }
         for name, parameter in self._small_parameters().items():
-            shape = parameter.detach().view(-1, 1)
-            self._states[name] = list(optimizer.new_state(shape, 1).values())
+            decays = optimizer if name != "bias" else dataclasses.replace(optimizer, weight_decay=0)
+            self._states[name] = list(decays.new_state(parameter.view(-1, 1), 1).values())
 
     # ---------------------------------------------------------------- training
 
@@ -240,7 +247,8 @@ class Trainer:
         Raises:
             TypeError: ``train`` or ``valid`` is none of these, or a number is not whole.
             ValueError: an option makes no sense, shapes of the data do not fit each other or the model, a number in it
-                is not finite, or ``train`` or ``valid`` has no samples or weights whose sum is not positive.
+                is not finite, a parameter of the model has been frozen or parametrized since, or ``train`` or ``valid``
+                has no samples or weights whose sum is not positive.
             IndexError: an id or a field of the data is out of range.
             RuntimeError: the mode is ``"hogwild"`` and ``torch.use_deterministic_algorithms(True)`` is set.
             FloatingPointError: the loss, or that of ``valid``, is not finite any more; the text says when.
@@ -248,6 +256,7 @@ class Trainer:
         """
         if auto_stop and valid is None:
             raise ValueError("Trainer.fit: auto_stop needs valid")
+        _check_trainable("Trainer.fit", self.model)
         epochs = _whole("Trainer.fit", "epochs", epochs)
         patience = _whole("Trainer.fit", "patience", patience)
         if checkpoint_every is not None:
@@ -276,6 +285,7 @@ class Trainer:
                 self._run_epoch(parts, epochs, callback, save, checkpoint_every)
                 with _uninterrupted():
                     finished = self._finish_epoch(valid_parts, auto_stop, patience)
+                save()
                 if callback is not None:
                     callback(
                         Progress(
@@ -288,7 +298,6 @@ class Trainer:
                             finished,
                         )
                     )
-                save()
         except KeyboardInterrupt:
             if self._saves_alone:
                 save()
@@ -307,6 +316,7 @@ class Trainer:
         Raises:
             ValueError, IndexError: as :meth:`fit`.
         """
+        _check_trainable("Trainer.partial_fit", self.model)
         parts = self._training_parts("Trainer.partial_fit: data", data)
         self._begin_epoch()
         self._run_epoch(parts, self.epoch + 1, None, None, None)
@@ -342,6 +352,10 @@ class Trainer:
                     piece = order[self._sample : self._sample + self._piece(save_every)]
                     with _uninterrupted():
                         loss, weight, samples = self._train(part, piece)
+                        # The operators write past autograd, which has to notice: a graph from before is of no use.
+                        for parameter in self.model.parameters():
+                            if not parameter.is_inference():
+                                torch.autograd.graph.increment_version(parameter)
                         self._loss += loss
                         self._weight += weight
                         self._sample += len(piece)
@@ -442,7 +456,8 @@ class Trainer:
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:
         before = torch.get_num_threads()
-        wanted = 1 if self.mode == "exact" else self.num_threads
+        # "exact" takes one of them.
+        wanted = None if self.mode == "exact" else self.num_threads
         if wanted is not None and wanted != before:
             torch.set_num_threads(wanted)
         try:
@@ -457,7 +472,10 @@ class Trainer:
         if self.mode == "deterministic":
             batches = (order[i : i + self.batch_size] for i in range(0, n, self.batch_size))
             return sum(self._train_batch(_take(part, batch)) for batch in batches), weight, n
-        layer = self.model.interaction
+        layer, normalize = self.model.interaction, self.model.normalize
+        if normalize and self._normalizes_first() and _has_values(part):
+            part, order, normalize = _take(part, order), np.arange(n), False
+            part = part._replace(x=self.model._normalized(part.x, None, torch.float64)[0])
         indices, fields, values, offsets = _entries("Trainer", part.x, None, layer.weight.dtype)
         small, empty = self._small_parameters(), list[Tensor]()
         loss = torch.ops.ffm_ext.ffm_train_(
@@ -476,7 +494,7 @@ class Trainer:
             torch.from_numpy(order),
             self.loss,
             layer.within_field,
-            self.model.normalize,
+            normalize,
             self.optimizer.name,
             self.optimizer.settings(),
             self._step,
@@ -485,6 +503,13 @@ class Trainer:
         )
         self._step += n
         return float(loss), weight, n
+
+    def _normalizes_first(self) -> bool:
+        """Whether values are normalised in float64, as the model does it, and then rounded to the type of the table.
+
+        The kernel rounds first; float16 has no room for values as they come.
+        """
+        return self.mode == "deterministic" or self.model.interaction.weight.dtype == torch.float16
 
     def _train_batch(self, part: _Part) -> float:
         """One update with the summed gradients of a batch."""
@@ -632,12 +657,13 @@ class Trainer:
     def _training_parts(self, where: str, data: Any) -> list[Any]:
         """The same of data whose norms the engine can work with: it has them in the type of its sums."""
         parts = self._weighted_parts(where, data)
-        dtype = sum_dtype(self.model.interaction.weight)
-        if not self.model.normalize or self.mode == "deterministic" or dtype == torch.float64:
+        if not self.model.normalize or self._normalizes_first():
             return parts
+        weight = self.model.interaction.weight
         for place, part in _placed(where, parts):
-            if isinstance(part.x, SparseBatch) and part.x.values is not None:
-                _check_norms(place, part.x, part.x.values, torch.finfo(dtype))
+            if _has_values(part):
+                check_fits(place, "values", part.x.values, weight.dtype)
+                _check_norms(place, part.x, part.x.values, torch.finfo(sum_dtype(weight)))
         return parts
 
     def _local_parts(self, where: str, data: Any, *, has_labels: bool = True) -> list[_Part]:
@@ -658,7 +684,11 @@ class Trainer:
                 f"{where} must be a SparseDataset, its folder, (x, labels) or "
                 f"(x, labels, weights), got {type(data).__name__}"
             )
-        x, labels, weights = (*data, None)[:3]
+        x, labels, weights = (
+            given.detach() if isinstance(given, Tensor) else given for given in (*data, None)[:3]
+        )
+        if isinstance(x, SparseBatch) and x.values is not None:
+            x = SparseBatch(x.indices, x.fields, x.values.detach(), x.offsets)
         if isinstance(x, Tensor) and self.model.offsets is not None:
             x = _global_ids(where, x, self.model.offsets)
         if not isinstance(x, Tensor | SparseBatch):
@@ -678,6 +708,8 @@ class Trainer:
         for place, (x, labels, weights) in _placed(where, parts):
             if isinstance(x, SparseBatch):
                 check_entries(place, x, layer.num_features, layer.num_fields)
+                if x.values is not None and not self.model.normalize:
+                    check_fits(place, "values", x.values, layer.weight.dtype)
             elif x.dtype in (torch.int32, torch.int64):
                 check_contents(place, x, None, None, layer.num_features)
             else:
@@ -694,8 +726,13 @@ class Trainer:
         best = {f"best.{name}": tensor for name, tensor in self._best.items()}
         position = {name: getattr(self, f"_{name}") for name in _POSITION}
         position |= {"epoch": self.epoch, "history": [list(epoch) for epoch in self.history]}
+        position["shape"] = self._shape()
         position["settings"] = self.optimizer.settings()
         return {**self._tensors(), **best, "position": position}
+
+    def _shape(self) -> list[int]:
+        """N, F and K, of which the shape of a table ``[N, F·K]`` does not tell the last two."""
+        return list(self._table().shape)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
@@ -714,6 +751,19 @@ class Trainer:
         missing = [name for name in (*_POSITION, "epoch", "history") if name not in position]
         if missing:
             raise ValueError(f"Trainer.load_state_dict: position lacks {', '.join(missing)}")
+        try:
+            numbers = {name: type(getattr(self, f"_{name}"))(position[name]) for name in _POSITION}
+            epoch = operator.index(position["epoch"])
+            history = [Epoch(*finished) for finished in position["history"]]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Trainer.load_state_dict: position is not what state_dict makes ({error})"
+            ) from error
+        shape = list(position.get("shape", self._shape()))
+        if shape != self._shape():
+            raise ValueError(
+                f"Trainer.load_state_dict: it has N, F, K = {shape}, the model {self._shape()}"
+            )
         mine = self._tensors()
         given = {name: tensor for name, tensor in state.items() if name != "position"}
         best = {
@@ -733,10 +783,10 @@ class Trainer:
         for name, tensor in mine.items():
             tensor.copy_(given[name])
         self._best = best
-        for name in _POSITION:
-            setattr(self, f"_{name}", position[name])
-        self.epoch = position["epoch"]
-        self.history[:] = [Epoch(*epoch) for epoch in position["history"]]
+        for name, number in numbers.items():
+            setattr(self, f"_{name}", number)
+        self.epoch = epoch
+        self.history[:] = history
         if position.get("settings", self.optimizer.settings()) != self.optimizer.settings():
             self._keep_weights()
 
@@ -820,7 +870,7 @@ class Trainer:
             for name, parameter in model.linear.named_parameters():
                 parameter.data = parameter.data.to(state[f"model.linear.{name}"].dtype)
             if "feature_fields" in state:
-                model.feature_fields = state.pop("feature_fields")
+                model._describe_fields(state.pop("feature_fields"))
             trainer = cls(model, optimizer=kind(**settings), **arguments, **more)
             state["position"] = json.loads(metadata["position"])
             trainer.load_state_dict(state)
@@ -848,6 +898,36 @@ def _whole(where: str, name: str, number: Any, least: int = 1) -> int:
         wanted = "be positive" if least else "not be negative"
         raise ValueError(f"{where}: {name} = {number} must {wanted}")
     return number
+
+
+def _check_trainable(where: str, model: FFM) -> None:
+    """Raise where the operators, which change parameters in place, would not train what the model computes with."""
+    layer = model.interaction
+    if not isinstance(layer, FFMInteraction):
+        raise TypeError(f"{where}: model has a {type(layer).__name__}, which is for inference")
+    for place, module, names in (
+        ("interaction", layer, ("weight",)),
+        ("linear", model.linear, ("weight", "bias")),
+    ):
+        for name in names:
+            if name not in module._parameters:
+                raise ValueError(
+                    f"{where}: {place}.{name} is computed from another tensor (parametrized or pruned, say), and has "
+                    "to be the parameter itself"
+                )
+            parameter = module._parameters[name]
+            if parameter is None:
+                continue
+            if not parameter.requires_grad:
+                raise ValueError(
+                    f"{where}: {place}.{name} has requires_grad=False, and would be trained"
+                )
+            if parameter.device.type != "cpu":
+                raise ValueError(f"{where}: model is on {parameter.device}, not the CPU")
+
+
+def _has_values(part: _Part) -> bool:
+    return isinstance(part.x, SparseBatch) and part.x.values is not None
 
 
 def _take(part: _Part, rows: np.ndarray) -> _Part:
@@ -899,14 +979,16 @@ def _check_norms(where: str, x: SparseBatch, values: Tensor, limits: torch.finfo
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Ctrl-C waits for the end of this, so that weights and position always belong together."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted
+    before = signal.getsignal(signal.SIGINT)
+    # Only the main thread is interrupted; and where no function of Python's is, the process ends or nothing happens.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
         return
     caught: list[tuple[int, Any]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-    if caught and callable(before):
+        signal.signal(signal.SIGINT, before)
+    if caught:
         before(*caught[0])

@@ -68,6 +68,32 @@ def test_as_torch_optim(name, N, F, K):
     assert fused.weight.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("embed_dim", [1023, 1025, 2100])
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_long_narrow_rows(name, embed_dim, dtype):
+    """They are widened a piece at a time."""
+    torch.manual_seed(0)
+    weight, grad_rows = torch.rand(2, 3, 2, embed_dim, device=here()).to(dtype)
+    wide = weight.float()
+    made = optim.OPTIMIZERS[name](lr=0.1)
+    for table, rows in ((weight, grad_rows), (wide, grad_rows.float())):
+        states = list(made.new_state(table.flatten(1), embed_dim).values())
+        torch.ops.ffm_ext.ffm_update_(table, states, None, rows, name, made.settings(), 1, None)
+    torch.testing.assert_close(weight, wide.to(dtype))
+
+
+def test_adam_with_betas_near_one():
+    """1 - beta in float32 would be 0, or a few bits."""
+    options = {"lr": 0.01, "betas": (0.9, 0.99999999)}
+    fused, plain = layer(N, F, K, dtype=torch.float32), layer(N, F, K, grad="sparse")
+    with torch.no_grad():
+        plain.weight.copy_(fused.weight)
+    fit(fused, fused.fuse_optimizer(optim.Adam(**options)))
+    fit(plain, torch.optim.SparseAdam(plain.parameters(), **options))
+    torch.testing.assert_close(fused.weight.double(), plain.weight, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "adam"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)]
@@ -269,20 +295,23 @@ def test_schedules_leave_the_weights_of_ftrl_where_they_are(lrs):
         assert torch.equal(made.weight, before) == (lr == 0)
 
 
-@pytest.mark.parametrize("what", ["reset", "loaded"])
+@pytest.mark.parametrize("what", ["reset", "loaded", "loaded from a plain dict", "handle loaded"])
 def test_ftrl_keeps_weights_that_another_learning_rate_made(what):
     made = layer(N, F, K)
     handle = made.fuse_optimizer(optim.FTRL(lr=0.1, l1=0.01))
     fit(made, handle)
     handle.param_groups[0]["lr"] = 0.01
     fit(made, handle, steps=1)
+    state = made.state_dict()
     if what == "reset":
         made.reset_parameters()
     else:
-        other = layer(N, F, K)
-        other.fuse_optimizer(optim.FTRL(lr=0.1, l1=0.01))
-        other.load_state_dict(made.state_dict())
-        made = other
+        made = layer(N, F, K)
+        other = made.fuse_optimizer(optim.FTRL(lr=0.1, l1=0.01))
+        if what == "handle loaded":
+            other.load_state_dict(handle.state_dict())
+        else:
+            made.load_state_dict(dict(state) if "plain" in what else state)
     before = made.weight.detach().clone()
     (made(batch(N, F)) * 0).sum().backward()
     torch.testing.assert_close(made.weight.detach(), before)
@@ -384,6 +413,9 @@ def test_bad_input():
     for betas in ((0.9,), (0.9, 1.0), (0.9, float("nan"))):
         with pytest.raises(ValueError, match=r"Adam: betas = .* must be two numbers in \[0, 1\)"):
             optim.Adam(betas=betas)
+    for eps in (0.0, 1e-50):
+        with pytest.raises(ValueError, match=rf"Adam: eps = {eps} is 0 in float32"):
+            optim.Adam(eps=eps)
     made.fuse_optimizer(optim.SGD(lr=0.1, rounding_seed=3))
     with pytest.raises(ValueError, match="rounding_seed is given, but weight is not bfloat16"):
         loss_of(made, batch(N, F)).backward()

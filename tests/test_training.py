@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import ffm_ext
 from ffm_ext import FFM, SparseBatch, optim
@@ -47,6 +48,13 @@ def samples(kind, n=200, seed=0):
             values = rng.rand(len(ids)) + 0.1
         made.append([(int(a) // per, int(a), float(x)) for a, x in zip(ids, values)])
     return made, (rng.rand(n) < 0.4).astype(np.float32)
+
+
+def lists(kind, n, dtype=torch.float32):
+    """A batch with values of a dtype, and labels."""
+    made, labels = samples(kind, n)
+    x = SparseBatch.from_lists(made)
+    return SparseBatch(x.indices, x.fields, x.values.to(dtype), x.offsets), labels
 
 
 def model(dtype=torch.float64, embed_dim=K, within_field=True, bias=False, linear=False, **options):
@@ -629,9 +637,145 @@ def test_scores_by_several_threads():
 
 def test_frozen_parameters_are_refused():
     made = ffm_ext.FFM(4, num_features=10, num_fields=2)
+    trainer = Trainer(made)
     made.linear.requires_grad_(False)
     with pytest.raises(ValueError, match=r"linear\.\w+ has requires_grad=False"):
         Trainer(made)
+    data = (torch.zeros(3, 2, dtype=torch.int64), torch.ones(3))
+    for train in (trainer.fit, trainer.partial_fit):
+        with pytest.raises(ValueError, match=r"linear\.weight has requires_grad=False"):
+            train(data)
+
+
+@pytest.mark.parametrize("how", ["parametrized", "pruned"])
+def test_computed_parameters_are_refused(how):
+    """What the trainer would change is a tensor that is computed anew, or kept beside the parameter."""
+    made = ffm_ext.FFM(4, num_features=10, num_fields=2)
+    if how == "parametrized":
+        torch.nn.utils.parametrizations.weight_norm(made.interaction, "weight")
+    else:
+        prune.random_unstructured(made.interaction, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"interaction\.weight is computed from another tensor"):
+        Trainer(made)
+
+
+def test_an_int8_model_is_refused():
+    made = ffm_ext.quantize(ffm_ext.FFM(4, num_features=10, num_fields=2))
+    with pytest.raises(TypeError, match="QuantizedFFMInteraction, which is for inference"):
+        Trainer(made)
+
+
+@pytest.mark.parametrize("mode", ["exact", "hogwild", "deterministic"])
+def test_autograd_notices_training(mode):
+    made = model(dtype=torch.float32, bias=True, linear=True)
+    data, labels = lists("one-hot", 20)
+    loss = made(data).square().sum()
+    Trainer(made, mode=mode, num_threads=1).fit((data, labels), epochs=1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", ["exact", "deterministic"])
+def test_the_bias_of_a_warm_start_does_not_decay(mode):
+    made = model(dtype=torch.float32, bias=True)
+    made.linear.bias.data.fill_(2.0)
+    data, labels = lists("one-hot", 20)
+    no_weight = np.full(20, 1e-20, np.float32)
+    Trainer(made, optimizer=optim.FTRL(lr=0.1, weight_decay=10.0), mode=mode).fit(
+        (data, labels, no_weight), epochs=1
+    )
+    assert made.linear.bias.item() == pytest.approx(2.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "mode", "normalize"),
+    [
+        *((torch.float32, 1e39, mode, False) for mode in ("exact", "deterministic")),
+        *((torch.float16, 1e5, mode, False) for mode in ("exact", "deterministic")),
+        (torch.bfloat16, 3.4e38, "exact", False),
+        (torch.bfloat16, 3.4e38, "exact", True),
+    ],
+)
+def test_values_beyond_the_table_are_known_before_training(dtype, value, mode, normalize):
+    made = model(dtype=dtype, normalize=normalize)
+    data, labels = lists("one-hot", 50, torch.float64)
+    data.values[-1] = value
+    before = made.interaction.weight.detach().clone()
+    trainer = Trainer(made, mode=mode, batch_size=7, shuffle=False)
+    for train in (trainer.fit, trainer.partial_fit):
+        with pytest.raises(ValueError, match=rf"values\[299\] = .* is not finite in {dtype}"):
+            train((data, labels))
+    assert torch.equal(made.interaction.weight, before)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e6])
+def test_values_are_normalised_before_they_are_float16(size):
+    data, labels = lists("values", 100, torch.float64)
+    moved = []
+    for scale in (1, size):
+        scaled = ffm_ext.SparseBatch(data.indices, data.fields, data.values * scale, data.offsets)
+        made = model(dtype=torch.float16, normalize=True, linear=True)
+        Trainer(made, optimizer=optim.SGD(lr=0.5), shuffle=False).fit((scaled, labels), epochs=1)
+        moved.append([p.detach().clone() for p in made.parameters()])
+    torch.testing.assert_close(*moved, rtol=2e-3, atol=1e-3)
+
+
+def test_data_that_requires_grad():
+    data, labels = lists("values", 30)
+    data.values.requires_grad_()
+    y = torch.tensor(labels, requires_grad=True)
+    weights = torch.ones(30, requires_grad=True)
+    for mode in ("exact", "deterministic"):
+        trainer = Trainer(model(dtype=torch.float32), mode=mode)
+        trainer.fit((data, y, weights), (data, y, weights), epochs=1)
+        assert not trainer.predict(data).requires_grad
+
+
+def test_a_callback_that_raises_finds_the_epoch_saved(tmp_path):
+    data, labels = lists("one-hot", 30)
+
+    def stop(progress):
+        if progress.finished:
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        Trainer(model()).fit((data, labels), epochs=3, callback=stop, checkpoint=tmp_path / "c")
+    assert Trainer.load(tmp_path / "c").epoch == 1
+
+
+def test_ctrl_c_ends_a_process_that_has_no_handler(tmp_path):
+    program = """
+import os, signal, threading, torch
+from ffm_ext import FFM
+from ffm_ext.training import Trainer
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+x, y = torch.randint(30, (20000, 3)), torch.ones(20000)
+trainer = Trainer(FFM(num_features=30, num_fields=3))
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+while True:
+    trainer.partial_fit((x, y))
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=60)
+    assert done.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"history": [[1]]}, "position is not what state_dict makes"),
+        ({"step": "x"}, "position is not what state_dict makes"),
+        ({"shape": [N, K, F]}, rf"it has N, F, K = \[{N}, {K}, {F}\], the model \[{N}, {F}, {K}\]"),
+    ],
+)
+def test_positions_that_do_not_fit_change_nothing(change, match):
+    trainer, other = Trainer(model()), Trainer(model())
+    with torch.no_grad():
+        other.model.interaction.weight.zero_()
+    state = other.state_dict()
+    state["position"] |= change
+    with pytest.raises(ValueError, match=match):
+        trainer.load_state_dict(state)
+    assert trainer.model.interaction.weight.all()
 
 
 @pytest.mark.parametrize("size", [1e25, 1e-25])
@@ -917,6 +1061,7 @@ def test_bad_input():
         ({"mode": "fast"}, ValueError, "mode = 'fast' is not one of exact, hogwild, deterministic"),
         ({"batch_size": 0}, ValueError, "batch_size = 0 must be positive"),
         ({"num_threads": 1.5}, TypeError, r"num_threads = 1\.5 is no whole number"),
+        ({"num_threads": 2**40}, ValueError, "num_threads = 1099511627776 is more than"),
         ({"seed": -1}, ValueError, "seed = -1 must not be negative"),
     ):
         with pytest.raises(error, match=match):

@@ -238,7 +238,7 @@ class DistributedTrainer(Trainer):
         try:
             metadata = json.loads((newest / _INFO).read_text(encoding="utf-8"))
             shapes = json.loads(metadata["tensors"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{where}: {newest / _INFO} is not whole ({error})") from error
         state: dict[str, Any] = {
             name: torch.empty(shape, dtype=getattr(torch, dtype))
