@@ -101,8 +101,9 @@ def flags_of(name: str) -> set[str]:
     [
         ([], "required: COMMAND"),
         (["no-such"], "invalid choice: 'no-such'"),
-        (["demo", "--threads", "0"], "--threads: 0 is not positive"),
-        (["demo", "--threads", "two"], "--threads: invalid positive_int value: 'two'"),
+        (["demo", "--threads", "0"], "--threads: 0 is not from 1 to 1024"),
+        (["demo", "--threads", "50000"], "--threads: 50000 is not from 1 to 1024"),
+        (["demo", "--threads", "two"], "--threads: invalid threads value: 'two'"),
         (["demo", "--seed", str(2**63)], f"--seed: {2**63} is not from 0 to {2**63 - 1}"),
         (["train", "x", "--seed", "-1"], f"--seed: -1 is not from 0 to {2**63 - 1}"),
         (["train", "x", "-s", "50000"], "-s: 50000 is not from 1 to 1024"),

@@ -71,7 +71,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the initial weights and the shuffling (default: 0)",
     )
     parser.add_argument(
-        "--threads", type=positive_int, default=1, metavar="N", help="of torch (default: 1)"
+        "--threads", type=_models.threads, default=1, metavar="N", help="of torch (default: 1)"
     )
 
 
@@ -204,10 +204,3 @@ def _prepare_output() -> None:
 def _show_warning(command: str, message: Warning | str, *place: object) -> None:
     """A line, without the place in the code that Python names."""
     print(f"ffm-ext {command}: {message}", file=sys.stderr)
-
-
-def positive_int(text: str) -> int:
-    number = int(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
