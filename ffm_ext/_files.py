@@ -45,12 +45,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: ``path`` is a folder, its folder does not exist or cannot be written to, or the disk is full.
     """
-    if is_stream(path) or _descriptor(path) is not None:
+    descriptor = _descriptor(path)
+    if is_stream(path) or descriptor is not None:
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, "file")
             temporary.touch()
             yield temporary
-            with _naming(path), open(temporary, "rb") as file, _open_stream(path) as stream:
+            with (
+                _naming(path),
+                open(temporary, "rb") as file,
+                _open_stream(path, descriptor) as stream,
+            ):
                 shutil.copyfileobj(file, stream)
         return
     target, temporary = _new_beside(path)
@@ -128,9 +133,8 @@ def _descriptor(path: str | os.PathLike[str]) -> int | None:
     return None
 
 
-def _open_stream(path: str | os.PathLike[str]) -> BinaryIO:
-    """What is neither file nor folder, or an open descriptor at its place in its file."""
-    descriptor = _descriptor(path)
+def _open_stream(path: str | os.PathLike[str], descriptor: int | None) -> BinaryIO:
+    """What is neither file nor folder, or the descriptor that it stands for, at its place in its file."""
     if descriptor is None:
         return open(path, "wb")
     for written in (sys.stdout, sys.stderr):

@@ -71,8 +71,8 @@ _PIECE = 1 << 17
 # No scores, float32 on the CPU whatever the defaults of torch are.
 _NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 _PREDICTED = 1 << 16
-# More threads than that are a mistake, or end the process: the system runs out of them.
-_MANY_THREADS = 1024
+# More threads than that are a mistake, or end the process: OpenMP does so where the system has no room for them.
+_MOST_THREADS = max(1024, os.cpu_count() or 1)
 _FORMAT = "ffm_ext.Trainer"
 _VERSION = "1"
 
@@ -178,9 +178,10 @@ class Trainer:
         batch_size = _whole("Trainer", "batch_size", batch_size)
         if num_threads is not None:
             num_threads = _whole("Trainer", "num_threads", num_threads)
-            most = max(_MANY_THREADS, os.cpu_count() or 1)
-            if num_threads > most:
-                raise ValueError(f"Trainer: num_threads = {num_threads} is more than {most}")
+            if num_threads > _MOST_THREADS:
+                raise ValueError(
+                    f"Trainer: num_threads = {num_threads} is more than {_MOST_THREADS}"
+                )
         seed = _whole("Trainer", "seed", seed, least=0)
         _check_trainable("Trainer", model)
         self.model = model

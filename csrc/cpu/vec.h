@@ -440,25 +440,12 @@ inline void stream_into(To* dst, Sum<To> x, const From* src, int64_t n) {
                                [&](auto size, int64_t i) { stream<size()>(dst + i, x * load<size()>(src + i)); });
 }
 
-// dst += x * src. The pieces are those that begin at multiples of their size in src, which was often stored just now: a
-// load across two stores would wait for both.
+// dst += x * src, in pieces of src, not of dst: src was often stored just now, and a load across two stores would wait
+// for both.
 template <typename A, typename From>
 inline void add_scaled(A* dst, A x, const From* src, int64_t n) {
-  constexpr int L = kLanes<A>;
-  const auto add = [&](auto size, int64_t i) __attribute__((always_inline)) {
-    store<size()>(dst + i, load<size()>(dst + i) + x * load<size()>(src + i));
-  };
-  int64_t i = 0;
-  for (; i + L <= n; i += L) add(std::integral_constant<int, L>{}, i);
-  constexpr int kPowers = std::countr_zero(static_cast<unsigned>(L));
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    const auto piece = [&](auto size) __attribute__((always_inline)) {
-      if (i + size() > n) return;
-      add(size, i);
-      i += size();
-    };
-    (piece(std::integral_constant<int, (L / 2 >> I)>{}), ...);
-  }(std::make_integer_sequence<int, kPowers>{});
+  for_aligned<kLanes<A>>(
+      src, n, [&](auto size, int64_t i) { store<size()>(dst + i, load<size()>(dst + i) + x * load<size()>(src + i)); });
 }
 
 template <typename T, typename A>

@@ -34,7 +34,7 @@ from ..data import (
 )
 from ..modules import FFM, _unit_norm
 from ..optim import OPTIMIZERS, Optimizer
-from ..training import Epoch, Mode, Progress, Trainer
+from ..training import _MOST_THREADS, Epoch, Mode, Progress, Trainer
 
 # ---------------------------------------------------------------- arguments and output
 
@@ -45,8 +45,8 @@ def seed(text: str) -> int:
 
 
 def threads(text: str) -> int:
-    """A number of threads. OpenMP ends the process where the system has no room for as many as it is asked for."""
-    return _in_range(text, 1, 1024)
+    """A number of threads that a trainer takes."""
+    return _in_range(text, 1, _MOST_THREADS)
 
 
 def _in_range(text: str, least: int, most: int) -> int:
@@ -157,7 +157,11 @@ _XLEARN = "xLearn text model"
 
 def _is_checkpoint_folder(path: Path) -> bool:
     """Whether a run under torchrun has written checkpoints there."""
-    return path.is_dir() and any(path.glob("step-*/trainer.json"))
+    if not path.is_dir():
+        return False
+    from ..distributed._training import newest_checkpoint
+
+    return newest_checkpoint(path) is not None
 
 
 def load_any_model(path: Path) -> Loaded:
