@@ -36,9 +36,12 @@ def describe() -> dict[str, Any]:
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """The folder of a machine's results: its CPU model and cores."""
+    """The folder of a machine's results: its CPU model, the ISA of the kernels and its cores.
+
+    Virtual machines with quite different CPUs call them all by one name.
+    """
     model = re.sub(r"\((r|tm)\)|\bcpu\b|@.*|processor", "", str(machine["cpu"]).lower())
-    return "-".join([*re.findall(r"[a-z0-9]+", model), f"{machine['cores']}-cores"])
+    return "-".join([*re.findall(r"[a-z0-9]+", model), machine["isa"], f"{machine['cores']}-cores"])
 
 
 def available_memory() -> int:

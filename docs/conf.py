@@ -82,7 +82,7 @@ PAGES = {
     "../README.md": "index.md",
     "../CONTRIBUTING.md": "contributing.md",
     "../CHANGELOG.md": "changelog.md",
-    "../benchmarks/results/amd-epyc-2-cores/": "gallery.md",
+    "../benchmarks/results/amd-epyc-avx512-2-cores/": "gallery.md",
     "../ffm_ext/reference.py": "reference/reference.md",
 }
 

@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Field-aware factorization machines for PyTorch, fused in C++ and CUDA."""
 
+import importlib.util
+
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
+
+if importlib.util.find_spec(f"{__name__}._C") is None:
+    raise ImportError(
+        f"{__path__[0]} is a copy of ffm_ext's sources that is not built for this Python: `make build` builds it; in "
+        "another folder, Python finds the package that is installed, if any",
+        name=f"{__name__}._C",
+        path=__path__[0],
+    )
 
 from . import (  # noqa: F401
     _C,

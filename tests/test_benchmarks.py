@@ -259,7 +259,7 @@ def test_report() -> None:
     assert "20k ±5% (dense)" in text
     assert "| wrong |" in text
     assert "absent: missing: No module named 'absent' (1×)" in text
-    assert slug(machine) == "example-9000-2-cores"
+    assert slug(machine) == f"example-9000-{machine['isa']}-2-cores"
     assert machine["isa"] in report.title(results)
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import torch
 from problems import python
@@ -31,3 +33,14 @@ def test_unknown_isa_is_refused() -> None:
     found = python("-c", "import ffm_ext; ffm_ext.build_info()", FFM_EXT_ISA="sse9")
     assert found.returncode != 0
     assert "FFM_EXT_ISA = sse9 is not one of baseline, avx2, avx512" in found.stderr
+
+
+def test_sources_that_are_not_built_say_so(tmp_path: Path) -> None:
+    sources = Path(ffm_ext.__file__).parent
+    copy = shutil.copytree(sources, tmp_path / "ffm_ext", ignore=shutil.ignore_patterns("*.so"))
+    # Without the site's finders, which know where an editable install keeps the extension.
+    path = [str(copy.parent), str(Path(torch.__file__).parents[1])]
+    found = python("-S", "-c", f"import sys; sys.path[:0] = {path}; import ffm_ext")
+    assert found.returncode != 0
+    assert f"ImportError: {copy} is a copy of ffm_ext's sources that is not built" in found.stderr
+    assert "`make build` builds it" in found.stderr

@@ -136,7 +136,7 @@ class GradientsAhead {
   using A = Sum<T>;
 
   // none: as many numbers as a row has, asked for where an entry needs no row.
-  GradientsAhead(const Problem& p, Arena& arena, const Rows& rows, const RowGradients<T>& gradients, bool is_by_place,
+  GradientsAhead(const Problem& p, Arena& arena, Rows& rows, const RowGradients<T>& gradients, bool is_by_place,
                  const A* none, int64_t end, Range fields)
       : p_(p),
         rows_(rows),
@@ -149,7 +149,7 @@ class GradientsAhead {
         sum_places_(p, arena, 0, p.row_size()),
         row_places_(p, arena, 0, p.row_size()) {}
 
-  // Sample b is next. Whether ask_vectors is to be called for it; `rows` asks for the table's alone.
+  // Sample b is next. Whether this is to be told of its places; `rows` asks for the table's alone.
   bool at_sample(int64_t b) {
     const int64_t later = b + rows_.distance();
     has_later_ = rows_.is_by_place() && later < end_;
@@ -165,13 +165,15 @@ class GradientsAhead {
     }
     return true;
   }
+  template <int kEmbedDim, int kFields>
+  __attribute__((always_inline)) void ask_square(int64_t f, int64_t g, int64_t embed_dim) {
+    rows_.template ask_square<kEmbedDim, kFields>(f, g, embed_dim);
+    ask_gradients<kEmbedDim, kFields, false, kFields>(f, g, embed_dim);
+  }
   template <int kEmbedDim, int kFields, bool kAlways = false, int kRows = kFields>
   __attribute__((always_inline)) void ask_vectors(int64_t g, int64_t f, int64_t embed_dim) const {
     rows_.template ask_vectors<kEmbedDim, kFields, kAlways, kRows>(g, f, embed_dim);
-    sum_places_.template ask_vectors<kEmbedDim, kRows, kAlways, kFields>(f, g, embed_dim);
-    if constexpr (kIsNarrow<T>) {
-      if (asks_rows_) row_places_.template ask_vectors<kEmbedDim, kRows, kAlways, kFields>(f, g, embed_dim);
-    }
+    ask_gradients<kEmbedDim, kRows, kAlways, kFields>(f, g, embed_dim);
   }
   // Field f is done.
   __attribute__((always_inline)) void pass_field(int64_t f) const {
@@ -180,8 +182,16 @@ class GradientsAhead {
   }
 
  private:
+  template <int kEmbedDim, int kFields, bool kAlways, int kRows>
+  __attribute__((always_inline)) void ask_gradients(int64_t f, int64_t g, int64_t embed_dim) const {
+    sum_places_.template ask_vectors<kEmbedDim, kFields, kAlways, kRows>(f, g, embed_dim);
+    if constexpr (kIsNarrow<T>) {
+      if (asks_rows_) row_places_.template ask_vectors<kEmbedDim, kFields, kAlways, kRows>(f, g, embed_dim);
+    }
+  }
+
   const Problem& p_;
-  const Rows& rows_;
+  Rows& rows_;
   const RowGradients<T>& gradients_;
   const A* none_;
   int64_t end_;
@@ -234,12 +244,12 @@ void backward(const Problem& p, const Gradient& grad, Range samples, Range field
             put(first + f, entries.value(first + f), gradient);
           };
           dispatch_registers<kEmbedDim, kLanes<A>>(K, [&](auto embed_dim, auto rest) {
-            constexpr int kFields = kPairsPerRegister<embed_dim(), kLanes<A>>;
+            constexpr int kFields = kFieldsTogether<A, embed_dim()>;
             const A grad_output = Terms::at(terms.within(0), 0);
             int64_t f = fields.begin;
             const auto work_on = [&](auto fields_at_once) {
               A* const d_fields = d + (keeps_all ? f * stride : 0);
-              const auto make = [&](const auto& asks) {
+              const auto make = [&](auto& asks) {
                 field_gradients<embed_dim(), rest(), fields_at_once()>(s, grad_output, rows, f, p.num_fields, K,
                                                                        d_fields, stride, asks);
               };

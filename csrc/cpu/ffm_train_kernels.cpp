@@ -108,10 +108,15 @@ class StatesAhead {
     }
   }
 
-  template <int kEmbedDim, int kFields, bool kAlways = false>
-  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g, int64_t embed_dim = kEmbedDim) const {
+  template <int kEmbedDim, int kFields>
+  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g, Range fields, int64_t embed_dim) const {
     if (!has_wide_rows_) return f == g ? ask_rows<kFields>(f) : void();
-    for (int i = 0; i < num_states_; ++i) places_[i].template ask_tile<kEmbedDim, kFields, kAlways>(f, g, embed_dim);
+    for (int i = 0; i < num_states_; ++i) places_[i].template ask_tile<kEmbedDim, kFields>(f, g, fields, embed_dim);
+  }
+  template <int kEmbedDim, int kFields>
+  __attribute__((always_inline)) void ask_last_tile(int64_t f, int64_t g) const {
+    if (!has_wide_rows_) return f == g ? ask_rows<kFields>(f) : void();
+    for (int i = 0; i < num_states_; ++i) places_[i].template ask_last_tile<kEmbedDim, kFields>(f, g);
   }
   template <int kEmbedDim, int kFields, bool kAlways = false, int kRows = kFields>
   __attribute__((always_inline)) void ask_vectors(int64_t f, int64_t g, int64_t embed_dim) const {

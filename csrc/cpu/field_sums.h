@@ -236,7 +236,8 @@ int64_t gradient_stride(const Problem& p) {
   return (p.row_size() + 2 * kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 inline int64_t gradient_rows(const Problem& p, bool keeps_all) {
-  return keeps_all ? p.num_fields : std::max<int64_t>(1, kLanes<float> / p.embed_dim);
+  constexpr int64_t kMost = kCacheLine / sizeof(float);  // see kFieldsTogether
+  return keeps_all ? p.num_fields : std::max<int64_t>(1, kMost / p.embed_dim);
 }
 template <typename A>
 A* take_gradient_rows(const Problem& p, Arena& arena, int64_t rows) {
@@ -270,6 +271,12 @@ inline void dispatch_all(const Problem& p, Fn&& fn) {
 // to be a constant; else one in several registers, the last of which may be partly filled.
 template <int kEmbedDim, int L>
 constexpr int kPairsPerRegister = kEmbedDim > 0 && kEmbedDim < L ? L / kEmbedDim : 1;
+
+// How many fields meet as many others before the next do: those of a register or, where that is longer, of a cache line
+// of sums, so that a line is read once.
+template <typename A, int kEmbedDim, int kFields>
+constexpr int kFieldsABlock =
+    kFields * std::max(1, kPairsPerRegister<kEmbedDim, kCacheLine / int{sizeof(A)}> / kFields);
 
 // Calls fn(embed_dim, rest), both as constants: embed_dim 0 where it is none, and the width of what a K-vector leaves
 // for its last register, 0 where it leaves nothing, else rounded up to one of a few widths.

@@ -45,39 +45,39 @@ class PairSum {
     int64_t i = 0;
     if constexpr (kFields > 1 && kKeepsNarrow) {
       if (s.is_dense() && m >= kFields) return add_tiles(s, rows, ahead);
-    } else if constexpr (kFields > 1) {
-      for (; s.is_dense() && i + kFields <= m; i += kFields) {
-        int64_t j = i + kFields;
-        for (; j + kFields <= m; j += kFields) {
-          add_tile(s, rows, i, j, AllLanes{});
-          ahead.template ask_tile<kEmbedDim, kFields>(i, j);
+    } else if constexpr (kBlock > 1) {
+      if (s.is_dense()) {
+        const Range whole = {0, m / kBlock * kBlock};
+        for (; i < whole.end; i += kBlock) {
+          ahead.template ask_tile<kEmbedDim, kBlock>(i, i, whole, K);
+          add_triangle<kBlock>(s, rows, i, K);
+          int64_t j = i + kBlock;
+          for (; j < whole.end; j += kBlock) {
+            add_square<kBlock>(s, rows, i, j, K);
+            ahead.template ask_tile<kEmbedDim, kBlock>(i, j, whole, K);
+          }
+          if (j < m) ahead.template ask_vectors<kEmbedDim, kBlock>(i, j, K);
+          for (; j < m; ++j) {
+            for_constants<kBlock>([&](auto r)
+                                      __attribute__((always_inline)) { add_pair<r % kSums>(s, rows, i + r, j, K); });
+            ahead.template ask_vectors<kEmbedDim, kBlock, false, 1>(j, i, K);
+          }
+          ahead.step(kBlock * (m - i) - kBlock * (kBlock + 1) / 2);
         }
-        ahead.template ask_tile<kEmbedDim, kFields>(i, i);
-        for_constants<kFields>([&](auto r) __attribute__((always_inline)) {
-          for_constants<kFields>([&](auto q) __attribute__((always_inline)) {
-            if constexpr (r < q) add_pair<q % kSums>(s, rows, i + r, i + q, K);
-          });
-        });
-        if (j < m) ahead.template ask_vectors<kEmbedDim, kFields>(i, j, K);
-        for (; j < m; ++j) {
-          for_constants<kFields>([&](auto r)
-                                     __attribute__((always_inline)) { add_pair<r % kSums>(s, rows, i + r, j, K); });
-          ahead.template ask_vectors<kEmbedDim, kFields, false, 1>(j, i, K);
-        }
-        ahead.step(kFields * (m - i) - kFields * (kFields + 1) / 2);
       }
     }
+    const Range rest = {i, m};
     for (; i < m; ++i) {
       const int64_t f = s.active(i);
       int64_t j = i + 1;
       const auto add = [&](auto r) __attribute__((always_inline)) {
         const int64_t g = s.active(j + r);
         add_pair<r>(s, rows, f, g, K);
-        ahead.template ask_tile<kEmbedDim, 1>(f, g, K);
+        ahead.template ask_tile<kEmbedDim, 1>(f, g, rest, K);
       };
       for (; j + kSums <= m; j += kSums) for_constants<kSums>(add);
       for (; j < m; ++j) add(std::integral_constant<int, 0>{});
-      ahead.template ask_tile<kEmbedDim, 1>(f, f, K);
+      ahead.template ask_tile<kEmbedDim, 1>(f, f, rest, K);
       ahead.step(m - 1 - i);
     }
   }
@@ -94,6 +94,7 @@ class PairSum {
   static constexpr bool kIsSmall = kEmbedDim > 0 && kEmbedDim < kLanes<A>;
   static constexpr int L = kIsSmall && kKeepsNarrow ? 2 * kLanes<A> : kLanes<A>;
   static constexpr int kFields = kPairsPerRegister<kEmbedDim, L>;
+  static constexpr int kBlock = kFieldsABlock<A, kEmbedDim, kFields>;
 
   using Lane = int16_t;
   using Lanes = Vec<Lane, L>;
@@ -102,21 +103,22 @@ class PairSum {
   template <typename T, typename Ahead>
   __attribute__((always_inline)) void add_tiles(const FieldSums<T>& s, const R* const* rows, Ahead& ahead) {
     const int64_t F = s.num_active();
+    const Range whole = {0, F / kFields * kFields};
     const Lanes field = run_of_lane<Lane, L, kEmbedDim>();
     const auto at_least = [&](int64_t first) { return field >= static_cast<Lane>(first); };
     for_tiles<kFields>(
         F,
         [&](int64_t f, int64_t g) {
           add_tile(s, rows, f, g, AllLanes{});
-          ahead.template ask_tile<kEmbedDim, kFields>(f, g);
+          ahead.template ask_tile<kEmbedDim, kFields>(f, g, whole, kEmbedDim);
         },
         [&](int64_t f, int64_t g, int64_t done) {
           add_tile(s, rows, f, g, [&](int64_t) { return at_least(done); });
-          ahead.template ask_tile<kEmbedDim, kFields, true>(f, g);
+          ahead.template ask_last_tile<kEmbedDim, kFields>(f, g);
         },
         [&](int64_t f, int64_t done) {
           add_tile(s, rows, f, f, [&](int64_t r) { return at_least(r >= done ? r + 1 : kFields); });
-          ahead.template ask_tile<kEmbedDim, kFields, true>(f, f);
+          ahead.template ask_last_tile<kEmbedDim, kFields>(f, f);
           ahead.step(kFields * std::max<int64_t>(0, F - f - kFields) + kFields * (kFields - 1) / 2);
         });
   }
@@ -142,6 +144,34 @@ class PairSum {
       if constexpr (kScaled) right[r] *= s.scale(f + r) * load_first<L>(s.wide_scale() + g * K, N);
       add(wide_[r % kSums], counted(factors<L>(rows[f + r] + g * K, N), r), counted(right[r], r), A(1));
     }
+  }
+
+  // The pairs of kSize fields from f on with as many from g on.
+  template <int kSize, typename T>
+  __attribute__((always_inline)) void add_square(const FieldSums<T>& s, const R* const* rows, int64_t f, int64_t g,
+                                                 int64_t K) {
+    for_constants<kSize / kFields>([&](auto r) __attribute__((always_inline)) {
+      for_constants<kSize / kFields>([&](auto q) __attribute__((always_inline)) {
+        if constexpr (kFields > 1) {
+          add_tile(s, rows, f + r * kFields, g + q * kFields, AllLanes{});
+        } else {
+          add_pair<(kSize * r + q) % kSums>(s, rows, f + r, g + q, K);
+        }
+      });
+    });
+  }
+  // Those of kSize fields from f on with each other.
+  template <int kSize, typename T>
+  __attribute__((always_inline)) void add_triangle(const FieldSums<T>& s, const R* const* rows, int64_t f, int64_t K) {
+    for_constants<kSize>([&](auto r) __attribute__((always_inline)) {
+      for_constants<kSize>([&](auto q) __attribute__((always_inline)) {
+        constexpr bool kAreTogether = kFields == 1 || r / kFields == q / kFields;
+        if constexpr (r < q && kAreTogether) add_pair<q % kSums>(s, rows, f + r, f + q, K);
+        if constexpr (r < q && !kAreTogether && r % kFields == 0 && q % kFields == 0) {
+          add_tile(s, rows, f + r, f + q, AllLanes{});
+        }
+      });
+    });
   }
 
   template <int kFirstSum = 0, typename T>

@@ -340,27 +340,28 @@ class PairUpdates {
   void update_fields(LearntEntries<T> entries, int64_t F, Scale wide_scale, const Ahead& ahead) const {
     if constexpr (kFields > 1) {
       if (F >= kFields) {
+        const Range whole = {0, F / kFields * kFields};
         for_tiles<kFields>(
             F,
             [&](int64_t f, int64_t g) {
-              ahead.template ask_tile<kEmbedDim, kFields>(f, g);
+              ahead.template ask_tile<kEmbedDim, kFields>(f, g, whole, kEmbedDim);
               update_tile(entries, f, g, AllLanes{}, AllLanes{}, wide_scale);
             },
             [&](int64_t f, int64_t g, int64_t done) {
-              ahead.template ask_tile<kEmbedDim, kFields, true>(f, g);
+              ahead.template ask_last_tile<kEmbedDim, kFields>(f, g);
               update_last(entries, f, g, done, wide_scale);
             },
             [&](int64_t f, int64_t done) {
-              ahead.template ask_tile<kEmbedDim, kFields, true>(f, f);
+              ahead.template ask_last_tile<kEmbedDim, kFields>(f, f);
               update_diagonal(entries, f, done, wide_scale);
             });
         return;
       }
     }
     for (int64_t f = 0; f < F; ++f) {
-      ahead.template ask_tile<kEmbedDim, 1>(f, f, embed_dim_);
+      ahead.template ask_tile<kEmbedDim, 1>(f, f, {0, F}, embed_dim_);
       for (int64_t g = f + 1; g < F; ++g) {
-        ahead.template ask_tile<kEmbedDim, 1>(f, g, embed_dim_);
+        ahead.template ask_tile<kEmbedDim, 1>(f, g, {0, F}, embed_dim_);
         update_pair(entries, f, f, g, g);
       }
     }

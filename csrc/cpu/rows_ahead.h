@@ -3,10 +3,10 @@
 // ISA.
 //
 // Whoever goes over pairs tells an object such as these where it is, by
-//   ask_tile, ask_vectors  it is at these K-vectors, of fields in their order,
-//   step(work)             it has done so many of the units of work that a sample takes.
-// Where samples are a matrix, every K-vector is a cue to ask for the same place of a later sample: requests then come
-// as evenly as loads do, and neither keeps the other waiting for a line buffer. Of other samples it is not known in
+//   ask_tile, ask_last_tile, ask_square, ask_vectors  it is at these K-vectors, of fields in their order,
+//   step(work)                                        it has done so many of the units of work that a sample takes.
+// Where samples are a matrix, every K-vector is a cue to ask for one of a later sample: requests then come as evenly as
+// loads do, and neither keeps the other waiting for a line buffer. Of other samples it is not known in
 // time where a field's row is, so whole rows are asked for in bursts: a core keeps more lines in flight when no loads
 // stand between the requests.
 #pragma once
@@ -45,11 +45,20 @@ class Places {
   __attribute__((always_inline)) void ask_next_end(int64_t f) const { prefetch_line(next_[f] + end_ - 1); }
   void turn_to_next() { std::swap(rows_, next_); }
 
-  // Those for kFields fields from g on, in as many rows from f on, and the other way round.
-  template <int kEmbedDim, int kFields, bool kAlways = false>
-  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g, int64_t embed_dim = kEmbedDim) const {
-    ask_vectors<kEmbedDim, kFields, kAlways>(f, g, embed_dim);
-    if (f != g) ask_vectors<kEmbedDim, kFields, kAlways>(g, f, embed_dim);
+  // For who goes over the tiles (f, g), f <= g, of the fields [begin, end), kFields by kFields, f by f: those of the
+  // tile, and as many from below the diagonal, where rows are taken from the last to the first, so that both sides are
+  // done together and every row is asked for from one end to the other, as memory likes it.
+  template <int kEmbedDim, int kFields>
+  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g, Range fields, int64_t embed_dim) const {
+    ask_vectors<kEmbedDim, kFields>(f, g, embed_dim);
+    if (f == g) return;
+    ask_vectors<kEmbedDim, kFields>(fields.begin + fields.end - kFields - f, fields.begin + g - f - kFields, embed_dim);
+  }
+  // Of a tile that is out of step: those of both its sides, always.
+  template <int kEmbedDim, int kFields>
+  __attribute__((always_inline)) void ask_last_tile(int64_t f, int64_t g) const {
+    ask_vectors<kEmbedDim, kFields, true>(f, g, kEmbedDim);
+    if (f != g) ask_vectors<kEmbedDim, kFields, true>(g, f, kEmbedDim);
   }
 
   // Those for kFields fields from g on, in the rows of kRows fields from f on. Such as share a line are asked for once,
@@ -126,6 +135,8 @@ class RowsAhead {
   // Sample b is next, and takes `work` units of step().
   void at_sample(int64_t b, int64_t work) {
     if (is_by_place_) {
+      next_row_ = 0;
+      next_column_ = fields_.begin;
       const int64_t later = b + distance_;
       has_later_ = later < end_;
       has_next_ = asks_ends_first_ && later + 1 < end_;
@@ -154,14 +165,30 @@ class RowsAhead {
     if (!is_by_place_) request(next_sample_end_);
   }
 
-  template <int kEmbedDim, int kFields, bool kAlways = false>
-  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g, int64_t embed_dim = kEmbedDim) const {
-    if (has_later_) places_.template ask_tile<kEmbedDim, kFields, kAlways>(f, g, embed_dim);
+  template <int kEmbedDim, int kFields>
+  __attribute__((always_inline)) void ask_tile(int64_t f, int64_t g, Range fields, int64_t embed_dim) const {
+    if (has_later_) places_.template ask_tile<kEmbedDim, kFields>(f, g, fields, embed_dim);
+    if (f == g) ask_ends(f, f + kFields);
+  }
+  template <int kEmbedDim, int kFields>
+  __attribute__((always_inline)) void ask_last_tile(int64_t f, int64_t g) const {
+    if (has_later_) places_.template ask_last_tile<kEmbedDim, kFields>(f, g);
     if (f == g) ask_ends(f, f + kFields);
   }
   template <int kEmbedDim, int kFields, bool kAlways = false, int kRows = kFields>
   __attribute__((always_inline)) void ask_vectors(int64_t f, int64_t g, int64_t embed_dim) const {
     if (has_later_) places_.template ask_vectors<kEmbedDim, kFields, kAlways, kRows>(f, g, embed_dim);
+  }
+  // For who goes over the squares (f, g) column by column, kFields of their own fields f for all g: as many of these
+  // fields' columns, row by row.
+  template <int kEmbedDim, int kFields>
+  __attribute__((always_inline)) void ask_square(int64_t, int64_t, int64_t embed_dim) {
+    if (!has_later_) return;
+    places_.template ask_vectors<kEmbedDim, kFields>(next_row_, next_column_, embed_dim);
+    next_column_ += kFields;
+    if (next_column_ + kFields <= fields_.end) return;
+    next_row_ += kFields;
+    next_column_ = fields_.begin;
   }
   // Field f is done, by who does not ask for tiles.
   __attribute__((always_inline)) void pass_field(int64_t f) const {
@@ -203,6 +230,8 @@ class RowsAhead {
   // The field of the entry that comes next, if the samples are a matrix.
   int64_t field_ = 0;
   int64_t next_sample_end_ = 0, limit_ = 0, work_done_ = 0, work_a_burst_ = 0;
+
+  int64_t next_row_ = 0, next_column_ = 0;  // by ask_square
 
   bool is_by_place_, asks_ends_first_, has_later_ = false, has_next_ = false;
   int64_t distance_, ends_a_field_;
