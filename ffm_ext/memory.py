@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,9 +48,28 @@ def empty_table(
     """An uninitialised table; on the CPU and above 32 MB on huge pages, its pages touched by all threads.
 
     ``FFM_EXT_HUGE_PAGES=0`` leaves the memory as the allocator gives it.
+
+    Raises:
+        MemoryError: the CPU has no memory for it.
     """
-    table = torch.empty(*shape, dtype=dtype, device=device)
+    table = _empty(shape, dtype, device)
     return table.zero_() if _advise(table) else table
+
+
+def _empty(
+    shape: Sequence[int], dtype: torch.dtype | None, device: torch.device | str | None
+) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except RuntimeError as error:
+        # What its CPU allocator says; an accelerator's has an exception of its own.
+        if "can't allocate memory" not in str(error):
+            raise
+        dtype = dtype or torch.get_default_dtype()
+        size = math.prod(shape) * dtype.itemsize
+        raise MemoryError(
+            f"there is no memory for a table of shape {list(shape)} in {dtype}: {size} bytes"
+        ) from error
 
 
 def _advise(table: Tensor) -> bool:
@@ -62,7 +83,7 @@ def _advise(table: Tensor) -> bool:
 
 def copied_table(tensor: Tensor) -> Tensor:
     """A contiguous copy on the CPU, in memory as :func:`empty_table` has it."""
-    table = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    table = _empty(tensor.shape, tensor.dtype, "cpu")
     _advise(table)
     return table.copy_(tensor)
 

@@ -31,7 +31,10 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
         rows = grad_rows.reshape(indices.numel(), *ctx.shape[1:])
-        return torch.sparse_coo_tensor(indices.reshape(1, -1), rows, ctx.shape).coalesce(), None
+        grad = torch.sparse_coo_tensor(
+            indices.reshape(1, -1), rows, ctx.shape, check_invariants=True
+        )
+        return grad.coalesce(), None
 
 
 def ffm_interaction(

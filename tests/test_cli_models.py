@@ -223,6 +223,15 @@ def test_check_of_fields_far_apart(files, capsys):
     assert (found["fields"], found["largest field"], found["numbers of the fields"]) == (0, -1, [])
 
 
+def test_states_that_memory_does_not_hold(files, monkeypatch, capsys):
+    def full(*shape, **_):
+        raise MemoryError(f"no memory for {shape}")
+
+    monkeypatch.setattr("ffm_ext.memory.empty_table", full)
+    assert cli.main(["train", "tr.ffm"]) == 1
+    assert capsys.readouterr().err == "ffm-ext train: no memory for (40, 16)\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.torch_version import TorchVersion
 
 from ffm_ext.functional import ffm_interaction
+from ffm_ext.memory import empty_table
 from ffm_ext.reference import ffm_interaction as reference
 
 B, F, K, N = 512, 39, 4, 1000
@@ -58,6 +59,7 @@ def test_frozen_table_has_no_gradient_made() -> None:
 PEAK = """
 import re, torch
 from ffm_ext.functional import ffm_interaction
+from ffm_ext.memory import empty_table
 
 B, F, K, N = 4000, 39, 16, 1000
 
@@ -132,6 +134,7 @@ KEPT = """
 import torch
 from ffm_ext import memory
 from ffm_ext.functional import ffm_interaction
+from ffm_ext.memory import empty_table
 
 weight = torch.randn(40_000, 39, 4, requires_grad=True)
 small = torch.randn(100, 39, 4, requires_grad=True)
@@ -165,6 +168,12 @@ print(memory.kept_bytes())
     TorchVersion(torch.__version__) < "2.11",
     reason="torch 2.10 makes no tensor of memory with a deleter",
 )
+def test_a_table_that_memory_does_not_hold() -> None:
+    message = r"table of shape \[1099511627776, 64\] in torch.bfloat16: 140737488355328 bytes"
+    with pytest.raises(MemoryError, match=message):
+        empty_table(1 << 40, 64, dtype=torch.bfloat16)
+
+
 def test_memory_of_gradients_is_kept() -> None:
     run = python("-c", KEPT)
     assert run.returncode == 0, run.stderr

@@ -191,7 +191,7 @@ class PairSum {
 
   // The first n of N factors at p, as they are multiplied.
   template <int N>
-  static auto factors(const R* p, int64_t n) {
+  __attribute__((always_inline)) static auto factors(const R* p, int64_t n) {
     if constexpr (kKeepsNarrow) {
       return load_first_bits<N>(p, n);
     } else {
@@ -199,7 +199,7 @@ class PairSum {
     }
   }
   template <typename Sums, typename Factors>
-  static void add(Sums& sums, Factors a, Factors b, A x) {
+  __attribute__((always_inline)) static void add(Sums& sums, Factors a, Factors b, A x) {
     if constexpr (kKeepsNarrow) {
       sums = add_bfloat16_products(sums, a, b);
     } else {

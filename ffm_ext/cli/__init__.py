@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             error = caught
         except KeyboardInterrupt:
             return 130
-        except (OSError, ValueError, IndexError, FloatingPointError) as caught:
+        except (OSError, ValueError, IndexError, FloatingPointError, MemoryError) as caught:
             if os.environ.get("FFM_EXT_DEBUG"):
                 raise
             error = caught
