@@ -93,6 +93,10 @@ class SparseBatch:
             TypeError: ``feature_fields`` are not integers.
             ValueError: ``feature_fields`` does not have one entry a column.
         """
+        if len(matrix.shape) != 2:
+            raise ValueError(
+                f"SparseBatch.from_scipy: matrix must have two dimensions, got shape {list(matrix.shape)}"
+            )
         csr = matrix.tocsr()
         fields = _feature_fields(feature_fields, csr.shape[1])
         indices = torch.from_numpy(csr.indices.astype(np.int64))
@@ -113,6 +117,7 @@ class SparseBatch:
             ValueError: ``X`` does not have two dimensions, or ``feature_fields`` not one entry a column.
         """
         if isinstance(X, Tensor):
+            _check_real(X)
             dense = X if X.is_floating_point() else X.to(torch.get_default_dtype())
         else:
             dense = _floats(np.asarray(X))
@@ -139,9 +144,14 @@ class SparseBatch:
         """
         if t.layout != torch.sparse_csr:
             raise TypeError(f"SparseBatch.from_torch_csr: t must be sparse_csr, got {t.layout}")
+        if t.dim() != 2:
+            raise ValueError(
+                f"SparseBatch.from_torch_csr: t must have two dimensions, got shape {list(t.shape)}"
+            )
         fields = _feature_fields(feature_fields, t.shape[1]).to(t.device)
         indices = t.col_indices()
         values = t.values()
+        _check_real(values)
         values = values if values.is_floating_point() else values.to(torch.get_default_dtype())
         return cls(indices, fields[indices.long()], values, t.crow_indices())
 
@@ -332,8 +342,16 @@ def _offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
+def _check_real(values: Tensor | np.ndarray) -> None:
+    """Raise where numbers, made floating-point ones, would lose what they are."""
+    is_other = isinstance(values, np.ndarray) and values.dtype.kind not in "biufO"
+    if is_other or (isinstance(values, Tensor) and values.is_complex()):
+        raise TypeError(f"SparseBatch: values must be real numbers, got {values.dtype}")
+
+
 def _floats(array: np.ndarray) -> Tensor:
     """In its own dtype, where torch has that, else as float32."""
+    _check_real(array)
     keep = np.issubdtype(array.dtype, np.floating) and array.dtype.itemsize in (2, 4, 8)
     return as_tensor(array if keep else array.astype(np.float32))
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arguments import outside
+from ._arguments import outside, sum_dtype
 from .batch import SparseBatch
 from .functional import ffm_interaction
 from .modules import FFM, FFMInteraction, _global_ids, _unit_norm
@@ -211,7 +211,7 @@ def _all_pairs(model: FFM, table: Tensor, n: int) -> Iterator[tuple[Tensor, Tens
             others = table[of_g, f]
             for rows in of_f.split(max(1, _BLOCK // max(1, of_g.numel()))):
                 dots = table[rows, g] @ others.T
-                strength = dots.abs()
+                strength = _ranked(dots)
                 if f == g:
                     strength.masked_fill_(rows[:, None] >= of_g, -1)
                 strength, places = strength.flatten().topk(min(n, strength.numel()))
@@ -237,30 +237,46 @@ def _pairs_of(
                 raise IndexError(
                     f"top_interactions: {name} has {int(wrong[0])}, out of range for {size}"
                 )
-        # Each entry with all that come after it in its sample.
-        counts = batch.offsets.diff().long()
-        ends = batch.offsets[1:].long().repeat_interleave(counts)
-        entries = torch.arange(batch.nnz, device="cpu")
-        partners = ends - entries - 1
-        left = entries.repeat_interleave(partners)
-        starts = (partners.cumsum(0) - partners).repeat_interleave(partners)
-        right = left + 1 + torch.arange(left.numel(), device="cpu") - starts
-        keep = indices[left] != indices[right]
-        if not layer.within_field:
-            keep &= fields[left] != fields[right]
-        pairs = _ordered(
-            indices[left[keep]], indices[right[keep]], fields[left[keep]], fields[right[keep]]
-        )
-        pairs = pairs[_first_of_each(pairs, layer)]
-        a, b, field_a, field_b = pairs.unbind(1)
-        dots = (table[a, field_b] * table[b, field_a]).sum(1)
-        kept = dots.abs().topk(min(n, dots.numel())).indices
-        yield pairs[kept], dots[kept]
+        for left, right in _pairs_of_entries(batch.offsets.long()):
+            keep = indices[left] != indices[right]
+            if not layer.within_field:
+                keep &= fields[left] != fields[right]
+            pairs = _ordered(
+                indices[left[keep]], indices[right[keep]], fields[left[keep]], fields[right[keep]]
+            )
+            pairs = pairs[_first_of_each(pairs, layer)]
+            a, b, field_a, field_b = pairs.unbind(1)
+            dots = (table[a, field_b] * table[b, field_a]).sum(1)
+            strength, kept = _ranked(dots).topk(min(n, dots.numel()))
+            kept = kept[strength >= 0]
+            yield pairs[kept], dots[kept]
+
+
+def _ranked(dots: Tensor) -> Tensor:
+    """How strong pairs are, -1 for what is no number: ``topk`` would take it for the strongest."""
+    return dots.abs().masked_fill_(dots.isnan(), -1)
+
+
+def _pairs_of_entries(offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each entry with all that come after it in its sample, some ``_BLOCK`` pairs at a time."""
+    entries = torch.arange(int(offsets[-1]), device="cpu")
+    partners = offsets[1:].repeat_interleave(offsets.diff()) - entries - 1
+    work = partners.cumsum(0)
+    begin = 0
+    while begin < len(entries):
+        done = int(work[begin - 1]) if begin else 0
+        end = max(begin + 1, int(torch.searchsorted(work, done + _BLOCK)))
+        of_each = partners[begin:end]
+        left = entries[begin:end].repeat_interleave(of_each)
+        starts = (work[begin:end] - of_each - done).repeat_interleave(of_each)
+        yield left, left + 1 + torch.arange(left.numel(), device="cpu") - starts
+        begin = end
 
 
 def _strength_over(model: FFM, data: Tensor | SparseBatch) -> Tensor:
     layer = model.interaction
     F, weight = layer.num_fields, layer.weight.detach()
+    weight = weight.to(sum_dtype(weight))  # products of half precision may not fit it
     terms = F * (F - 1) // 2 + (F if layer.within_field else 0)
     squares = torch.zeros(terms, dtype=torch.float64, device="cpu")
     samples = 0

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ._arguments import is_integral
+from ._arguments import is_integral, outside
 from ._files import atomic_write
 from .memory import copied_table
 from .modules import FFM, FFMInteraction
@@ -69,6 +69,12 @@ _BLOCK_LINES = 1 << 16
 
 _FORMAT = "ffm_ext.FFM"
 _VERSION = "1"
+# Of FFM: what is kept, and what its table may hold.
+_MODEL_ARGUMENTS = {
+    *("num_features", "num_fields", "embed_dim", "within_field", "grad", "bias", "linear"),
+    *("normalize", "field_names", "field_dims"),
+}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def save_model(model: FFM, path: _Path, *, loss: Loss | None = None) -> None:
@@ -94,10 +100,12 @@ def save_model(model: FFM, path: _Path, *, loss: Loss | None = None) -> None:
         "linear.bias": model.linear.bias,
     }
     tensors = {
-        name: tensor.detach().cpu() for name, tensor in parameters.items() if tensor is not None
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in parameters.items()
+        if tensor is not None
     }
     if "field_dims" not in arguments and model.feature_fields is not None:
-        tensors["feature_fields"] = model.feature_fields.cpu()
+        tensors["feature_fields"] = model.feature_fields.cpu().contiguous()
     metadata = {"format": _FORMAT, "version": _VERSION, "arguments": json.dumps(arguments)}
     if loss is not None:
         metadata["loss"] = loss
@@ -179,19 +187,21 @@ def _read_model(file: Any, metadata: dict[str, str], fail: _Failure, mmap: bool)
         wanted |= {"feature_fields": [N]} if "feature_fields" in found else {}
         if found == wanted:
             model = model_from_arguments(arguments)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         fail(f"its metadata describes no model ({type(error).__name__}: {error})")
     if found != wanted:
         fail(f"it holds tensors of shapes {found}, its metadata says {wanted}")
     for name, parameter in model.named_parameters():
         tensor = file.get_tensor(name)
-        if not tensor.is_floating_point():
+        if tensor.dtype not in _DTYPES:
             fail(f"{name} is {tensor.dtype}")
         parameter.data = tensor if mmap else copied_table(tensor)
     if "feature_fields" in found:
         fields = file.get_tensor("feature_fields")
-        if not is_integral(fields):
-            fail(f"feature_fields is {fields.dtype}")
+        try:
+            _check_feature_fields("feature_fields", fields, N, F)
+        except (TypeError, ValueError) as error:
+            fail(str(error))
         model._describe_fields(fields)
     return model
 
@@ -202,24 +212,42 @@ def model_arguments(model: FFM) -> dict[str, Any]:
     A model whose fields were described by lists of ids has ``feature_fields`` beside that, which are a tensor's job.
 
     Raises:
-        TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
+        TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table, or its ``feature_fields`` are no integers.
+        ValueError: its ``field_names`` or ``feature_fields`` do not fit its sizes.
     """
     _check_model("save_model", model)
     layer = model.interaction
+    if len(model.field_names) != layer.num_fields:
+        raise ValueError(
+            f"save_model: the model has {len(model.field_names)} field_names for {layer.num_fields} fields"
+        )
+    if model.feature_fields is not None:
+        where = "save_model: the model's feature_fields"
+        _check_feature_fields(where, model.feature_fields, layer.num_features, layer.num_fields)
     arguments: dict[str, Any] = {
         "num_features": layer.num_features,
         "num_fields": layer.num_fields,
         "embed_dim": layer.embed_dim,
-        "within_field": layer.within_field,
+        "within_field": bool(layer.within_field),
         "grad": layer.grad,
         "bias": model.linear.bias is not None,
         "linear": model.linear.weight is not None,
-        "normalize": model.normalize,
+        "normalize": bool(model.normalize),
         "field_names": model.field_names,
     }
     if model.offsets is not None:
         arguments["field_dims"] = model.offsets.diff().tolist()
     return arguments
+
+
+def _check_feature_fields(what: str, fields: Tensor, num_features: int, num_fields: int) -> None:
+    if not is_integral(fields):
+        raise TypeError(f"{what} is {fields.dtype}, not integers")
+    if fields.shape != (num_features,):
+        raise ValueError(f"{what} must be [{num_features}], got shape {list(fields.shape)}")
+    wrong = fields[outside(fields, num_fields)]
+    if wrong.numel():
+        raise ValueError(f"{what} has {int(wrong[0])}, out of range for {num_fields} fields")
 
 
 def model_from_arguments(arguments: Mapping[str, Any]) -> FFM:
@@ -229,6 +257,12 @@ def model_from_arguments(arguments: Mapping[str, Any]) -> FFM:
         KeyError, TypeError, ValueError: an argument is missing, unknown, or contradicts another.
     """
     options = dict(arguments)
+    unknown = options.keys() - _MODEL_ARGUMENTS
+    if unknown:
+        raise ValueError(f"{min(unknown)!r} is no argument that is kept")
+    for name in ("within_field", "bias", "linear", "normalize"):
+        if not isinstance(options[name], bool):
+            raise TypeError(f"{name} = {options[name]!r} is neither true nor false")
     names = [str(name) for name in options.pop("field_names")]
     if len(names) != options["num_fields"]:
         raise ValueError(f"{len(names)} field_names for num_fields = {options['num_fields']}")
@@ -300,9 +334,9 @@ def save_libffm(
             ``None`` = 1, as libffm starts.
 
     Raises:
-        TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
+        TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table, or ``accumulators`` no tensor.
         ValueError: libffm has no place for a part of the model or for its size; a weight is not finite; ``format``
-            does not exist; ``accumulators`` has another shape, a number below 1, or goes with text.
+            does not exist; ``accumulators`` has another shape, a number below 1 or none in float32, or goes with text.
         OSError: it cannot be written; a file that was there before is left as it was.
     """
     _check_model("save_libffm", model)
@@ -318,6 +352,9 @@ def save_libffm(
         raise ValueError(f"save_libffm: format = {format!r} is not one of binary, text")
     if accumulators is not None and format == "text":
         raise ValueError("save_libffm: the text format has no place for accumulators")
+    kind: type[Any] = type(accumulators)
+    if accumulators is not None and not issubclass(kind, Tensor):
+        raise TypeError(f"save_libffm: accumulators must be a tensor, got {kind.__name__}")
     if accumulators is not None and accumulators.shape != layer.weight.shape:
         raise ValueError(
             f"save_libffm: accumulators has shape {list(accumulators.shape)}, "
@@ -343,10 +380,11 @@ def save_libffm(
             if accumulators is None:
                 body[:, :, :, 1] = 1
             else:
-                sums = accumulators[begin : begin + len(block)].to("cpu", torch.float32)
-                if not bool((sums >= 1).all()):
+                sums = accumulators[begin : begin + len(block)].detach().to("cpu", torch.float32)
+                wrong = sums[~((sums >= 1) & sums.isfinite())]
+                if wrong.numel():
                     raise ValueError(
-                        f"save_libffm: accumulators has {sums.min().item()}; libffm's are 1 or more"
+                        f"save_libffm: accumulators has {wrong[0].item()}; libffm's are 1 or more, in float32"
                     )
                 body[:, :, :, 1] = _in_groups(sums.numpy().reshape(block.shape), groups, 1.0)
             file.write(body.data)
@@ -420,7 +458,7 @@ def _load_libffm_text(file: BinaryIO, fail: _Failure) -> FFM:
     header = []
     for number, name in enumerate((b"n", b"m", b"k", b"normalization"), 1):
         line = file.readline()
-        match = re.fullmatch(name + rb" (\d+)\s*", line)
+        match = re.fullmatch(name + rb" (\d{1,10})\s*", line)
         if match is None:
             fail(f"line {number}: expected '{name.decode()} <number>', found {_shown(line)}")
         header.append(int(match[1]))
@@ -530,7 +568,7 @@ def _xlearn_sizes(file: BinaryIO, line: bytes, N: int, fail: _Failure) -> tuple[
         tail = file.read(tail_bytes)
     last = tail.splitlines(keepends=True)[-1]
     file.seek(here)
-    match = re.fullmatch(rb"v_(\d+)_(\d+): (.*)\n", last)
+    match = re.fullmatch(rb"v_(\d{1,19})_(\d{1,19}): (.*)\n", last)
     if match is None:
         fail(f"the last line, {_shown(last)}, is no vector of factors; is it truncated?")
     if int(match[1]) != N - 1:
@@ -710,7 +748,8 @@ def _load_pt(path: _Path, fail: _Failure) -> Mapping[str, Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             fail(f"it holds a {type(tensor).__name__} as {name!r}, expected tensors with names")
         # A view may claim any shape, and its memory would be asked for when it is copied.
-        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+        is_plain = tensor.layout == torch.strided and not tensor.is_nested and tensor.is_cpu
+        if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
             fail(f"{name} is no dense tensor with all its elements in the file")
     return cast(Mapping[str, Tensor], state)
 
@@ -774,7 +813,7 @@ def _check_model(where: str, model: Any) -> None:
     if not isinstance(model, FFM) or not isinstance(model.interaction, FFMInteraction):
         found = type(model).__name__
         if isinstance(model, FFM):
-            found += f" with a {type(model.interaction).__name__}"
+            found += f" with a {type(model.interaction).__name__}, whose state_dict can be kept"
         raise TypeError(f"{where}: model must be an FFM with a float table, got {found}")
 
 
@@ -855,11 +894,10 @@ def _read_vectors(
             factors.append(line[len(start) :])
         if len(lines) < len(block) * F or not lines[-1].endswith(b"\n"):
             fail(f"line {number + len(lines)}: the file ends too early; is it truncated?")
-        numbers = _floats(b"".join(factors))
-        if numbers is None or numbers.size != block.size or not np.isfinite(numbers).all():
+        numbers = _floats(factors, K)
+        if numbers is None:
             for i, line in enumerate(factors):
-                numbers = _floats(line)
-                if numbers is None or numbers.size != K or not np.isfinite(numbers).all():
+                if _floats([line], K) is None:
                     fail(f"line {number + i}: expected {K} finite numbers, found {_shown(line)}")
         block[...] = np.reshape(numbers, block.shape)  # type: ignore[arg-type]
     line = file.readline()
@@ -868,19 +906,25 @@ def _read_vectors(
         fail(f"line {number}: expected the end of the file, found {_shown(line)}")
 
 
-def _floats(text: bytes) -> np.ndarray | None:
+def _floats(lines: list[bytes], count: int) -> np.ndarray | None:
+    """The numbers of lines that have so many each, all finite."""
+    words = [line.split() for line in lines]
+    # NumPy reads 1_0 as Python does.
+    if any(len(found) != count for found in words) or any(b"_" in line for line in lines):
+        return None
     try:
-        return np.array(text.split(), dtype=np.float32)
+        numbers = np.array(words, dtype=np.float32)
     except ValueError:
         return None
+    return numbers if np.isfinite(numbers).all() else None
 
 
 def _number(line: bytes, start: str, number: int, fail: _Failure) -> float:
     """The one number of a line that begins with ``start``."""
-    numbers = _floats(line[len(start) :]) if line.startswith(start.encode()) else None
-    if numbers is None or numbers.size != 1 or not np.isfinite(numbers[0]):
+    numbers = _floats([line[len(start) :]], 1) if line.startswith(start.encode()) else None
+    if numbers is None:
         fail(f"line {number}: expected '{start}<number>', found {_shown(line)}")
-    return float(numbers[0])
+    return numbers.item()
 
 
 def _shown(line: bytes) -> str:

@@ -415,7 +415,7 @@ class _Linear(nn.Module):
         super().__init__()
         self.grad = grad
         for name, shape, wanted in (("weight", (num_features, 1), weight), ("bias", (), bias)):
-            empty = torch.empty(shape, dtype=dtype, device=device) if wanted else None
+            empty = empty_table(*shape, dtype=dtype, device=device) if wanted else None
             self.register_parameter(name, None if empty is None else nn.Parameter(empty))
         self.reset_parameters()
 
@@ -545,7 +545,6 @@ class FFM(_Described):
         num_features, num_fields, embed_dim = check_positive(
             "FFM", num_features=num_features, num_fields=num_fields, embed_dim=embed_dim
         )
-        self.field_names = names or [str(f) for f in range(num_fields)]
         self.normalize = normalize
         self.linear = _Linear(
             num_features, grad, bias=bias, weight=linear, dtype=dtype, device=device
@@ -559,7 +558,19 @@ class FFM(_Described):
             dtype=dtype,
             device=device,
         )
+        # After the table: there may be no memory for so many.
+        self.field_names = names or [str(f) for f in range(num_fields)]
         self._describe(device, feature_fields=feature_fields, offsets=starts)
+
+    @property
+    def grad(self) -> GradMode:
+        """The gradient of linear weights and table, as the constructor takes it; can be set."""
+        return self.interaction.grad
+
+    @grad.setter
+    def grad(self, grad: GradMode) -> None:
+        check_modes("FFM", "sum", grad)
+        self.interaction.grad = self.linear.grad = grad
 
     def reset_parameters(self) -> None:
         """Draw the table anew; linear weights and bias become 0."""
@@ -667,9 +678,18 @@ class FM(nn.Module):
         )
         check_modes("FM", "sum", grad)
         self.linear = _Linear(num_features, grad, dtype=dtype, device=device)
-        self.grad = grad
         self.weight = nn.Parameter(torch.empty(num_features, embed_dim, dtype=dtype, device=device))
         self.reset_parameters()
+
+    @property
+    def grad(self) -> GradMode:
+        """The gradient of both tables, as the constructor takes it; can be set."""
+        return self.linear.grad
+
+    @grad.setter
+    def grad(self, grad: GradMode) -> None:
+        check_modes("FM", "sum", grad)
+        self.linear.grad = grad
 
     def reset_parameters(self) -> None:
         """Draw the factors anew, ``N(0, 0.01 / K)``; linear weights and bias become 0."""
@@ -841,6 +861,8 @@ def _global_ids(where: str, x: Tensor, starts: Tensor) -> Tensor:
     Each id is checked against its own field, since one past its end would be a valid id of the next: on the CPU, also
     in compiled and exported programs, and where :func:`ffm_ext.check_contents` asked for it.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{where}: ids must be a tensor, got {type(x).__name__}")
     if x.device.type == "cpu":
         return torch.ops.ffm_ext.ffm_table_ids(x, starts, where)
     num_fields = starts.numel() - 1

@@ -136,6 +136,9 @@ def quantize(model: _Model) -> _Model:
     Everything else (linear weights, bias, other layers) is copied as it is; the float tables are not copied on the
     way. A model that is an ``FFMInteraction`` itself becomes a :class:`QuantizedFFMInteraction`.
 
+    To keep it, save the float model and quantize what is loaded, which gives the same bits; or save the copy's
+    ``state_dict`` and load that into ``quantize`` of a model of the same arguments.
+
     Raises:
         ValueError: the model has no ``FFMInteraction``, or a table has an element that is not finite.
     """

@@ -20,7 +20,8 @@ whole numbers ``[n, F]``                    ``"categorical"``    a column is a f
 ==========================================  ===================  ====================================================
 
 In the first two, the values of a sample are its nonzeros. Categories count from 0 in every column, as
-``sklearn.preprocessing.OrdinalEncoder`` makes them. -1, and in ``predict`` a category or an entry of a ``SparseBatch``
+``sklearn.preprocessing.OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1, encoded_missing_value=-1)``
+makes them. -1, and in ``predict`` a category or an entry of a ``SparseBatch``
 that ``fit`` has not seen, is no entry: it adds nothing. scikit-learn's model selection splits all of these, a
 ``SparseBatch`` too.
 """
@@ -215,6 +216,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
                 self.embed_dim,
                 num_features=self._num_features,
                 num_fields=self._num_fields,
+                device="cpu",  # as all that is made of arrays here
                 **options,
             )
         model._describe_fields(self._fields)
@@ -316,6 +318,17 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             dtype=None if categorical else np.float32,
         )
 
+    def _check_table(self, features: int, fields: int, why: str) -> None:
+        """Raise where memory does not hold the table, before anything of its size is made."""
+        size = features * fields * self.embed_dim
+        try:
+            torch.empty(size, dtype=torch.float32, device="cpu")  # nothing of it is touched
+        except (RuntimeError, TypeError) as error:  # sizes of more than 63 bits are of another kind
+            raise ValueError(
+                f"{type(self).__name__}: there is no memory for a table of {features} features, {fields} fields and "
+                f"{self.embed_dim} factors: {why}"
+            ) from error
+
     def _learn_fields(self, X: Any) -> None:
         """The sizes of the table, and the field of each feature."""
         name = type(self).__name__
@@ -329,9 +342,14 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             indices, owners = X.indices.long(), X.fields.long()
             if indices.min() < 0 or owners.min() < 0:
                 raise ValueError(f"{name}: the SparseBatch has a negative id or field")
-            fields = torch.zeros(int(indices.max()) + 1, dtype=torch.int64, device="cpu")
+            features, self._num_fields = int(indices.max()) + 1, int(owners.max()) + 1
+            self._check_table(
+                features,
+                self._num_fields,
+                "that is what the SparseBatch's largest id and field make",
+            )
+            fields = torch.zeros(features, dtype=torch.int64, device="cpu")
             fields[indices] = owners
-            self._num_fields = int(owners.max()) + 1
             self.n_features_in_ = len(fields)
         elif self._categorical:
             if self.feature_fields != "categorical":
@@ -341,6 +359,13 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             counts = torch.from_numpy(_categories(name, X).max(axis=0) + 1).clamp(min=1)
             self._starts = np.concatenate([[0], counts.cumsum(0).numpy()])
             self._num_fields = len(counts)
+            column = int(counts.argmax())
+            self._check_table(
+                sum(counts.tolist()),
+                len(counts),
+                f"column {column} has categories up to {int(counts[column]) - 1}; "
+                "sklearn.preprocessing.OrdinalEncoder numbers them from 0",
+            )
             fields = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
         elif self.feature_fields is None:
             size = X.shape[1] ** 2 * self.embed_dim
@@ -358,8 +383,11 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
                     f"{name}: feature_fields must be {X.shape[1]} integers from 0, one for each column of X, "
                     f"got {given.dtype} of shape {list(given.shape)}"
                 )
+            self._num_fields = int(given.max()) + 1
+            self._check_table(
+                len(given), self._num_fields, "that is what the largest of feature_fields makes"
+            )
             fields = torch.from_numpy(given.astype(np.int64))
-            self._num_fields = int(fields.max()) + 1
         self._num_features = len(fields)
         self._fields = fields
 
@@ -569,7 +597,8 @@ class FFMRegressor(RegressorMixin, _BaseFFM):  # type: ignore[misc]
     Args and attributes are those of :class:`FFMClassifier`, except for ``classes_``, and:
 
     Attributes:
-        y_mean_, y_scale_: of ``y``, weighted by ``sample_weight``.
+        y_mean_, y_scale_: of ``y``, weighted by ``sample_weight``. Scores of ``model_`` and ``trainer_`` alone, also
+            where the model was saved, are ``(y - y_mean_) / y_scale_``.
     """
 
     _loss = "squared"
@@ -629,7 +658,10 @@ class FFMRegressor(RegressorMixin, _BaseFFM):  # type: ignore[misc]
                     f"{type(self).__name__}: y goes from {y.min():.3g} to {y.max():.3g}, and its variance is out of "
                     "the range of float64: other units of y may help"
                 )
-            self.y_scale_ = variance**0.5 or 1.0
+            scale = variance**0.5
+            # Of y that is the same everywhere, what the mean was rounded by is left.
+            is_noise = scale <= 10 * np.finfo(np.float64).eps * abs(self.y_mean_)
+            self.y_scale_ = 1.0 if is_noise else scale
         return (y - self.y_mean_) / self.y_scale_
 
 

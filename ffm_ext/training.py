@@ -127,7 +127,7 @@ class Trainer:
 
     Args:
         model: changed in place. Its table may be float32, float64, bfloat16 or float16; linear weights and bias are
-            float32 (float64 with a float64 table).
+            float32 (float64 with a float64 table): ``model.interaction.to(torch.bfloat16)`` converts the table alone.
         optimizer: one of :mod:`ffm_ext.optim`, for table, linear weights and bias (the bias does not decay). In
             ``"exact"`` and ``"hogwild"`` a weight decays once for each pair it is in, as in libffm; in
             ``"deterministic"`` once for each batch that touches its row.
@@ -140,6 +140,7 @@ class Trainer:
         seed: of that order.
 
     Attributes:
+        optimizer: can be replaced by one of its kind, with another learning rate, say; weights stay as they are.
         epoch: how many epochs are complete.
         history: a list of :class:`Epoch`.
 
@@ -185,7 +186,7 @@ class Trainer:
         seed = _whole("Trainer", "seed", seed, least=0)
         _check_trainable("Trainer", model)
         self.model = model
-        self.optimizer = optimizer
+        self._optimizer = optimizer
         self.loss: Loss = loss
         self.mode: Mode = mode
         self.batch_size = batch_size
@@ -210,6 +211,21 @@ class Trainer:
         for name, parameter in self._small_parameters().items():
             decays = optimizer if name != "bias" else dataclasses.replace(optimizer, weight_decay=0)
             self._states[name] = list(decays.new_state(parameter.view(-1, 1), 1).values())
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """See above."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        if type(optimizer) is not type(self._optimizer):
+            raise TypeError(
+                f"Trainer: optimizer must be {type(self._optimizer).__name__}, whose states are there, got "
+                f"{optimizer!r}; another kind begins in a new Trainer"
+            )
+        self._optimizer = optimizer
+        self._keep_weights()
 
     # ---------------------------------------------------------------- training
 
@@ -584,7 +600,11 @@ class Trainer:
             if parameter is None:
                 continue
             if parameter.dtype != wide:
-                raise ValueError(f"Trainer: model.linear's {name} is {parameter.dtype}, not {wide}")
+                place = "weight" if name == "linear" else name
+                raise ValueError(
+                    f"Trainer: model.linear.{place} is {parameter.dtype}, not {wide}; only the table may be narrower: "
+                    f"model.interaction.to({self.model.interaction.weight.dtype})"
+                )
             found[name] = parameter.detach()
         return found
 
@@ -675,6 +695,8 @@ class Trainer:
         else:
             parts = [self._part(where, data, has_labels)]
         self._check_parts(where, parts, has_labels)
+        if isinstance(data, SparseDataset):
+            self._check_table_ids(where, parts)
         return parts
 
     def _part(self, where: str, data: Any, has_labels: bool) -> _Part:
@@ -702,6 +724,25 @@ class Trainer:
         if weights is not None:
             weights = _numbers(where, "weights", weights, len(x))
         return _Part(x, labels, weights)
+
+    def _check_table_ids(self, where: str, parts: Sequence[_Part]) -> None:
+        """Raise where ids that count from 0 in every field stand for those of the table, which a dataset has."""
+        starts = self.model.offsets
+        if starts is None:
+            return
+        for place, (x, *_) in _placed(where, parts):
+            if not isinstance(x, SparseBatch):
+                continue
+            pieces = zip(x.indices.split(_PIECE), x.fields.split(_PIECE), strict=True)
+            for i, (ids, fields) in enumerate(pieces):
+                wrong = (ids < starts[fields]) | (ids >= starts[fields + 1])
+                for e in wrong.nonzero()[:1].flatten().tolist():
+                    f = int(fields[e])
+                    raise ValueError(
+                        f"{place}: indices[{i * _PIECE + e}] = {int(ids[e])} is of field {f}, which has the features "
+                        f"[{int(starts[f])}, {int(starts[f + 1])}): a dataset has ids of the whole table, as "
+                        "x + model.offsets[:-1] makes them"
+                    )
 
     def _check_parts(self, where: str, parts: Sequence[Any], has_labels: bool = True) -> None:
         """Look at everything before the first update: an operator sees a batch, and says where in that it is wrong."""
@@ -843,6 +884,10 @@ class Trainer:
         from safetensors import SafetensorError, safe_open
 
         where = f"Trainer.load: {os.fspath(path)}"
+        if Path(path).is_dir():
+            raise IsADirectoryError(
+                f"{where}: a folder; checkpoints of several processes are for DistributedTrainer.load"
+            )
         if not Path(path).is_file():
             raise FileNotFoundError(f"{where}: no such file")
         try:

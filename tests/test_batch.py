@@ -393,3 +393,25 @@ def test_the_order_of_entries_does_not_matter() -> None:
     backward = SparseBatch.from_lists([sample[::-1] for sample in SAMPLES])
     with torch.no_grad():
         torch.testing.assert_close(layer(forward), layer(backward), rtol=0, atol=1e-14)
+
+
+def test_numbers_that_are_not_real_are_refused() -> None:
+    fields = [0, 1, 2]
+    complex_ = np.ones((2, 3)) * 1j
+    for make in (
+        lambda: SparseBatch.from_dense(complex_, fields),
+        lambda: SparseBatch.from_dense(torch.from_numpy(complex_), fields),
+        lambda: SparseBatch.from_dense(complex_.real.astype("datetime64[D]"), fields),
+        lambda: SparseBatch.from_scipy(sp.csr_matrix(complex_), fields),
+        lambda: SparseBatch.from_torch_csr(torch.from_numpy(complex_).to_sparse_csr(), fields),
+    ):
+        with pytest.raises(TypeError, match="values must be real numbers, got"):
+            make()
+
+
+def test_matrices_have_two_dimensions() -> None:
+    batched = torch.ones(2, 3, 4).to_sparse_csr()
+    with pytest.raises(ValueError, match=r"two dimensions, got shape \[2, 3, 4\]"):
+        SparseBatch.from_torch_csr(batched, [0, 1, 2, 3])
+    with pytest.raises(ValueError, match=r"two dimensions, got shape \[3\]"):
+        SparseBatch.from_scipy(sp.coo_array(np.ones(3)), [0, 1, 2])

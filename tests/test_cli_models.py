@@ -240,7 +240,12 @@ def test_states_that_memory_does_not_hold(files, monkeypatch, capsys):
         (["train", "empty.ffm"], "empty.ffm: no samples"),
         (["train", "tr.ffm", "-r", "-1"], "AdaGrad: lr = -1.0 is out of range"),
         (["train", "tr.ffm", "-k", "0"], "embed_dim = 0 must be positive"),
-        (["train", "tr.ffm", "--auto-stop"], "auto_stop needs valid"),
+        (["train", "tr.ffm", "--auto-stop"], "--auto-stop needs -p"),
+        (["train", "tr.ffm", "-t", "0"], "-t 0 must be positive"),
+        (
+            ["train", "tr.ffm", "-p", "va.ffm", "--auto-stop", "--patience", "0"],
+            "--patience 0 must be positive",
+        ),
         (["train", "tr.ffm", "--patience", "1"], "--patience is for --auto-stop"),
         (["train", "tr.ffm", "--batch-size", "8"], "--batch-size is for --mode deterministic, not"),
         (["train", "tr.ffm", "--ranges", "8"], "--ranges is for training under torchrun"),

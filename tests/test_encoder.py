@@ -611,3 +611,38 @@ def test_a_dataset_from_a_frame(make: Make) -> None:
         batch, [1, 0, 0, 1], num_features=encoder.num_features, num_fields=encoder.num_fields
     )
     assert (len(data), data.num_features, data.num_fields) == (4, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"u": Vocabulary},
+            "columns\\['u'\\] = <class .*Vocabulary'> is no Vocabulary, Hash, Bins or Numeric",
+        ),
+        ({"u": 5}, "columns\\['u'\\] = 5 is no Vocabulary"),
+        (["u", "v"], "columns must be a mapping .*, got list"),
+    ],
+    ids=["class", "number", "list"],
+)
+def test_what_is_no_encoding_is_refused(columns: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        FieldEncoder(columns)
+
+
+def test_a_lazy_frame_is_to_be_collected() -> None:
+    polars = pytest.importorskip("polars")
+    with pytest.raises(TypeError, match=r"call .collect\(\)"):
+        FieldEncoder().fit(polars.DataFrame({"u": [1]}).lazy())
+
+
+def test_a_copy_of_a_loaded_encoder_has_its_columns(tmp_path: Path) -> None:
+    encoder = FieldEncoder({"u": Vocabulary(min_count=2)})
+    encoder.fit({"u": ["a", "a", "b"]}).save(tmp_path / "e.json")
+    loaded = FieldEncoder.load(tmp_path / "e.json")
+    again = FieldEncoder(**loaded.get_params())
+    assert (
+        again.fit({"u": ["c", "c"]}).feature_names
+        == FieldEncoder({"u": Vocabulary(min_count=2)}).fit({"u": ["c", "c"]}).feature_names
+    )
+    assert again.set_params(columns={"v": "hash"}).field_names == ("v",)

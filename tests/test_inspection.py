@@ -184,3 +184,40 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"needs matplotlib: pip install ffm-ext\[plot\]"):
         plot_field_strength(model_of())
+
+
+def test_pairs_that_are_no_numbers_hide_no_others() -> None:
+    model = FFM(4, field_dims=[3, 4])
+    with torch.no_grad():
+        model.interaction.weight[0] = float("nan")
+    data = torch.cartesian_prod(torch.arange(3), torch.arange(4))
+    for given in (None, data):
+        assert [len(top_interactions(model, n, data=given)) for n in (1, 3, 8, 100)] == [1, 3, 8, 8]
+
+
+def test_a_long_sample_takes_memory_by_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FFM(2, num_features=300, num_fields=3, within_field=True)
+    ids = torch.randperm(300)[:250]
+    data = SparseBatch(ids, ids % 3, None, torch.tensor([0, 100, 100, 250]))
+    wanted = top_interactions(model, 40, data=data)
+    sizes = []
+
+    def counted(offsets: torch.Tensor) -> Any:
+        for left, right in pairs(offsets):
+            sizes.append(len(left))
+            yield left, right
+
+    pairs = inspection._pairs_of_entries
+    monkeypatch.setattr(inspection, "_BLOCK", 500)
+    monkeypatch.setattr(inspection, "_pairs_of_entries", counted)
+    assert top_interactions(model, 40, data=data) == wanted
+    assert sum(sizes) == 100 * 99 // 2 + 150 * 149 // 2
+    assert max(sizes) < 500 + 150
+
+
+@pytest.mark.parametrize("size", [200.0, 1e-4])
+def test_strength_over_data_of_half_precision(size: float) -> None:
+    model = FFM(4, field_dims=[2, 2], dtype=torch.float16)
+    torch.nn.init.constant_(model.interaction.weight, size)
+    data = torch.tensor([[0, 1], [1, 1]])
+    assert_close(field_strength(model, data)[0, 1], field_strength(model)[0, 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import struct
@@ -868,3 +869,106 @@ def test_a_loaded_model_is_not_drawn_first(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     interop.load_model(tmp_path / "model")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "xlearn",
+            "bias: 0\ni_0: 1\ni_1: 2\nv_0_0: 1 2 3\nv_0_1: 4\nv_1_0: 5 6\nv_1_1: 7 8\n",
+            "line 4: expected 2",
+        ),
+        ("xlearn", "bias: 0\ni_0: 1\nv_0_0: 1_0 1\n", "line 3: expected 2 finite"),
+        ("xlearn", "bias: 1_0\ni_0: 1\nv_0_0: 1 1\n", "line 1: expected 'bias: <number>'"),
+        ("xlearn", f"bias: 0\ni_0: 1\nv_0_{'9' * 5000}: 1 1\n", "is no vector of factors"),
+        (
+            "libffm",
+            "n 1\nm 2\nk 4\nnormalization 1\nw0,0 0 1 2 3 77\nw0,1 4 5 6\n",
+            "line 5: expected 4",
+        ),
+        ("libffm", f"n 1\nm 2\nk {'9' * 5000}\nnormalization 1\n", "line 3: expected 'k <number>'"),
+    ],
+)
+def test_every_line_of_a_text_has_its_numbers(
+    name: str, text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.txt"
+    path.write_text(text)
+    load = {"xlearn": interop.load_xlearn_text, "libffm": interop.load_libffm}[name]
+    with pytest.raises(ValueError, match=f"model.txt: .*{message}"):
+        load(path)
+
+
+def test_a_model_that_could_not_be_read_is_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "model.st"
+    model = FFM(4, num_features=7, num_fields=2)
+    for fields, error in (
+        (torch.tensor([0, 1]), "must be \\[7\\], got shape \\[2\\]"),
+        (torch.tensor([0.0] * 7), "is torch.float32, not integers"),
+        (torch.tensor([0, 1, 0, 1, 0, 1, 2]), "has 2, out of range for 2 fields"),
+    ):
+        model.feature_fields = fields
+        with pytest.raises((TypeError, ValueError), match=f"feature_fields {error}"):
+            interop.save_model(model, path)
+    model.feature_fields = (torch.arange(14) // 8)[::2]
+    assert not model.feature_fields.is_contiguous()
+    model.field_names = ["a"]
+    with pytest.raises(ValueError, match="1 field_names for 2 fields"):
+        interop.save_model(model, path)
+    model.field_names = ["a", "b"]
+    model.interaction.within_field = np.bool_(True)  # type: ignore[assignment]
+    nn.utils.parametrizations.orthogonal(model.interaction, "weight")
+    interop.save_model(model, path)
+    loaded = interop.load_model(path)
+    assert loaded.interaction.within_field is True
+    assert_close(loaded.interaction.weight.detach(), model.interaction.weight.detach())
+    assert loaded.feature_fields is not None
+    assert loaded.feature_fields.tolist() == model.feature_fields.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "meta"}, "'device' is no argument that is kept"),
+        ({"normalize": "no"}, "normalize = 'no' is neither true nor false"),
+        ({"within_field": 1}, "within_field = 1 is neither true nor false"),
+        (None, "RecursionError"),
+    ],
+)
+def test_metadata_describes_what_is_kept(
+    change: dict[str, Any] | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.st"
+    interop.save_model(FFM(2, field_dims=[2, 2]), path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    arguments = json.loads(metadata["arguments"])
+    metadata["arguments"] = "[" * 200_000 if change is None else json.dumps({**arguments, **change})
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(ValueError, match=f"model.st: its metadata describes no model .*{message}"):
+        interop.load_model(path)
+
+
+def test_tensors_without_elements_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    state = interop.to_torchfm(FFM(4, field_dims=[3, 4]))
+    torch.save({name: tensor.to("meta") for name, tensor in state.items()}, path)
+    with pytest.raises(ValueError, match=r"c.pt: .* is no dense tensor with all its elements"):
+        interop.load_torchfm(path)
+
+
+@pytest.mark.parametrize(
+    ("accumulators", "error"),
+    [
+        (torch.full((2, 6), math.inf), ValueError),
+        (torch.full((2, 6), 1e39, dtype=torch.float64), ValueError),
+        (np.ones((2, 6)), TypeError),
+    ],
+    ids=["inf", "too large", "array"],
+)
+def test_accumulators_are_finite(accumulators: Any, error: type[Exception], tmp_path: Path) -> None:
+    model = FFM(3, num_features=2, num_fields=2, bias=False, linear=False, within_field=True)
+    with pytest.raises(error, match="save_libffm: accumulators"):
+        interop.save_libffm(model, tmp_path / "m", accumulators=accumulators)
+    interop.save_libffm(model, tmp_path / "m", accumulators=torch.ones(2, 6, requires_grad=True))

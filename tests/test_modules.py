@@ -578,3 +578,32 @@ def test_advice_for_huge_pages() -> None:
     assert (table == 0).all()
     with pytest.raises(ValueError, match="advise_huge_pages: tensor must be contiguous on the CPU"):
         ffm_ext.memory.advise_huge_pages(table.t())
+
+
+@pytest.mark.parametrize("model", [FFM(2, field_dims=[3, 3]), ffm_ext.FM(6, 2)], ids=["FFM", "FM"])
+def test_the_mode_of_a_model_is_that_of_all_its_weights(model: nn.Module) -> None:
+    x = torch.tensor([[0, 1], [2, 2]])
+    for mode, layout in (("dense", torch.strided), ("sparse", torch.sparse_coo)):
+        model.zero_grad()
+        model.grad = mode  # type: ignore[assignment]
+        assert model.grad == mode
+        model(x).sum().backward()
+        found = [p.grad.layout for p in model.parameters() if p.dim() > 1 and p.grad is not None]
+        assert found == [layout] * 2
+    with pytest.raises(ValueError, match="grad = 'both'"):
+        model.grad = "both"  # type: ignore[assignment]
+
+
+def test_ids_that_are_no_tensor_are_refused() -> None:
+    model = ffm_ext.FieldAwareFactorizationMachine([3, 3], 2)
+    with pytest.raises(TypeError, match="ids must be a tensor, got ndarray"):
+        model(np.zeros((2, 2), np.int64))
+
+
+def test_a_model_that_memory_does_not_hold() -> None:
+    for sizes in (
+        {"num_features": 3, "num_fields": 1 << 40},
+        {"num_features": 1 << 44, "num_fields": 1},
+    ):
+        with pytest.raises(MemoryError, match="no memory for a table of shape"):
+            FFM(4, **sizes)

@@ -26,6 +26,7 @@ from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from ffm_ext import SparseBatch, optim
+from ffm_ext.data import FieldEncoder
 from ffm_ext.sklearn import FFMClassifier, FFMRegressor
 
 WEIGHTS = "a sample of weight 2 is one step of twice the size, not two steps"
@@ -479,3 +480,51 @@ def test_without_scikit_learn() -> None:
     code = "import sys; sys.modules['sklearn'] = None; import ffm_ext.sklearn"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "needs scikit-learn 1.6 or later: pip install ffm-ext[sklearn]" in done.stderr
+
+
+def test_of_a_constant_nothing_is_learnt_as_its_scale():
+    X = np.array([[0, 1], [1, 0], [1, 1], [0, 0]] * 10)
+    regressor = FFMRegressor(feature_fields="categorical", random_state=0)
+    for y in (0.1, 3.3, 19.99):
+        for n in (3, 7, 12, 40):
+            assert regressor.fit(X[:n], [y] * n).y_scale_ == 1
+    assert regressor.fit(X, np.linspace(5, 5 + 1e-9, 40)).y_scale_ == pytest.approx(3e-10, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("feature_fields", "X", "message"),
+    [
+        (
+            "categorical",
+            [[0, 1 << 44], [1, 3]],
+            "column 1 has categories up to 17592186044416; .*OrdinalEncoder",
+        ),
+        ([0, 1 << 44], [[0, 1], [1, 3]], "the largest of feature_fields"),
+        (None, SparseBatch.from_lists([[(1 << 44, 1, 1.0)]] * 2), "largest id and field"),
+    ],
+    ids=["categorical", "fields", "batch"],
+)
+def test_tables_that_memory_does_not_hold(feature_fields, X, message):
+    with pytest.raises(ValueError, match=f"no memory for a table of .*{message}"):
+        FFMClassifier(feature_fields=feature_fields).fit(X, [0, 1])
+
+
+def test_the_default_device_is_no_matter():
+    X, y = np.eye(4), [0, 1, 0, 1]
+    with torch.device("meta"):
+        found = FFMClassifier(epochs=2, random_state=0).fit(X, y).predict_proba(X)
+    np.testing.assert_array_equal(
+        found, FFMClassifier(epochs=2, random_state=0).fit(X, y).predict_proba(X)
+    )
+
+
+def test_an_encoder_of_frames_in_a_pipeline():
+    pd = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"user": rng.choice(list("abc"), 200), "age": rng.random(200)})
+    y = ((frame.user == "a") ^ (frame.age > 0.5)).to_numpy()
+    for encoder in (FieldEncoder({"user": "vocabulary", "age": "bins"}), FieldEncoder()):
+        pipeline = make_pipeline(encoder, FFMClassifier(epochs=10, random_state=0))
+        assert cross_val_score(pipeline, frame, y, cv=3).min() > 0.8
+        assert pipeline.fit(frame, y).score(frame, y) > 0.8
+        assert not clone(encoder)._is_fitted

@@ -2,6 +2,7 @@
 """The single-pass engine against libffm's formulas, against libffm itself, and against interruptions."""
 
 import ctypes
+import dataclasses
 import itertools
 import math
 import multiprocessing
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -1191,3 +1193,48 @@ def test_data_that_say_nothing():
             (batch[other : other + 1], labels[other : other + 1]), (batch, labels), auto_stop=True
         )
     assert trainer.history == []
+
+
+@pytest.mark.parametrize("optimizer", [optim.FTRL(lr=0.2), optim.AdaGrad(lr=0.2), optim.Adam()])
+def test_another_learning_rate_leaves_the_weights(optimizer: optim.Optimizer) -> None:
+    x, y = torch.randint(0, 5, (300, 3)), torch.rand(300).round()
+    trainer = Trainer(FFM(4, field_dims=[5, 5, 5]), optimizer=optimizer)
+    trainer.fit((x, y), epochs=3)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.optimizer = dataclasses.replace(optimizer, lr=1e-9)
+    trainer.partial_fit((x[:1], y[:1]))
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(TypeError, match=f"must be {type(optimizer).__name__}, .* got SGD"):
+        trainer.optimizer = optim.SGD(lr=0.1)
+    assert trainer.optimizer.lr == 1e-9
+
+
+def test_a_dataset_has_ids_of_the_whole_table() -> None:
+    x, y = torch.randint(0, 5, (50, 3)), torch.rand(50).round()
+    model = FFM(4, field_dims=[5, 5, 5])
+    trainer = Trainer(model)
+    with pytest.raises(
+        ValueError, match=r"indices\[1\] = [0-4] is of field 1, which has the features \[5, 10\)"
+    ):
+        trainer.fit(SparseDataset.from_arrays(x, y))
+    assert model.offsets is not None
+    dataset = SparseDataset.from_arrays(x + model.offsets[:-1], y)
+    assert trainer.evaluate(dataset) == trainer.evaluate((x, y))
+
+
+def test_what_is_no_checkpoint_or_dataset_is_named(tmp_path: Path) -> None:
+    trainer = Trainer(FFM(4, field_dims=[5, 5, 5]))
+    text = tmp_path / "train.ffm"
+    text.write_text("1 0:1:1\n")
+    with pytest.raises(
+        NotADirectoryError, match=r"train.ffm is a file, .* read_libffm reads a text"
+    ):
+        trainer.fit(text)
+    with pytest.raises(IsADirectoryError, match=r"DistributedTrainer.load"):
+        Trainer.load(tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"model.linear.weight is torch.bfloat16, .*model.interaction.to\(torch.bfloat16\)",
+    ):
+        Trainer(FFM(4, field_dims=[5, 5, 5], dtype=torch.bfloat16))

@@ -9,6 +9,7 @@ text. ``on`` names the hardware that the test needs; any other test with a mark 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import sys
@@ -129,8 +130,11 @@ def page(groups: Groups) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is true")
+    options = parser.parse_args()
     text = page(read(collect()))
-    if sys.argv[1:] == ["--check"]:
+    if options.check:
         if PAGE.exists() and PAGE.read_text() == text:
             return 0
         print(f"{PAGE.relative_to(ROOT)} is not what the tests say: run python {sys.argv[0]}")

@@ -524,6 +524,11 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError("--init-model is where a new run starts, --resume goes on with an old one")
     if args.patience is not None and not args.auto_stop:
         raise ValueError("--patience is for --auto-stop")
+    if args.auto_stop and args.valid is None:
+        raise ValueError("--auto-stop needs -p, the samples whose loss it watches")
+    for flag, number in (("-t", args.epochs), ("--patience", args.patience)):
+        if number is not None and number < 1:
+            raise ValueError(f"{flag} {number} must be positive")
     if args.checkpoint_every is not None and args.checkpoint is None:
         raise ValueError("--checkpoint-every is for --checkpoint")
     _settle(args)

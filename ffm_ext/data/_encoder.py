@@ -217,11 +217,20 @@ class FieldEncoder:
             (``"vocabulary"``, ``"hash"``, ``"bins"``, ``"numeric"``) with its defaults. ``None``: all columns of the
             frame that :meth:`fit` sees, floating-point ones as ``"bins"``, others as ``"vocabulary"``.
 
+    In a scikit-learn pipeline it stands before an estimator of :mod:`ffm_ext.sklearn`.
+
     Raises:
+        TypeError: ``columns`` is no mapping, or holds something else.
         ValueError: there is no encoding of that name.
     """
 
     def __init__(self, columns: Mapping[str, Kind | Encoding] | None = None) -> None:
+        if columns is not None and not isinstance(columns, Mapping):
+            raise TypeError(
+                "FieldEncoder: columns must be a mapping from names to encodings, such as {'user': 'vocabulary'}, got "
+                f"{type(columns).__name__}"
+            )
+        self._given = columns
         self._infer = columns is None
         self._is_fitted = False
         self.columns: dict[str, Encoding] = {}
@@ -233,6 +242,10 @@ class FieldEncoder:
                         f"{', '.join(get_args(Kind))}"
                     )
                 encoding = _ENCODINGS[encoding]()
+            if not isinstance(encoding, tuple(_ENCODINGS.values())):
+                raise TypeError(
+                    f"FieldEncoder: columns[{name!r}] = {encoding!r} is no Vocabulary, Hash, Bins or Numeric"
+                )
             # What fit learns is of one column, and the caller's object may be that of several.
             self.columns[name] = copy.deepcopy(encoding)
 
@@ -271,8 +284,36 @@ class FieldEncoder:
             f"{name}{rest}" for name, encoding in self.columns.items() for rest in encoding.names()
         )
 
-    def fit(self, frame: Any) -> FieldEncoder:
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """What the constructor was given, for scikit-learn, which makes copies that are not fitted of it."""
+        return {"columns": self._given}
+
+    def set_params(self, **params: Any) -> FieldEncoder:
+        """Begin anew, not fitted, with other ``columns``.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
+        if params:
+            self.__init__(**params)  # type: ignore[misc]
+        return self
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import InputTags, Tags, TargetTags, TransformerTags
+
+        return Tags(
+            estimator_type=None,
+            target_tags=TargetTags(required=False),
+            transformer_tags=TransformerTags(),
+            input_tags=InputTags(string=True, categorical=True, allow_nan=True),
+        )
+
+    def fit(self, frame: Any, y: Any = None) -> FieldEncoder:
         """Learn vocabularies and bins. After an error, the encoder is as it was.
+
+        Args:
+            frame: see above.
+            y: not used: a pipeline gives it.
 
         Raises:
             KeyError: the frame lacks a column.
@@ -313,7 +354,7 @@ class FieldEncoder:
             begin += encoding.num_features
         return _interleave(fields, len(next(iter(found.values())).counts) if found else 0)
 
-    def fit_transform(self, frame: Any) -> SparseBatch:
+    def fit_transform(self, frame: Any, y: Any = None) -> SparseBatch:
         """:meth:`fit`, then :meth:`transform`."""
         return self.fit(frame).transform(frame)
 
@@ -356,6 +397,7 @@ class FieldEncoder:
                 encoder.columns[_name_of_json(name)] = _ENCODINGS[kind](**column)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: corrupt: {type(error).__name__}: {error}") from None
+        encoder._given = dict(encoder.columns)
         encoder._is_fitted = True
         return encoder
 

@@ -45,6 +45,8 @@ def columns_of(frame: Any, names: Iterable[str] | None) -> dict[str, Column]:
             holds lists of lists.
     """
     package = type(frame).__module__.partition(".")[0]
+    if type(frame).__name__ == "LazyFrame":
+        raise TypeError("FieldEncoder: a LazyFrame has no rows yet: call .collect()")
     if isinstance(frame, Mapping):
         there = Counter(frame.keys())
     elif package in _READERS and hasattr(frame, "columns"):

@@ -197,6 +197,10 @@ def _read_info(folder: Path) -> dict[str, Any]:
         info = json.loads(path.read_text(encoding="utf-8"))
         written = path.stat().st_mtime_ns
     except (FileNotFoundError, NotADirectoryError):
+        if folder.is_file():
+            raise NotADirectoryError(
+                f"{folder} is a file, and a dataset is a folder: read_libffm reads a text, convert_libffm makes it one"
+            ) from None
         what = f"has no {INFO}" if folder.exists() else "is not there"
         raise FileNotFoundError(f"{folder} {what}: it is not a dataset") from None
     except (RecursionError, ValueError) as error:

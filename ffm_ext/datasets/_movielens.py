@@ -271,10 +271,14 @@ def _ratings(rows: Iterable[tuple[str, list[str]]]) -> npt.NDArray[Any]:
 
 
 def _integer(where: str, text: str) -> int:
+    """Ids, ages and the like: from 0 on."""
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
         raise ValueError(f"{where}: {text!r} is not an integer") from None
+    if not 0 <= number < 1 << 31:
+        raise ValueError(f"{where}: {text!r} is out of range")
+    return number
 
 
 def _number(where: str, text: str) -> float:
@@ -282,7 +286,7 @@ def _number(where: str, text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) < 1 << 62:
         raise ValueError(f"{where}: {text!r} is not a number")
     return number
 

@@ -60,7 +60,7 @@ def make_user_item_regression(
         ("stdev_w", stdev_w),
         ("stdev_V", stdev_V),
     ):
-        if stdev < 0:
+        if not stdev >= 0:
             raise ValueError(f"make_user_item_regression: {name} = {stdev} must not be negative")
     n_samples, n_features = n_user * n_item, n_user + n_item
 
