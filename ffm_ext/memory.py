@@ -63,7 +63,7 @@ def _empty(
         return torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as error:
         # What its CPU allocator says; an accelerator's has an exception of its own.
-        if "can't allocate memory" not in str(error):
+        if "DefaultCPUAllocator" not in str(error):
             raise
         dtype = dtype or torch.get_default_dtype()
         size = math.prod(shape) * dtype.itemsize

@@ -44,6 +44,7 @@ def open_dataset(folder: str | PathLike[str]) -> SparseDataset:
 
     Raises:
         FileNotFoundError: ``folder``, or a file of it, is not there.
+        NotADirectoryError: it is a file.
         ValueError: a file is corrupt, truncated or of a later version; the message names it.
     """
     path = Path(os.path.abspath(folder))
@@ -179,7 +180,7 @@ def _check_replaceable(folder: Path) -> None:
         return
     try:
         info = _read_info(folder)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise FileExistsError(
             f"{folder} exists and is not a dataset; it is left as it is ({error})"
         ) from None
