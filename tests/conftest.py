@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -86,6 +87,23 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     return True
 
 
+def _is_cited(item: pytest.Item) -> bool:
+    return any("on" not in mark.kwargs for mark in item.iter_markers("compatibility"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a deadline, begin with what has to run anyhow."""
+    if "FFM_EXT_DEADLINE" in os.environ:
+        items.sort(key=lambda item: not _is_cited(item))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """From ``FFM_EXT_DEADLINE`` on, in seconds of the system's clock, no slow test begins, but those of the page."""
+    deadline = float(os.environ.get("FFM_EXT_DEADLINE", "inf"))
+    if time.time() >= deadline and item.get_closest_marker("slow") and not _is_cited(item):
+        pytest.skip("it is slow, and no time is left (FFM_EXT_DEADLINE)")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
@@ -95,8 +113,7 @@ def pytest_runtest_makereport(
     So the page is of what passed; elsewhere a machine may lack TorchRec or CMake.
     """
     report = yield
-    cited = any("on" not in mark.kwargs for mark in item.iter_markers("compatibility"))
-    if report.skipped and cited and os.environ.get("FFM_EXT_STRICT") == "1":
+    if report.skipped and _is_cited(item) and os.environ.get("FFM_EXT_STRICT") == "1":
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else "expected to fail"
         report.outcome = "failed"
         report.longrepr = f"docs/compatibility.md cites this test, and it did not run: {reason}"

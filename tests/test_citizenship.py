@@ -909,3 +909,24 @@ def test_what_the_page_cites_has_to_run(
     )
     assert (run.returncode == 0) == passes, run.stdout + run.stderr
     assert ("cites this test, and it did not run: Skipped: not here" in run.stdout) != passes
+
+
+def test_slow_tests_end_with_the_deadline(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.slow\n"
+        "def test_slow(): ...\n"
+        "@pytest.mark.slow\n"
+        "@pytest.mark.compatibility('a feature', mode='dense', group='a group')\n"
+        "def test_cited(): ...\n"
+        "def test_quick(): ...\n"
+    )
+    tests = Path(__file__).parent
+    for deadline, passed, skipped in (("1", 2, 1), ("1e12", 3, 0)):
+        run = python(
+            *("-m", "pytest", "-ra", "-p", "conftest", f"--rootdir={tmp_path}", str(tmp_path)),
+            FFM_EXT_DEADLINE=deadline,
+            PYTHONPATH=os.pathsep.join([str(tests), str(tests.parent)]),
+        )
+        assert f"{passed} passed" in run.stdout, run.stdout + run.stderr
+        assert run.stdout.count("no time is left") == skipped
