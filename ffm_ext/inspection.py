@@ -171,7 +171,7 @@ def _layer(model: FFM) -> FFMInteraction:
 def _table(layer: FFMInteraction) -> Tensor:
     """The weights ``[N, F, K]``, on the CPU, half precision as float32."""
     weight = layer.weight.detach().cpu()
-    weight = weight if weight.dtype == torch.float64 else weight.float()
+    weight = weight.to(sum_dtype(weight))
     return weight.view(layer.num_features, layer.num_fields, layer.embed_dim)
 
 
@@ -261,15 +261,21 @@ def _pairs_of_entries(offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Each entry with all that come after it in its sample, some ``_BLOCK`` pairs at a time."""
     entries = torch.arange(int(offsets[-1]), device="cpu")
     partners = offsets[1:].repeat_interleave(offsets.diff()) - entries - 1
-    work = partners.cumsum(0)
-    begin = 0
-    while begin < len(entries):
-        done = int(work[begin - 1]) if begin else 0
-        end = max(begin + 1, int(torch.searchsorted(work, done + _BLOCK)))
+    for begin, end in _runs(partners):
         of_each = partners[begin:end]
         left = entries[begin:end].repeat_interleave(of_each)
-        starts = (work[begin:end] - of_each - done).repeat_interleave(of_each)
+        starts = (of_each.cumsum(0) - of_each).repeat_interleave(of_each)
         yield left, left + 1 + torch.arange(left.numel(), device="cpu") - starts
+
+
+def _runs(work: Tensor) -> Iterator[tuple[int, int]]:
+    """``[begin, end)`` of things that follow each other and together take some ``_BLOCK`` of ``work``, at least one."""
+    total = work.cumsum(0)
+    begin = 0
+    while begin < len(work):
+        done = int(total[begin - 1]) if begin else 0
+        end = max(begin + 1, int(torch.searchsorted(total, done + _BLOCK)))
+        yield begin, end
         begin = end
 
 
@@ -319,10 +325,5 @@ def _blocks(model: FFM, data: Tensor | SparseBatch) -> Iterator[SparseBatch]:
         data = SparseBatch(ids.flatten(), fields, None, offsets)
     batch = data.to("cpu")
     counts = batch.offsets.diff().long()
-    work = counts.square().clamp(min=model.interaction.num_fields**2).cumsum(0)
-    begin = 0
-    while begin < len(batch):
-        done = int(work[begin - 1]) if begin else 0
-        end = max(begin + 1, int(torch.searchsorted(work, done + _BLOCK)))
+    for begin, end in _runs(counts.square().clamp(min=model.interaction.num_fields**2)):
         yield batch[begin:end]
-        begin = end

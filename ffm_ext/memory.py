@@ -72,6 +72,16 @@ def _empty(
         ) from error
 
 
+def fits(*shape: int) -> bool:
+    """Whether the CPU has memory for a float32 table of that shape: nothing of it is touched."""
+    try:
+        torch.empty(shape, dtype=torch.float32, device="cpu")
+    # Sizes of more than 63 bits are errors of other kinds.
+    except (RuntimeError, TypeError, ValueError, MemoryError):
+        return False
+    return True
+
+
 def _advise(table: Tensor) -> bool:
     """Ask for huge pages under new memory on the CPU, if there is much of it. Whether that was done."""
     large = table.device.type == "cpu" and table.numel() * table.element_size() >= _LARGE

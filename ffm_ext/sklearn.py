@@ -21,9 +21,8 @@ whole numbers ``[n, F]``                    ``"categorical"``    a column is a f
 
 In the first two, the values of a sample are its nonzeros. Categories count from 0 in every column, as
 ``sklearn.preprocessing.OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1, encoded_missing_value=-1)``
-makes them. -1, and in ``predict`` a category or an entry of a ``SparseBatch``
-that ``fit`` has not seen, is no entry: it adds nothing. scikit-learn's model selection splits all of these, a
-``SparseBatch`` too.
+makes them. -1, and in ``predict`` a category or an entry of a ``SparseBatch`` that ``fit`` has not seen, is no entry:
+it adds nothing. scikit-learn's model selection splits all of these, a ``SparseBatch`` too.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from torch import Tensor
 
 from . import inspection
 from .batch import SparseBatch
+from .memory import fits
 from .modules import FFM
 from .optim import FTRL, OPTIMIZERS, Optimizer
 from .training import Progress, Trainer
@@ -320,14 +320,11 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
 
     def _check_table(self, features: int, fields: int, why: str) -> None:
         """Raise where memory does not hold the table, before anything of its size is made."""
-        size = features * fields * self.embed_dim
-        try:
-            torch.empty(size, dtype=torch.float32, device="cpu")  # nothing of it is touched
-        except (RuntimeError, TypeError) as error:  # sizes of more than 63 bits are of another kind
+        if not fits(features * fields * self.embed_dim):
             raise ValueError(
                 f"{type(self).__name__}: there is no memory for a table of {features} features, {fields} fields and "
                 f"{self.embed_dim} factors: {why}"
-            ) from error
+            )
 
     def _learn_fields(self, X: Any) -> None:
         """The sizes of the table, and the field of each feature."""

@@ -32,6 +32,7 @@ from ..data import (
     read_libffm,
     write_libffm,
 )
+from ..memory import fits
 from ..modules import FFM, _unit_norm
 from ..optim import OPTIMIZERS, Optimizer
 from ..training import _MOST_THREADS, Epoch, Mode, Progress, Trainer
@@ -497,14 +498,11 @@ def _check_memory(args: argparse.Namespace, sizes: list[tuple[int, int]], embed_
     inputs = list(zip(sizes, paths, strict=True))
     (N, _), most_features = max(inputs, key=lambda found: found[0][0])
     (_, F), most_fields = max(inputs, key=lambda found: found[0][1])
-    try:
-        torch.empty(N, F * max(1, embed_dim))
-    # Sizes of more than 63 bits are errors of other kinds.
-    except (RuntimeError, TypeError, ValueError, MemoryError) as error:
+    if not fits(N, F * max(1, embed_dim)):
         raise ValueError(
             f"{embed_dim} factors (-k) for features up to {N - 1} (in {most_features}) and fields up to {F - 1} "
             f"(in {most_fields}) need {4 * N * F * embed_dim} bytes, which are not to be had"
-        ) from error
+        )
 
 
 @torch.no_grad()
