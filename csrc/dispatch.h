@@ -33,6 +33,9 @@ FFM_HOST_DEVICE void dispatch_dtype(ScalarKind dtype, Fn&& fn) {
   }
 }
 
+// The embed_dim list.
+constexpr bool has_own_kernels(int64_t embed_dim) { return embed_dim == 4 || embed_dim == 8 || embed_dim == 16; }
+
 // Calls fn(std::integral_constant<int, K>{}), K = 0 where embed_dim is known only at run time.
 FFM_ANY_FUNCTION
 template <typename Fn>

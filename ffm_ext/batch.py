@@ -86,7 +86,8 @@ class SparseBatch:
         """From a ``scipy.sparse`` matrix or array ``[B, N]``: a row is a sample, a column a feature.
 
         Args:
-            matrix: any scipy sparse format; its explicitly stored zeros stay entries.
+            matrix: any scipy sparse format; its explicitly stored zeros stay entries. The values of a CSR matrix are
+                shared with it where torch has their type.
             feature_fields: the field of every feature (column), ``[N]`` integers.
 
         Raises:
@@ -233,8 +234,9 @@ class SparseBatch:
             )
         if isinstance(which, slice):
             which = range(len(self))[which]
-        samples = as_tensor(which).to(self.device)
-        if samples.dim() != 1 or (
+        samples = as_tensor(() if which is None else which).to(self.device)
+        is_list = which is not None and samples.dim() == 1
+        if not is_list or (
             samples.numel() and (samples.is_floating_point() or samples.is_complex())
         ):
             raise TypeError(
@@ -250,7 +252,7 @@ class SparseBatch:
                     f"the batch has {len(self)} samples"
                 )
             samples = samples.nonzero().squeeze(1)
-        samples = samples.long()
+        samples = _narrow(samples, torch.int64)
         outside = (samples < -len(self)) | (samples >= len(self))
         if outside.any():
             i = int(outside.nonzero()[0])
@@ -332,6 +334,10 @@ def _feature_fields(feature_fields: Any, num_features: int) -> Tensor:
 
 def _narrow(ids: Tensor, dtype: torch.dtype) -> Tensor:
     """``ids`` as ``dtype``; one that it cannot hold becomes its nearest, which is out of every range, too."""
+    if ids.dtype == torch.uint64:
+        ids = torch.where(
+            ids.view(torch.int64) < 0, torch.iinfo(torch.int64).max, ids.view(torch.int64)
+        )
     if ids.dtype == dtype or dtype == torch.int64:
         return ids.to(dtype)
     limits = torch.iinfo(dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arguments import outside, sum_dtype
+from ._arguments import check_size, outside, sum_dtype
 from .batch import SparseBatch
 from .functional import ffm_interaction
 from .modules import FFM, FFMInteraction, _global_ids, _unit_norm
@@ -53,14 +53,13 @@ def top_interactions(
         At most ``n`` pairs, ``feature_a < feature_b``, ids of the whole table.
 
     Raises:
-        TypeError: ``model`` has an int8 table.
+        TypeError: ``model`` has an int8 table; ``n`` is not an integer.
         ValueError: ``n`` is not positive; ``data`` has another number of columns than the model has fields; without
             it, the model was made from sizes alone and does not know the field of a feature: set
             ``model.feature_fields``.
         IndexError: an id or a field of ``data`` is out of range.
     """
-    if n <= 0:
-        raise ValueError(f"top_interactions: n = {n} must be positive")
+    n = check_size("top_interactions", "n", n, least=1)
     layer = _layer(model)
     table = _table(layer)
     pairs = _all_pairs(model, table, n) if data is None else _pairs_of(model, table, n, data)

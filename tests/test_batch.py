@@ -327,8 +327,10 @@ def test_errors_of_indexing() -> None:
         batch[torch.tensor([-5])]
     with raises(IndexError, "SparseBatch: the mask has shape [3], the batch has 4 samples"):
         batch[torch.tensor([True, False, True])]
+    with raises(IndexError, "SparseBatch: sample [0] = 9223372036854775807 is out of range"):
+        batch[np.array([2**64 - 1], dtype=np.uint64)]
     # One sample is a batch of one: batch[b : b + 1] or batch[[b]].
-    for which in (1, 9, torch.tensor(1), 1.5, [0.5], [[0, 1]], (1, ...)):
+    for which in (1, 9, torch.tensor(1), 1.5, [0.5], [[0, 1]], (1, ...), None):
         with pytest.raises((TypeError, IndexError), match="SparseBatch"):
             batch[which]  # type: ignore[index]
 

@@ -511,6 +511,13 @@ def test_movielens_other_archive_is_refused(
         (recbole_files, "ml-100k.inter", b"800", b"8h", r"ml-100k\.inter:3: '8h' is not a num"),
         (recbole_files, "ml-100k.user", b"age:", b"ages:", r"ml-100k\.user:1: no column 'age'"),
         (recbole_files, "ml-100k.item", b"Romance", b"Noise", r"ml-100k\.item:2: 'Noise' is not"),
+        (
+            recbole_files,
+            "ml-100k.item",
+            b"Romance",
+            b"Rom\xe2nce",
+            r"ml-100k\.item:2: not in UTF-8",
+        ),
     ],
 )
 def test_movielens_bad_files(

@@ -122,6 +122,8 @@ def test_what_cannot_be_inspected() -> None:
     assert top_interactions(model)
     with pytest.raises(ValueError, match="top_interactions: n = 0 must be positive"):
         top_interactions(model, 0)
+    with pytest.raises(TypeError, match=r"top_interactions: n = 2\.5 must be an integer"):
+        top_interactions(model, 2.5)  # type: ignore[arg-type]
     bad = SparseBatch.from_lists([[(0, 1, 1.0), (1, 13, 1.0)]])
     with pytest.raises(IndexError, match="top_interactions: indices has 13, out of range for 13"):
         top_interactions(model, data=bad)

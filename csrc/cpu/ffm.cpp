@@ -141,7 +141,7 @@ std::vector<Range> parts_of_fields(const Problem& p, const Gradient& grad, int64
 
 // `groups`, where there are gradients of rows.
 void run_samples(const Problem& p, Gradient grad, const RowGroups* groups) {
-  const BackwardKernels& kernels = backward_kernels();
+  const BackwardKernels& kernels = backward_kernels(p.dtype);
   const int64_t parts = sample_parts(p, 0, p.batch_size);
   const std::vector<Range> fields = parts_of_fields(p, grad, groups ? parts : 1);
   const int64_t shares = static_cast<int64_t>(fields.size()), parts_of_samples = parts / shares;
@@ -187,7 +187,7 @@ void run_backward(const char* op, const Problem& p, Gradient grad, const RowGrou
   grad.sums = sums.data();
   grad.sum_slots = shared.slots.get();
   run_samples(p, grad, &groups);
-  const BackwardKernels& kernels = backward_kernels();
+  const BackwardKernels& kernels = backward_kernels(p.dtype);
   const int64_t parts = num_parts(shared.count * p.row_size(), kGrainElements);
   parallel_ranges(parts, shared.count, [&](int64_t, int64_t begin, int64_t end) {
     kernels.finish_sums(p, grad, shared.first_entries.get(), begin, end);
@@ -201,7 +201,7 @@ Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTe
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
   const Problem p = checked_samples(op, batch);
   Tensor out = new_result(weight, batch.output_shape());
-  const ForwardKernels& kernels = forward_kernels();
+  const ForwardKernels& kernels = forward_kernels(p.dtype);
   const int64_t parts = sample_parts(p, 0, p.batch_size);
   const Scratch scratch(parts, kernels.scratch_bytes(p));
   void* const data = out.mutable_data_ptr();
@@ -311,7 +311,7 @@ Tensor gather_sum(const Tensor& weight, const Tensor& indices) {
   const Batch batch(op, weight, indices, std::nullopt, std::nullopt, std::nullopt, "sum", false);
   const Problem p = checked_samples(op, batch);
   Tensor out = torch::stable::new_empty(weight, std::vector<int64_t>{p.batch_size});
-  const ForwardKernels& kernels = forward_kernels();
+  const ForwardKernels& kernels = forward_kernels(p.dtype);
   const int64_t parts = sample_parts(p, 0, p.batch_size);
   void* const data = out.mutable_data_ptr();
   parallel_parts(parts, [&](int64_t part) {

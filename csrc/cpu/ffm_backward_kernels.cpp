@@ -296,40 +296,41 @@ void backward(const Problem& p, const Gradient& grad, Range samples, Range field
   fence_streams();
 }
 
+template <typename T>
 size_t backward_bytes(const Problem& p, bool updates) {
-  return field_sums_bytes(p, gradient_rows(p, updates)) + 3 * Places<char>::bytes(p);
+  return field_sums_bytes<T>(p, gradient_rows(p, updates)) + 3 * Places<T>::bytes(p);
 }
 
+template <typename T>
 void dispatch_backward(const Problem& p, const Gradient& grad, Range samples, Range fields, void* scratch) {
-  dispatch_all(p, [&](auto scalar, auto embed_dim, auto output) {
-    using T = typename decltype(scalar)::type;
-    backward<T, embed_dim(), output()>(p, grad, samples, fields, scratch);
-  });
+  dispatch_constants(
+      p, [&](auto embed_dim, auto output) { backward<T, embed_dim(), output()>(p, grad, samples, fields, scratch); });
 }
 
-void dispatch_add_staged(const Problem& p, const Gradient& grad, const int64_t* entries, int64_t n) {
+template <typename T>
+void add_staged(const Problem& p, const Gradient& grad, const int64_t* entries, int64_t n) {
   constexpr int64_t kAhead = 8;
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    const RowGradients<typename decltype(scalar)::type> grad_rows(p, grad);
-    for (int64_t i = 0; i < n; ++i) {
-      if (i + kAhead < n) grad_rows.prefetch_staged(entries[i + kAhead]);
-      grad_rows.add_staged(entries[i]);
-    }
-  });
+  const RowGradients<T> grad_rows(p, grad);
+  for (int64_t i = 0; i < n; ++i) {
+    if (i + kAhead < n) grad_rows.prefetch_staged(entries[i + kAhead]);
+    grad_rows.add_staged(entries[i]);
+  }
 }
 
-void dispatch_finish_sums(const Problem& p, const Gradient& grad, const int64_t* first_entries, int64_t begin,
-                          int64_t end) {
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    const RowGradients<typename decltype(scalar)::type> grad_rows(p, grad);
-    for (int64_t s = begin; s < end; ++s) grad_rows.finish_sum(first_entries[s]);
-  });
+template <typename T>
+void finish_sums(const Problem& p, const Gradient& grad, const int64_t* first_entries, int64_t begin, int64_t end) {
+  const RowGradients<T> grad_rows(p, grad);
+  for (int64_t s = begin; s < end; ++s) grad_rows.finish_sum(first_entries[s]);
   fence_streams();
 }
 
 }  // namespace
 
-extern const BackwardKernels backward_kernels;
-const BackwardKernels backward_kernels = {backward_bytes, dispatch_backward, dispatch_add_staged, dispatch_finish_sums};
+template <typename T>
+const BackwardKernels& backward_kernels() {
+  static constexpr BackwardKernels kKernels = {backward_bytes<T>, dispatch_backward<T>, add_staged<T>, finish_sums<T>};
+  return kKernels;
+}
+template const BackwardKernels& backward_kernels<FFM_DTYPE>();
 
 }  // namespace ffm::FFM_ISA

@@ -73,7 +73,7 @@ void forward(const Problem& p, T* out, int64_t begin, int64_t end, void* scratch
 }
 
 template <typename T>
-void gather_sum(const Problem& p, T* out, int64_t begin, int64_t end) {
+void gather_sum(const Problem& p, void* out, int64_t begin, int64_t end) {
   using A = Sum<T>;
   constexpr int L = kLanes<A>;
   constexpr int64_t kLine = kCacheLine / sizeof(T);
@@ -107,29 +107,29 @@ void gather_sum(const Problem& p, T* out, int64_t begin, int64_t end) {
       for (; i + L <= row_size; i += L) wide[0] += load<L>(row + i);
       for (; i < row_size; ++i) rest += load(row + i);
     }
-    store(out + b, sum<A, L>(wide[0] + wide[1]) + rest);
+    store(static_cast<T*>(out) + b, sum<A, L>(wide[0] + wide[1]) + rest);
   }
 }
 
-void dispatch_forward(const Problem& p, void* out, int64_t begin, int64_t end, void* scratch) {
-  dispatch_all(p, [&](auto scalar, auto embed_dim, auto output) {
-    using T = typename decltype(scalar)::type;
-    forward<T, embed_dim(), output()>(p, static_cast<T*>(out), begin, end, scratch);
-  });
+template <typename T>
+size_t forward_bytes(const Problem& p) {
+  return field_sums_bytes<T>(p, 0) + Places<T>::bytes(p);
 }
 
-void dispatch_gather_sum(const Problem& p, void* out, int64_t begin, int64_t end) {
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    using T = typename decltype(scalar)::type;
-    gather_sum<T>(p, static_cast<T*>(out), begin, end);
+template <typename T>
+void dispatch_forward(const Problem& p, void* out, int64_t begin, int64_t end, void* scratch) {
+  dispatch_constants(p, [&](auto embed_dim, auto output) {
+    forward<T, embed_dim(), output()>(p, static_cast<T*>(out), begin, end, scratch);
   });
 }
 
 }  // namespace
 
-extern const ForwardKernels forward_kernels;
-const ForwardKernels forward_kernels = {
-    [](const Problem& p) { return field_sums_bytes(p, 0) + Places<char>::bytes(p); }, dispatch_forward,
-    dispatch_gather_sum};
+template <typename T>
+const ForwardKernels& forward_kernels() {
+  static constexpr ForwardKernels kKernels = {forward_bytes<T>, dispatch_forward<T>, gather_sum<T>};
+  return kKernels;
+}
+template const ForwardKernels& forward_kernels<FFM_DTYPE>();
 
 }  // namespace ffm::FFM_ISA

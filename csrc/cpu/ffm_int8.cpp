@@ -144,7 +144,7 @@ class FieldSumsBlock {
       block_.fields = {fields_.data(), true};
       block_.offsets = {offsets_.data(), true};
     }
-    forward_scratch_ = std::make_unique<AlignedBuffer>(forward_kernels().scratch_bytes(block_));
+    forward_scratch_ = std::make_unique<AlignedBuffer>(forward_kernels(block_.dtype).scratch_bytes(block_));
   }
 
   int64_t max_samples() const { return max_samples_; }
@@ -168,7 +168,7 @@ class FieldSumsBlock {
     block_.batch_size = end - begin;
     block_.num_entries = n;
     out += begin * output_size_;
-    forward_kernels().forward(block_, out, 0, end - begin, forward_scratch_->data());
+    forward_kernels(block_.dtype).forward(block_, out, 0, end - begin, forward_scratch_->data());
     if (!p_.within_field || !p_.fields) return;
     for (int64_t i = 0; i < end - begin; ++i) add_within(out + i * output_size_, within + i * row_size);
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The CPU kernels as tables of functions, one of each kind an ISA (see isa.h). Each works on a range of samples or
-// entries and calls nothing but itself: threads are the adapter's.
+// The CPU kernels as tables of functions, one of each kind for an ISA and a storage type (see isa.h). Each works on a
+// range of samples or entries and calls nothing but itself: threads are the adapter's.
 #pragma once
 
 #include <cstddef>
@@ -51,13 +51,12 @@ struct TrainKernels {
 
   // Rows indices[i], each named once, for i in [begin, end): updated with gradient i of grad_rows [., F, K], in the
   // type of the table. scratch: [F, K] in the type of sums, aligned to 64.
-  void (*update_rows)(const Update&, ScalarKind, const Ids& indices, const void* grad_rows, int64_t begin, int64_t end,
+  void (*update_rows)(const Update&, const Ids& indices, const void* grad_rows, int64_t begin, int64_t end,
                       void* scratch);
 
   // Row `row` of a table with its states, and row `slot` of two copies: what `own` has changed since `before` is added
   // to the table's row, and both become what that is.
-  void (*join_row)(const Update&, ScalarKind, int64_t row, const UpdatedTable& own, const UpdatedTable& before,
-                   int64_t slot);
+  void (*join_row)(const Update&, int64_t row, const UpdatedTable& own, const UpdatedTable& before, int64_t slot);
 };
 
 // On a packed table (packed_row_bytes).

@@ -183,7 +183,7 @@ Tensor ffm_train_(const Tensor& weight, const std::vector<Tensor>& states, const
     check_samples(op, p, static_cast<const int64_t*>(numbers->const_data_ptr()), n);
   }
 
-  const TrainKernels& kernels = train_kernels();
+  const TrainKernels& kernels = train_kernels(p.dtype);
   const int64_t entries = p.num_entries;
   const int64_t parts =
       parallel ? std::min(std::max<int64_t>(1, n), num_parts(entries * p.row_size(), kGrainElements)) : 1;
@@ -249,12 +249,11 @@ void ffm_update_(const Tensor& weight, const std::vector<Tensor>& states, const 
     for (int64_t i = 0; i < n; ++i) every_row[i] = i;
     ids_of_rows = {every_row.data(), true};
   }
-  const TrainKernels& kernels = train_kernels();
+  const TrainKernels& kernels = train_kernels(p.dtype);
   const int64_t parts = num_parts(n * p.row_size(), kGrainElements);
   const Scratch scratch(parts, static_cast<size_t>(p.row_size() * sum_bytes(p.dtype)));
   parallel_ranges(parts, n, [&](int64_t part, int64_t begin, int64_t end) {
-    kernels.update_rows(given.update, p.dtype, ids_of_rows, given.gradient.const_data_ptr(), begin, end,
-                        scratch.of(part));
+    kernels.update_rows(given.update, ids_of_rows, given.gradient.const_data_ptr(), begin, end, scratch.of(part));
   });
 }
 

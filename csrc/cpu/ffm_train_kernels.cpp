@@ -363,48 +363,40 @@ double train(const Problem& p, const Training& t, const float* labels, const flo
   return loss;
 }
 
+template <typename T>
 size_t train_bytes(const Problem& p) {
-  size_t bytes = 0;
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    using T = typename decltype(scalar)::type;
-    Arena arena(nullptr);
-    Trainer<T, 0>(p, {}, arena);
-    bytes = arena.used() + 3 * Places<char>::bytes(p);
-  });
-  return bytes;
+  Arena arena(nullptr);
+  Trainer<T, 0>(p, {}, arena);
+  return arena.used() + 3 * Places<T>::bytes(p);
 }
 
+template <typename T>
 double dispatch_train(const Problem& p, const Training& t, const float* labels, const float* weights, int64_t step,
                       int64_t begin, int64_t end, void* scratch) {
   double loss = 0;
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    using T = typename decltype(scalar)::type;
-    dispatch_embed_dim(p.embed_dim, [&](auto embed_dim) {
-      loss = train<T, embed_dim()>(p, t, labels, weights, step, begin, end, scratch);
-    });
+  dispatch_embed_dim(p.embed_dim, [&](auto embed_dim) {
+    loss = train<T, embed_dim()>(p, t, labels, weights, step, begin, end, scratch);
   });
   return loss;
 }
 
-void dispatch_update_rows(const Update& update, ScalarKind dtype, const Ids& indices, const void* grad_rows,
-                          int64_t begin, int64_t end, void* scratch) {
-  dispatch_dtype(dtype, [&](auto scalar) {
-    using T = typename decltype(scalar)::type;
-    using A = Sum<T>;
-    const int64_t row_size = update.table.row_size;
-    const UpdateRow<T> update_row = choose_update<T>(update.optimizer.kind);
-    for (int64_t i = begin; i < end; ++i) {
-      const T* const gradient = static_cast<const T*>(grad_rows) + i * row_size;
-      const A* wide;
-      if constexpr (kIsNarrow<T>) {
-        scale_into(static_cast<A*>(scratch), A(1), gradient, row_size);
-        wide = static_cast<const A*>(scratch);
-      } else {
-        wide = gradient;
-      }
-      update_row(update.table, update.optimizer, indices[i], A(1), wide, 0, row_size);
+template <typename T>
+void update_rows(const Update& update, const Ids& indices, const void* grad_rows, int64_t begin, int64_t end,
+                 void* scratch) {
+  using A = Sum<T>;
+  const int64_t row_size = update.table.row_size;
+  const UpdateRow<T> update_row = choose_update<T>(update.optimizer.kind);
+  for (int64_t i = begin; i < end; ++i) {
+    const T* const gradient = static_cast<const T*>(grad_rows) + i * row_size;
+    const A* wide;
+    if constexpr (kIsNarrow<T>) {
+      scale_into(static_cast<A*>(scratch), A(1), gradient, row_size);
+      wide = static_cast<const A*>(scratch);
+    } else {
+      wide = gradient;
     }
-  });
+    update_row(update.table, update.optimizer, indices[i], A(1), wide, 0, row_size);
+  }
 }
 
 // to += own - before, and all three become that.
@@ -421,30 +413,31 @@ void join(T* to, T* own, T* before, int64_t n, const Store& store) {
   }
 }
 
-void dispatch_join_row(const Update& update, ScalarKind dtype, int64_t row, const UpdatedTable& own,
-                       const UpdatedTable& before, int64_t slot) {
-  dispatch_dtype(dtype, [&](auto scalar) {
-    using T = typename decltype(scalar)::type;
-    using A = Sum<T>;
-    constexpr int L = kLanes<A>;
-    const UpdatedTable& table = update.table;
-    const Rounding rounding(update.optimizer, row);
-    const auto weight = [](const UpdatedTable& t, int64_t i) { return static_cast<T*>(t.weight) + i * t.row_size; };
-    join<A>(weight(table, row), weight(own, slot), weight(before, slot), table.row_size,
-            [&](T* to, Vec<A, L> w, int64_t i, int64_t count) { store_weights<L>(to, {w}, rounding, i, count); });
-    for (int s = 0; s < 2 && table.states[s]; ++s) {
-      const auto state = [s](const UpdatedTable& t, int64_t i) {
-        return static_cast<A*>(t.states[s]) + i * t.state_row_size;
-      };
-      join<A>(state(table, row), state(own, slot), state(before, slot), table.state_row_size,
-              [](A* to, Vec<A, L> sum, int64_t, int64_t count) { store_part<L, Part::kFirst>(to, sum, count); });
-    }
-  });
+template <typename T>
+void join_row(const Update& update, int64_t row, const UpdatedTable& own, const UpdatedTable& before, int64_t slot) {
+  using A = Sum<T>;
+  constexpr int L = kLanes<A>;
+  const UpdatedTable& table = update.table;
+  const Rounding rounding(update.optimizer, row);
+  const auto weight = [](const UpdatedTable& t, int64_t i) { return static_cast<T*>(t.weight) + i * t.row_size; };
+  join<A>(weight(table, row), weight(own, slot), weight(before, slot), table.row_size,
+          [&](T* to, Vec<A, L> w, int64_t i, int64_t count) { store_weights<L>(to, {w}, rounding, i, count); });
+  for (int s = 0; s < 2 && table.states[s]; ++s) {
+    const auto state = [s](const UpdatedTable& t, int64_t i) {
+      return static_cast<A*>(t.states[s]) + i * t.state_row_size;
+    };
+    join<A>(state(table, row), state(own, slot), state(before, slot), table.state_row_size,
+            [](A* to, Vec<A, L> sum, int64_t, int64_t count) { store_part<L, Part::kFirst>(to, sum, count); });
+  }
 }
 
 }  // namespace
 
-extern const TrainKernels train_kernels;
-const TrainKernels train_kernels = {train_bytes, dispatch_train, dispatch_update_rows, dispatch_join_row};
+template <typename T>
+const TrainKernels& train_kernels() {
+  static constexpr TrainKernels kKernels = {train_bytes<T>, dispatch_train<T>, update_rows<T>, join_row<T>};
+  return kKernels;
+}
+template const TrainKernels& train_kernels<FFM_DTYPE>();
 
 }  // namespace ffm::FFM_ISA

@@ -245,26 +245,19 @@ A* take_gradient_rows(const Problem& p, Arena& arena, int64_t rows) {
 }
 
 // Bytes of scratch for the field sums and so many gradients of fields.
-inline size_t field_sums_bytes(const Problem& p, int64_t rows) {
-  size_t bytes = 0;
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    using T = typename decltype(scalar)::type;
-    Arena arena(nullptr);
-    FieldSums<T> s(p, arena);
-    take_gradient_rows<Sum<T>>(p, arena, rows);
-    bytes = arena.used();
-  });
-  return bytes;
+template <typename T>
+size_t field_sums_bytes(const Problem& p, int64_t rows) {
+  Arena arena(nullptr);
+  FieldSums<T> s(p, arena);
+  take_gradient_rows<Sum<T>>(p, arena, rows);
+  return arena.used();
 }
 
-// Calls fn(Scalar<T>, embed_dim, output) with what p is, the last two as constants.
+// Calls fn(embed_dim, output) with what p is, as constants.
 template <typename Fn>
-inline void dispatch_all(const Problem& p, Fn&& fn) {
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    dispatch_embed_dim(p.embed_dim, [&](auto embed_dim) {
-      dispatch_output(p.output, [&](auto output) { fn(scalar, embed_dim, output); });
-    });
-  });
+inline void dispatch_constants(const Problem& p, Fn&& fn) {
+  dispatch_embed_dim(p.embed_dim,
+                     [&](auto embed_dim) { dispatch_output(p.output, [&](auto output) { fn(embed_dim, output); }); });
 }
 
 // How K-vectors lie in registers of L lanes: kPairs of them side by side where several fit, and for that embed_dim has
@@ -287,7 +280,9 @@ auto dispatch_registers(int64_t K, const Fn& fn) {
     constexpr unsigned kRest = kEmbedDim % L;
     return fn(integral_constant<int, kEmbedDim>{}, integral_constant<int, kRest ? std::bit_ceil(kRest) : 0>{});
   } else if constexpr (kTry <= L / 2) {
-    if (K == kTry) return dispatch_registers<kTry, L>(K, fn);
+    if constexpr (!has_own_kernels(kTry)) {
+      if (K == kTry) return dispatch_registers<kTry, L>(K, fn);
+    }
     return dispatch_registers<kEmbedDim, L, kTry + 1>(K, fn);
   } else {
     constexpr integral_constant<int, 0> kAny;

@@ -6,15 +6,40 @@
 #include <stdexcept>
 #include <string>
 
-namespace ffm {
+#include "../dispatch.h"
 
-// What the kernel files define, once for every ISA of setup.py's table. The linker looks for those in kIsas only.
-#define FFM_DECLARE_KERNELS(isa)                 \
-  namespace isa {                                \
-  extern const ForwardKernels forward_kernels;   \
-  extern const BackwardKernels backward_kernels; \
-  extern const TrainKernels train_kernels;       \
-  extern const Int8Kernels int8_kernels;         \
+namespace ffm {
+namespace {
+
+// Of a storage type.
+struct Tables {
+  const ForwardKernels* forward;
+  const BackwardKernels* backward;
+  const TrainKernels* train;
+};
+
+}  // namespace
+
+// What the kernel files define, once for every ISA and type of setup.py's lists. The linker looks for those of the ISAs
+// in kIsas only.
+#define FFM_DECLARE_KERNELS(isa)                                                      \
+  namespace isa {                                                                     \
+  template <typename T>                                                               \
+  const ForwardKernels& forward_kernels();                                            \
+  template <typename T>                                                               \
+  const BackwardKernels& backward_kernels();                                          \
+  template <typename T>                                                               \
+  const TrainKernels& train_kernels();                                                \
+  extern const Int8Kernels int8_kernels;                                              \
+                                                                                      \
+  [[maybe_unused]] static Tables tables(ScalarKind dtype) {                           \
+    Tables of_type = {};                                                              \
+    dispatch_dtype(dtype, [&](auto scalar) {                                          \
+      using T = typename decltype(scalar)::type;                                      \
+      of_type = {&forward_kernels<T>(), &backward_kernels<T>(), &train_kernels<T>()}; \
+    });                                                                               \
+    return of_type;                                                                   \
+  }                                                                                   \
   }
 FFM_DECLARE_KERNELS(baseline)
 FFM_DECLARE_KERNELS(avx2)
@@ -25,9 +50,7 @@ namespace {
 
 struct Isa {
   const char* name;
-  const ForwardKernels* forward;
-  const BackwardKernels* backward;
-  const TrainKernels* train;
+  Tables (*tables)(ScalarKind);
   const Int8Kernels* int8;
   bool (*is_supported)();
 };
@@ -36,16 +59,14 @@ struct Isa {
 constexpr Isa kIsas[] = {
 #if defined(__aarch64__)
     // Every AArch64 CPU has NEON, so nothing lies below it.
-    {"neon", &neon::forward_kernels, &neon::backward_kernels, &neon::train_kernels, &neon::int8_kernels,
-     [] { return true; }},
+    {"neon", neon::tables, &neon::int8_kernels, [] { return true; }},
 #else
-    {"baseline", &baseline::forward_kernels, &baseline::backward_kernels, &baseline::train_kernels,
-     &baseline::int8_kernels, [] { return true; }},
+    {"baseline", baseline::tables, &baseline::int8_kernels, [] { return true; }},
 #endif
 #if defined(__x86_64__)
-    {"avx2", &avx2::forward_kernels, &avx2::backward_kernels, &avx2::train_kernels, &avx2::int8_kernels,
+    {"avx2", avx2::tables, &avx2::int8_kernels,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
-    {"avx512", &avx512::forward_kernels, &avx512::backward_kernels, &avx512::train_kernels, &avx512::int8_kernels,
+    {"avx512", avx512::tables, &avx512::int8_kernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -77,9 +98,9 @@ const Isa& chosen() {
 
 }  // namespace
 
-const ForwardKernels& forward_kernels() { return *chosen().forward; }
-const BackwardKernels& backward_kernels() { return *chosen().backward; }
-const TrainKernels& train_kernels() { return *chosen().train; }
+const ForwardKernels& forward_kernels(ScalarKind dtype) { return *chosen().tables(dtype).forward; }
+const BackwardKernels& backward_kernels(ScalarKind dtype) { return *chosen().tables(dtype).backward; }
+const TrainKernels& train_kernels(ScalarKind dtype) { return *chosen().tables(dtype).train; }
 const Int8Kernels& int8_kernels() { return *chosen().int8; }
 const char* cpu_isa() { return chosen().name; }
 

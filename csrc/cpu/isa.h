@@ -8,9 +8,9 @@
 namespace ffm {
 
 // Throw std::runtime_error where FFM_EXT_ISA names an ISA that is unknown or that this CPU lacks. Decided once.
-const ForwardKernels& forward_kernels();
-const BackwardKernels& backward_kernels();
-const TrainKernels& train_kernels();
+const ForwardKernels& forward_kernels(ScalarKind dtype);
+const BackwardKernels& backward_kernels(ScalarKind dtype);
+const TrainKernels& train_kernels(ScalarKind dtype);
 const Int8Kernels& int8_kernels();
 
 // "baseline", "avx2" or "avx512" on x86-64, "neon" on AArch64, "baseline" elsewhere.

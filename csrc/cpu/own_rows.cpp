@@ -115,7 +115,7 @@ void OwnRows::join(int64_t step, int64_t fewest, bool waits) {
     } else if (!rows_.try_lock(slot)) {
       continue;
     }
-    kernels_.join_row(update_, p_.dtype, rows_.row(slot), own_, before_, slot);
+    kernels_.join_row(update_, rows_.row(slot), own_, before_, slot);
     rows_.unlock(slot);
     updates_[slot] = 0;
   }

@@ -50,10 +50,10 @@ class PairSum {
         const Range whole = {0, m / kBlock * kBlock};
         for (; i < whole.end; i += kBlock) {
           ahead.template ask_tile<kEmbedDim, kBlock>(i, i, whole, K);
-          add_triangle<kBlock>(s, rows, i, K);
+          add_triangle(s, rows, i, K);
           int64_t j = i + kBlock;
           for (; j < whole.end; j += kBlock) {
-            add_square<kBlock>(s, rows, i, j, K);
+            add_square(s, rows, i, j, K);
             ahead.template ask_tile<kEmbedDim, kBlock>(i, j, whole, K);
           }
           if (j < m) ahead.template ask_vectors<kEmbedDim, kBlock>(i, j, K);
@@ -146,25 +146,25 @@ class PairSum {
     }
   }
 
-  // The pairs of kSize fields from f on with as many from g on.
-  template <int kSize, typename T>
+  // The pairs of a block of fields, from f on, with another, from g on.
+  template <typename T>
   __attribute__((always_inline)) void add_square(const FieldSums<T>& s, const R* const* rows, int64_t f, int64_t g,
                                                  int64_t K) {
-    for_constants<kSize / kFields>([&](auto r) __attribute__((always_inline)) {
-      for_constants<kSize / kFields>([&](auto q) __attribute__((always_inline)) {
+    for_constants<kBlock / kFields>([&](auto r) __attribute__((always_inline)) {
+      for_constants<kBlock / kFields>([&](auto q) __attribute__((always_inline)) {
         if constexpr (kFields > 1) {
           add_tile(s, rows, f + r * kFields, g + q * kFields, AllLanes{});
         } else {
-          add_pair<(kSize * r + q) % kSums>(s, rows, f + r, g + q, K);
+          add_pair<(kBlock * r + q) % kSums>(s, rows, f + r, g + q, K);
         }
       });
     });
   }
-  // Those of kSize fields from f on with each other.
-  template <int kSize, typename T>
+  // Those of a block of fields with each other.
+  template <typename T>
   __attribute__((always_inline)) void add_triangle(const FieldSums<T>& s, const R* const* rows, int64_t f, int64_t K) {
-    for_constants<kSize>([&](auto r) __attribute__((always_inline)) {
-      for_constants<kSize>([&](auto q) __attribute__((always_inline)) {
+    for_constants<kBlock>([&](auto r) __attribute__((always_inline)) {
+      for_constants<kBlock>([&](auto q) __attribute__((always_inline)) {
         constexpr bool kAreTogether = kFields == 1 || r / kFields == q / kFields;
         if constexpr (r < q && kAreTogether) add_pair<q % kSums>(s, rows, f + r, f + q, K);
         if constexpr (r < q && !kAreTogether && r % kFields == 0 && q % kFields == 0) {

@@ -6,9 +6,9 @@
 //   ask_tile, ask_last_tile, ask_square, ask_vectors  it is at these K-vectors, of fields in their order,
 //   step(work)                                        it has done so many of the units of work that a sample takes.
 // Where samples are a matrix, every K-vector is a cue to ask for one of a later sample: requests then come as evenly as
-// loads do, and neither keeps the other waiting for a line buffer. Of other samples it is not known in
-// time where a field's row is, so whole rows are asked for in bursts: a core keeps more lines in flight when no loads
-// stand between the requests.
+// loads do, and neither keeps the other waiting for a line buffer. Of other samples it is not known in time where a
+// field's row is, so whole rows are asked for in bursts: a core keeps more lines in flight when no loads stand between
+// the requests.
 #pragma once
 
 #include "field_sums.h"

@@ -115,11 +115,11 @@ inline Vec<Sum<T>, N> widen(Vec<Bits<T>, N> v) {
 }
 
 // float32 -> bfloat16, to nearest even, in the upper half of each word.
+// A NaN keeps its bits: that of a sum or product has its highest mantissa bit set, and stays a NaN.
 template <int N>
 inline Vec<uint32_t, N> round_bfloat16(Vec<float, N> v) {
 #if defined(__AVX512BW__)
   if constexpr (N == 16) {
-    // A NaN keeps its bits: that of a sum or product has its highest mantissa bit set, and stays a NaN.
     const __m512 x = bit_copy<__m512>(v);
     const __m512i bits = bit_copy<__m512i>(v);
     const __mmask16 is_number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
@@ -128,9 +128,8 @@ inline Vec<uint32_t, N> round_bfloat16(Vec<float, N> v) {
     return bit_copy<Vec<uint32_t, N>>(_mm512_mask_sub_epi32(half_up, is_odd, half_up, _mm512_set1_epi32(-1)));
   }
 #endif
-  const Vec<uint32_t, N> bits = bit_copy<Vec<uint32_t, N>>(v);
-  const Vec<uint32_t, N> nan = bits | 0x400000u;  // rounding could turn a NaN into an infinity
-  return (bits & 0x7fffffffu) > 0x7f800000u ? nan : bits + 0x7fffu + (bits >> 16 & 1);
+  const Vec<uint32_t, N> bits = bit_copy<Vec<uint32_t, N>>(v), is_number = bit_copy<Vec<uint32_t, N>>(v == v);
+  return bits + (is_number & (0x7fffu + (bits >> 16 & 1)));
 }
 
 template <typename T, int N>

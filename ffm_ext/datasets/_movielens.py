@@ -230,7 +230,7 @@ def _recbole_rows(
 ) -> Iterator[tuple[str, list[str]]]:
     """``(place, [value of each wanted column])`` of an atomic file, whose first line names columns."""
     with open_file(name) as file:
-        header = file.readline().decode("utf-8").rstrip("\r\n")
+        header = file.readline().decode("utf-8", "surrogateescape").rstrip("\r\n")
     names = [cell.partition(":")[0] for cell in header.split("\t")]
     for column in wanted:
         if column not in names:
@@ -246,8 +246,13 @@ def _rows(
     open_file: Open, name: str, separator: str, width: int, encoding: str = "latin-1"
 ) -> Iterator[tuple[str, list[str]]]:
     """``(place, cells)`` of every line that is not blank."""
-    with open_file(name) as file, io.TextIOWrapper(file, encoding=encoding) as text:
+    with (
+        open_file(name) as file,
+        io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape") as text,
+    ):
         for number, line in enumerate(text, 1):
+            if not line.isascii() and any("\ud800" <= c <= "\udfff" for c in line):
+                raise ValueError(f"{name}:{number}: not in {encoding.upper()}: {line!r}")
             if line.strip():
                 cells = line.rstrip("\n").split(separator)
                 if len(cells) != width:

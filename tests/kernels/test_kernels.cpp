@@ -38,17 +38,19 @@ template <typename T>
 std::vector<T> run_forward(const Batch<T>& batch) {
   const Problem& p = batch.problem;
   std::vector<T> out = unwritten<T>(batch.output_size());
-  const auto scratch = new_scratch(forward_kernels().scratch_bytes(p));
-  forward_kernels().forward(p, out.data(), 0, kMiddle, scratch.get());
-  forward_kernels().forward(p, out.data(), kMiddle, p.batch_size, scratch.get());
+  const ForwardKernels& kernels = forward_kernels(p.dtype);
+  const auto scratch = new_scratch(kernels.scratch_bytes(p));
+  kernels.forward(p, out.data(), 0, kMiddle, scratch.get());
+  kernels.forward(p, out.data(), kMiddle, p.batch_size, scratch.get());
   return out;
 }
 
 template <typename T>
 std::vector<T> run_gather_sum(const Batch<T>& batch) {
   std::vector<T> out = unwritten<T>(batch.problem.batch_size);
-  forward_kernels().gather_sum(batch.problem, out.data(), 0, kMiddle);
-  forward_kernels().gather_sum(batch.problem, out.data(), kMiddle, batch.problem.batch_size);
+  const ForwardKernels& kernels = forward_kernels(batch.problem.dtype);
+  kernels.gather_sum(batch.problem, out.data(), 0, kMiddle);
+  kernels.gather_sum(batch.problem, out.data(), kMiddle, batch.problem.batch_size);
   return out;
 }
 
@@ -115,7 +117,7 @@ Gradients<T> run_backward(const Batch<T>& batch, const std::vector<T>& grad_outp
     }
   }
 
-  const BackwardKernels& kernels = backward_kernels();
+  const BackwardKernels& kernels = backward_kernels(p.dtype);
   const auto scratch = new_scratch(kernels.scratch_bytes(p, false));
   for (auto [begin, end] : {std::pair(int64_t{0}, kMiddle), std::pair(kMiddle, p.batch_size)}) {
     const int64_t first = p.entries_begin(begin), last = p.entries_begin(end);
@@ -276,7 +278,7 @@ void test_join(const Update& update, Batch<T>& batch, std::vector<SumOf<T>>& sta
   }
   const std::vector<T> shared = batch.weight;
   const std::vector<SumOf<T>> shared_sums = states;
-  train_kernels().join_row(update, p.dtype, 1, copy, copy_before, 1);
+  train_kernels(p.dtype).join_row(update, 1, copy, copy_before, 1);
   test(batch.weight, shared, copied, changed, own, before, n, "weights");
   if (states.empty()) return;
   test(states, shared_sums, copied_sums, changed_sums, own_sums, sums_before, width, "states");
@@ -285,7 +287,7 @@ void test_join(const Update& update, Batch<T>& batch, std::vector<SumOf<T>>& sta
 // Every optimizer stays inside its memory, and AdaGrad is that above.
 template <typename T>
 void test_training(const Batch<T>& given) {
-  const TrainKernels& kernels = train_kernels();
+  const TrainKernels& kernels = train_kernels(given.problem.dtype);
   for (OptimizerKind kind : {OptimizerKind::kAdaGrad, OptimizerKind::kSgd, OptimizerKind::kVectorAdaGrad,
                              OptimizerKind::kAdam, OptimizerKind::kFtrl}) {
     Batch<T> batch = given;
@@ -345,7 +347,7 @@ void test_training(const Batch<T>& given) {
     std::vector<int64_t> rows(p.num_features);
     for (int64_t i = 0; i < p.num_features; ++i) rows[i] = i;
     const auto row = new_scratch(static_cast<size_t>(p.row_size() * sum_bytes(p.dtype)));
-    kernels.update_rows(update, p.dtype, {rows.data(), true}, gradients.data(), 0, p.num_features, row.get());
+    kernels.update_rows(update, {rows.data(), true}, gradients.data(), 0, p.num_features, row.get());
     bool is_finite = true;
     for (const T& x : batch.weight) is_finite = is_finite && std::isfinite(decode(x));
     check(is_finite, "update of rows with optimizer " + std::to_string(static_cast<int>(kind)) + batch.name);
