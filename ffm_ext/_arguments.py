@@ -87,13 +87,16 @@ def checks_contents(tensor: Tensor) -> bool:
 
     Not inside ``torch.func.vmap``, where it is that of many calls; operators look at it there.
     """
-    if torch.compiler.is_compiling() or _is_batched(tensor):
+    if torch.compiler.is_compiling() or is_batched(tensor):
         return False
     return tensor.device.type == "cpu" or (tensor.is_cuda and _C.checks_contents())
 
 
-def _is_batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it is that of many calls, inside ``torch.func.vmap`` or by ``is_grads_batched``."""
     functorch = torch._C._functorch
+    if functorch.is_legacy_batchedtensor(tensor):
+        return True
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return True

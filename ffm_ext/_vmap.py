@@ -116,5 +116,9 @@ def _(
     info: Any, in_dims: tuple[Any, ...], ids: Tensor, starts: Tensor, where: str
 ) -> tuple[Tensor, int]:
     V = info.batch_size
-    moved = _ops.ffm_table_ids(_unfolded(V, ids, in_dims[0]).flatten(0, 1), starts, where)
+    unfolded = _unfolded(V, ids, in_dims[0])
+    if in_dims[1] is not None:  # as torch.func.stack_module_state has it
+        each = zip(unfolded, starts.movedim(in_dims[1], 0), strict=True)
+        return torch.stack([_ops.ffm_table_ids(*one, where) for one in each]), 0
+    moved = _ops.ffm_table_ids(unfolded.flatten(0, 1), starts, where)
     return moved.unflatten(0, (V, -1)), 0

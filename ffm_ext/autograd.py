@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.torch_version import TorchVersion
 
 from . import reference
-from ._arguments import alert_not_deterministic
+from ._arguments import alert_not_deterministic, is_batched, sum_dtype
 from ._fake import new_grad_values
 from .optim import FusedOptimizer
 
@@ -98,12 +98,22 @@ def interaction(
 
 def _interaction(*arguments: Any) -> Tensor:
     """Arguments as :func:`interaction`, all positional."""
-    weight, values = arguments[0], arguments[3]
-    has_grad = weight.requires_grad or (values is not None and values.requires_grad)
+    has_grad = _requires_grad(arguments[0]) or _requires_grad(arguments[3])
     # Forward-mode tangents do not show in requires_grad, and an operator would lose them in silence.
     if (has_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
         return FFMFunction.apply(*arguments)  # type: ignore[no-untyped-call]
     return _forward(*arguments[:8])
+
+
+def _requires_grad(tensor: Tensor | None) -> bool:
+    """Of what ``torch.func.vmap`` is called with, too, which the tensors that it hands on do not say."""
+    functorch = torch._C._functorch
+    while tensor is not None:
+        if tensor.requires_grad:
+            return True
+        is_wrapped = functorch.is_functorch_wrapped_tensor(tensor)
+        tensor = functorch.get_unwrapped(tensor) if is_wrapped else None
+    return False
 
 
 def _forward(
@@ -183,7 +193,7 @@ def _table(weight: Tensor, num_fields: int) -> Tensor:
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of weight and values for ``create_graph=True`` and ``torch.func``.
 
-    They are those of the reference, which can be differentiated again.
+    They are those of the reference, which can be differentiated again; in the type that sums have.
     """
     weight, indices, fields, values, offsets = ctx.saved_tensors
     needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
@@ -194,17 +204,18 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
         )
 
     def of(weight: Tensor, values: Tensor | None) -> Tensor:
+        wide = sum_dtype(weight)
         return reference.ffm_interaction(
-            weight,
+            weight.to(wide),
             indices,
             fields,
-            values,
+            None if values is None else values.to(wide),
             offsets,
             num_fields=ctx.num_fields,
             output=ctx.output,
             within_field=ctx.within_field,
             grad="dense",
-        )
+        ).to(weight.dtype)
 
     if not needs_values:
         (grad_weight,) = _vjp(lambda weight: of(weight, values), weight)(grad_output)
@@ -229,8 +240,11 @@ def _asks_for_weight(ctx: Any) -> bool:
     node = ctx.next_functions[0][0]
     try:
         return node is not None and torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # torch.autograd.grad of the weight itself
-        return True
+    except RuntimeError:  # that of the weight itself
+        raise RuntimeError(
+            "FFMInteraction: torch.autograd.grad asks for the gradient of a table that has a fused optimizer: there is "
+            "none, backward updates the table; use grad='dense'"
+        ) from None
 
 
 def _address(weight: Tensor) -> int | None:
@@ -278,6 +292,11 @@ class FFMFunction(torch.autograd.Function):
         table = _table(weight, ctx.num_fields)
         lists = (indices, fields, values, offsets, ctx.output, ctx.within_field)
         needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+        if needs_weight and ctx.grad in ("sparse", "fused") and is_batched(grad_output):
+            raise RuntimeError(
+                "ffm_interaction: gradients by torch.func.vmap or is_grads_batched=True need grad='dense', this is "
+                f"grad={ctx.grad!r}"
+            )
         if ctx.grad == "fused":
             needs_weight = needs_weight and _asks_for_weight(ctx)
         grad_weight: Tensor | None = None

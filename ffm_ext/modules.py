@@ -444,15 +444,12 @@ class _Linear(nn.Module):
         sparse = self.grad == "sparse" and not is_exporting()
         if values is None and indices.dim() == 2:
             # A third of what embedding_bag takes for a few samples.
-            return nn.functional.embedding(indices, self.weight, sparse=sparse).sum((1, 2))
+            return _embedding(indices, self.weight, sparse).sum((1, 2))
         if sparse and values is not None and torch.compiler.is_dynamo_compiling():
             # The sparse gradient of embedding_bag with per_sample_weights cannot be traced: the shapes that torch has
             # for it are wrong. That of embedding can.
-            terms = nn.functional.embedding(indices, self.weight, sparse=True).squeeze(-1) * values
-            if offsets is None:
-                return terms.sum(1)
-            samples = _samples(indices, offsets)
-            return terms.new_zeros(offsets.numel() - 1).index_add(0, samples, terms)
+            terms = _embedding(indices, self.weight, sparse).squeeze(-1) * values
+            return terms.sum(1) if offsets is None else _sum_samples(terms, offsets)
         summed = nn.functional.embedding_bag(
             indices,
             self.weight,
@@ -715,9 +712,7 @@ class FM(nn.Module):
         indices, _, values, offsets = _entries("FM", x, values, self.weight.dtype)
         check_contents("FM", indices, values, offsets, self.weight.shape[0])
         table_size = self.weight.shape[0]
-        rows = nn.functional.embedding(
-            _inside(indices, table_size), self.weight, sparse=self.grad == "sparse"
-        )
+        rows = _embedding(_inside(indices, table_size), self.weight, self.grad == "sparse")
         if indices.is_cuda:
             rows = rows.masked_fill(outside(indices, table_size).unsqueeze(-1), math.nan)
         if values is not None:
@@ -725,11 +720,7 @@ class FM(nn.Module):
         if offsets is None:
             sums, squares = rows.sum(1), (rows**2).sum(1)
         else:
-            B = offsets.numel() - 1
-            samples = _samples(indices, offsets)
-            zeros = rows.new_zeros(B, rows.shape[1])
-            sums = zeros.index_add(0, samples, rows)
-            squares = zeros.index_add(0, samples, rows**2)
+            sums, squares = _sum_samples(rows, offsets), _sum_samples(rows**2, offsets)
         return self.linear((sums**2 - squares).sum(1) / 2, indices, values, offsets)
 
 
@@ -830,11 +821,28 @@ def _inside(indices: Tensor, num_features: int) -> Tensor:
     return indices.clamp(0, num_features - 1) if indices.is_cuda else indices
 
 
-def _samples(indices: Tensor, offsets: Tensor) -> Tensor:
-    """The sample of each entry, ``[nnz]``."""
-    return torch.arange(offsets.numel() - 1, device=indices.device).repeat_interleave(
-        offsets.diff(), output_size=indices.numel()
+def _samples(entries: Tensor, offsets: Tensor) -> Tensor:
+    """The sample of each entry, ``[nnz]``; entries: ``[nnz, ...]``."""
+    return torch.arange(offsets.numel() - 1, device=entries.device).repeat_interleave(
+        offsets.diff(), output_size=entries.shape[0]
     )
+
+
+def _sum_samples(terms: Tensor, offsets: Tensor) -> Tensor:
+    """The sums ``[B, ...]`` of the entries' terms ``[nnz, ...]``."""
+    B = offsets.numel() - 1
+    if B == 1:  # torch.compile stops at index_add into a single row
+        return terms.sum(0, keepdim=True)
+    return terms.new_zeros(B, *terms.shape[1:]).index_add(0, _samples(terms, offsets), terms)
+
+
+def _embedding(indices: Tensor, weight: Tensor, sparse: bool) -> Tensor:
+    """``weight[indices]``."""
+    if sparse and indices.numel() == 1 and torch.compiler.is_dynamo_compiling():
+        # torch.compile has a wrong sparse gradient of a single lookup, and the right one of two.
+        rows = nn.functional.embedding(indices.flatten().repeat(2), weight, sparse=True)
+        return rows.mean(0).view(*indices.shape, -1)
+    return nn.functional.embedding(indices, weight, sparse=sparse)
 
 
 def _unit_norm(indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
@@ -843,9 +851,8 @@ def _unit_norm(indices: Tensor, values: Tensor | None, offsets: Tensor | None) -
         values = torch.ones(indices.shape, dtype=torch.float64, device=indices.device)
     if offsets is None:
         return values * _reciprocal_root(values.square().sum(1, keepdim=True))
-    samples = _samples(indices, offsets)
-    squares = values.new_zeros(offsets.numel() - 1).index_add(0, samples, values.square())
-    return values * _reciprocal_root(squares)[samples]
+    squares = _sum_samples(values.square(), offsets)
+    return values * _reciprocal_root(squares)[_samples(indices, offsets)]
 
 
 def _reciprocal_root(x: Tensor) -> Tensor:

@@ -171,6 +171,10 @@ class Adam(Optimizer):
         return [self.lr, self.weight_decay, *self.betas, self.eps, 0.0]
 
 
+# With less, numbers of its states do not fit float32; it counts as 0.
+_LEAST_FTRL_LR = 1e-30
+
+
 @dataclass(frozen=True)
 class FTRL(Optimizer):
     """FTRL-Proximal (McMahan et al., KDD 2013, Algorithm 1); ``l1`` makes weights exactly 0.
@@ -180,7 +184,8 @@ class FTRL(Optimizer):
         l1, weight_decay: the paper's λ₁ and λ₂.
 
     Where a schedule changes ``lr`` or ``weight_decay``, ``z`` is written anew for the whole table, so that weights
-    stay; with ``lr`` 0 nothing is updated. Weights written from outside do not stay: ``z`` does not know of them.
+    stay; with ``lr`` 0, or less than 1e-30, nothing is updated. Weights written from outside do not stay: ``z`` does
+    not know of them.
     """
 
     lr: float = 0.1
@@ -275,8 +280,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Only calls ``closure``: ``backward`` has updated the table already.
 
         Raises:
-            RuntimeError: ``torch.amp.GradScaler`` calls it.
+            RuntimeError: ``torch.amp.GradScaler`` calls it; or the table has a gradient, which is not of its layer's
+                making: a penalty's, for instance.
         """
+        if self.param_groups[0]["params"][0].grad is not None:
+            raise RuntimeError(
+                "FusedOptimizer.step: the table has a gradient from elsewhere than its layer, and nothing would apply "
+                "it: weight_decay is the optimizer's own; for other penalties use grad='dense' or 'sparse'"
+            )
         if getattr(self, "grad_scale", None) is not None:
             raise RuntimeError(
                 "FusedOptimizer.step: the loss was scaled by a GradScaler, and backward has updated the table with the "
@@ -286,6 +297,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # So that GradScaler.step comes to step with its scale.
     _step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: other parameters take an optimizer of their own."""
+        if self.param_groups:
+            raise RuntimeError(
+                "FusedOptimizer.add_param_group: it updates the table of its layer alone; give other parameters an "
+                "optimizer of their own"
+            )
+        super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: the table has no gradient."""
@@ -316,7 +336,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Let the states stand for the weights with the numbers of now; whether there is an update with these."""
         group = self.param_groups[0]
         now = (float(group["lr"]), float(group["weight_decay"]))
-        if isinstance(self.optimizer, FTRL) and now[0] == 0:
+        if isinstance(self.optimizer, FTRL) and now[0] < _LEAST_FTRL_LR:
             return False
         if now != self.settled:
             self.optimizer.keep_weights(weight, states, *now)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from problems import FORMS, OUTPUTS, Problem, by_definition, make_problem, python
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vjp, vmap
+from torch.func import functional_call, grad, jacrev, stack_module_state, vjp, vmap
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -177,6 +177,31 @@ def test_compiled_training(mode: str, form: str, dynamic: bool | None) -> None:
 @learning
 def test_compiled_training_with_normalisation(mode: str, form: str) -> None:
     compile_and_train(make_model(mode, normalize=True), INPUTS[form], "aot_eager")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [FFM(K, num_features=N, num_fields=F), FM(N, K)],
+    ids=lambda model: type(model).__name__,
+)
+def test_compiled_batches_of_one_sample_and_of_one_entry(model: nn.Module) -> None:
+    # Inductor stops at index_add into one row, and has a wrong sparse gradient of one lookup.
+    torch.compiler.reset()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    compiled = torch.compile(model)
+    for counts in ([3, 1], [5], [1], [0, 1]):
+        x = ids(sum(counts))
+        offsets = torch.tensor([0, *counts]).cumsum(0)
+        batch = SparseBatch(x[:, 0].clone(), x[:, 1] % F, torch.randn(len(x)), offsets)
+        found = []
+        for run in (model, compiled):
+            model.zero_grad()
+            scores = run(batch)
+            (scores * torch.arange(1, len(scores) + 1)).sum().backward()
+            grads = [p.grad.to_dense().clone() for p in model.parameters() if p.grad is not None]
+            found.append([scores.detach(), *grads])
+        torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.slow
@@ -491,6 +516,66 @@ def test_vmap_of_models(model: nn.Module, has_values: bool) -> None:
         wanted = torch.autograd.grad(scores[b], tuple(model.parameters()), retain_graph=True)
         for gradient, (name, _) in zip(wanted, model.named_parameters()):
             torch.testing.assert_close(found[name][b], gradient)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: type(model).__name__)
+def test_gradients_of_an_ensemble(model: nn.Module) -> None:
+    models = [copy.deepcopy(model) for _ in range(3)]
+    for one in models:
+        for parameter in one.parameters():
+            nn.init.normal_(parameter)
+    parameters, buffers = stack_module_state(models)
+    x = torch.randint(5, (7, F))
+
+    def score(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, (parameters, buffers), (x,))
+
+    scores = torch.stack([one(x) for one in models])
+    found = vmap(score)(parameters, buffers)
+    torch.testing.assert_close(found, scores)
+    found.sum().backward()
+    scores.sum().backward()
+    for name, parameter in parameters.items():
+        wanted = torch.stack([one.get_parameter(name).grad for one in models])  # type: ignore[misc]
+        torch.testing.assert_close(parameter.grad, wanted)
+
+
+def test_gradients_of_what_vmap_is_given() -> None:
+    table, x = torch.randn(N, F, K), ids()
+    values = torch.rand(2, *x.shape, requires_grad=True)
+
+    def interaction(values: Tensor) -> Tensor:
+        return ffm_interaction(table, x, values=values, grad="dense")
+
+    (found,) = torch.autograd.grad(vmap(interaction)(values).sum(), values)
+    (wanted,) = torch.autograd.grad(torch.stack([interaction(v) for v in values]).sum(), values)
+    torch.testing.assert_close(found, wanted)
+    tables = torch.randn(2, N, F, K, requires_grad=True)
+    scores = vmap(lambda table: ffm_interaction(table, x, grad="sparse"))(tables)
+    with pytest.raises(RuntimeError, match="need grad='dense', this is grad='sparse'"):
+        scores.sum().backward()
+
+
+def test_batched_gradients() -> None:
+    seeds = torch.eye(5)
+    layer = make_layer("dense")
+    y = layer(ids())
+    (found,) = torch.autograd.grad(y, layer.weight, seeds, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(y, layer.weight, seed, retain_graph=True)[0] for seed in seeds]
+    torch.testing.assert_close(found, torch.stack(each))
+    for mode in ("sparse", "fused"):
+        layer = make_layer(mode)
+        with pytest.raises(RuntimeError, match=f"is_grads_batched=True need grad='dense'.*{mode}"):
+            torch.autograd.grad(layer(ids()), layer.weight, seeds, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_to_be_differentiated_are_summed_in_float32(dtype: torch.dtype) -> None:
+    table = torch.ones(4, 2, 2, dtype=dtype, requires_grad=True)
+    score = ffm_interaction(table, torch.tensor([[0, 1]]).repeat(4096, 1), grad="dense").sum()
+    (gradient,) = torch.autograd.grad(score, table, create_graph=True)
+    assert gradient.dtype == dtype
+    assert gradient[0, 1].tolist() == [4096, 4096]
 
 
 def test_vmap_refuses_ids_of_the_next_table_and_offsets_that_do_not_fit() -> None:

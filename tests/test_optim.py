@@ -351,9 +351,31 @@ def test_gradients_of_values_alone_leave_the_table_as_it_is(optimizer):
     loss_of(made, x, values).backward()
     assert not torch.equal(made.weight, before)
     torch.testing.assert_close(values.grad, 2 * found)
-    before = made.weight.detach().clone()
-    torch.autograd.grad(loss_of(made, x), made.weight, allow_unused=True)
-    assert not torch.equal(made.weight, before)
+
+
+def test_what_a_fused_table_does_not_do():
+    made = layer(N, F, 4)
+    handle = made.fuse_optimizer(optim.SGD(lr=0.1))
+    ids, before = batch(N, F), made.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="asks for the gradient of a table that has a fused opt"):
+        torch.autograd.grad(made(ids).sum(), made.weight, allow_unused=True)
+    assert torch.equal(made.weight, before)
+    with pytest.raises(RuntimeError, match="it updates the table of its layer alone"):
+        handle.add_param_group({"params": torch.nn.Linear(2, 2).parameters()})
+    (made(ids).sum() + made.weight.square().sum()).backward()
+    with pytest.raises(RuntimeError, match="a gradient from elsewhere than its layer"):
+        handle.step()
+
+
+def test_ftrl_with_learning_rates_that_vanish():
+    made = layer(N, F, 4, dtype=torch.float32)
+    handle = made.fuse_optimizer(optim.FTRL(lr=0.1))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(handle, gamma=1e-3)
+    for _ in range(20):
+        made(batch(N, F)).sum().backward()
+        handle.step()
+        schedule.step()
+    assert made.weight.isfinite().all()
 
 
 def test_state_dict_goes_on_where_it_stopped():
