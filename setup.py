@@ -100,6 +100,8 @@ NVCCFLAGS = [
 NO_SPILLS = ["-Xptxas", "-warn-spills,-warn-lmem-usage,-Werror"]
 # The oldest nvcc that knows C++20.
 NVCC_FLOOR = 12
+# In front of a compiler in CXX; nvcc wants the compiler itself.
+LAUNCHERS = {"ccache", "distcc", "icecc", "sccache"}
 
 
 class Compiler(NamedTuple):
@@ -195,7 +197,7 @@ def jobs_option() -> list[str]:
 
 def find_cuda(sanitize: str) -> Cuda | str:
     """The toolkit, or why CUDA is not built."""
-    wanted = os.environ.get("FFM_EXT_CUDA", "auto")
+    wanted = os.environ.get("FFM_EXT_CUDA") or "auto"
     if wanted not in ("auto", "0", "1"):
         raise fail(f"FFM_EXT_CUDA = {wanted!r} is not one of auto, 0, 1.")
     if wanted == "0":
@@ -207,9 +209,13 @@ def find_cuda(sanitize: str) -> Cuda | str:
         nvcc = home / "bin" / "nvcc"
         if not ((home / "include" / "cuda_runtime.h").exists() and nvcc.exists()):
             continue
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        try:
+            text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        except OSError:  # a file that is no program
+            continue
         version = text.partition("release ")[2].partition(",")[0]
-        if version and int(version.partition(".")[0]) >= NVCC_FLOOR:
+        major = version.partition(".")[0]
+        if major.isdecimal() and int(major) >= NVCC_FLOOR:
             return Cuda(home, version)
     reason = "no toolkit with include/cuda_runtime.h and an nvcc {} or newer in {}".format(
         NVCC_FLOOR, ", ".join(map(str, homes))
@@ -295,6 +301,11 @@ def compile_steps(
         yield Step(source, "", [*every_cpu, *for_source])
 
 
+def ninja_words(words: list[str]) -> str:
+    """A shell's words, as ninja hands them on."""
+    return shlex.join(words).replace("$", "$$")
+
+
 def write_ninja(
     build: Path,
     library: Path,
@@ -322,18 +333,18 @@ def write_ninja(
         n.variable("builddir", str(build))
         n.rule(
             "cxx",
-            f"{shlex.join(compiler.command)} -MD -MF $out.d $flags {shlex.join(cxxflags)} -c $in -o $out",
+            f"{ninja_words(compiler.command)} -MD -MF $out.d $flags {ninja_words(cxxflags)} -c $in -o $out",
             description="compile $in $variant",
             depfile="$out.d",
             deps="gcc",
         )
         if isinstance(cuda, Cuda):
             # What ptxas says of each kernel is kept for `make cuda-report`, and shown where it is an error.
-            host = next(word for word in compiler.command if Path(word).name != "ccache")
+            host = next(word for word in compiler.command if Path(word).name not in LAUNCHERS)
             nvcc = [str(cuda.home / "bin" / "nvcc"), "-ccbin", host]
             n.rule(
                 "nvcc",
-                f"{shlex.join(nvcc)} -MD -MF $out.d {shlex.join(NVCCFLAGS)} $flags -Icsrc -c $in -o $out "
+                f"{ninja_words(nvcc)} -MD -MF $out.d {ninja_words(NVCCFLAGS)} $flags -Icsrc -c $in -o $out "
                 "> $out.ptxas 2>&1 || (cat $out.ptxas; exit 1)",
                 description="compile $in",
                 depfile="$out.d",
@@ -341,7 +352,7 @@ def write_ninja(
             )
         n.rule(
             "link",
-            f"{shlex.join(compiler.command)} $in -o $out {shlex.join(ldflags)} $how",
+            f"{ninja_words(compiler.command)} $in -o $out {ninja_words(ldflags)} $how",
             description="link $out",
         )
         objects: list[str] = []
@@ -349,7 +360,7 @@ def write_ninja(
         for step in steps:
             target = str(step.target(build))
             (bindings if step.source.match("csrc/bindings.cpp") else objects).append(target)
-            variables = {"flags": shlex.join(step.flags), "variant": step.variant}
+            variables = {"flags": ninja_words(step.flags), "variant": step.variant}
             rule = "nvcc" if step.source.suffix == ".cu" else "cxx"
             n.build([target], rule, [str(step.source)], variables=variables)
         operators = str(library.with_name(OPS_LIBRARY))
@@ -428,6 +439,7 @@ class NinjaBuild(build_ext):
 
 
 if __name__ == "__main__":
+    os.chdir(Path(__file__).resolve().parent)  # where the sources are
     if int(setuptools_version.partition(".")[0]) < 77:  # the first to read pyproject.toml's license
         raise fail(
             f"it needs setuptools 77 or newer, and {sys.executable} has {setuptools_version}. Install "

@@ -86,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only:
             command += ["-k", options.only]
         status = pytest.main(command)
+        if status == pytest.ExitCode.INTERRUPTED and not name.endswith("-part"):
+            name += "-part"  # what is there of the whole stays
         if status == pytest.ExitCode.NO_TESTS_COLLECTED:
             print(f"benchmarks: --only {options.only!r} leaves nothing to measure", file=sys.stderr)
         elif not raw.exists():

@@ -319,6 +319,7 @@ def test_what_cannot_be_written_is_said_before_the_work(
         monkeypatch.setattr(_models, name, work)
     for argv in (
         ["train", tr, target],
+        ["train", tr, "fits", "--checkpoint", target],
         ["predict", va, "m", target],
         ["convert", "m", target, "--to", "libffm"],
         *([["convert", va, target, "--to", "dataset"]] if target != "." else []),

@@ -534,6 +534,7 @@ def test_misuse() -> None:
     encoder.fit({"a": [1]})
     for column, text in (
         (["x"], "numbers are needed, got"),
+        ([10**400, 1], "integers do not fit float64"),
         ([math.inf], "inf is not finite in float32"),
         ([1e300], "1e.300 is not finite in float32"),
         ([[1.0, 2.0], [3.0]], "a numeric column cannot hold lists"),

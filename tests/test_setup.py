@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -50,12 +52,17 @@ def test_a_toolkit_is_used_where_it_is(setup: ModuleType, tmp_path: Path) -> Non
     assert setup.find_cuda("address") == "sanitizers are for the CPU"
 
 
-@pytest.mark.parametrize("found", ["nothing", "no headers", "an old one"])
+@pytest.mark.parametrize(
+    "found", ["nothing", "no headers", "an old one", "no program", "no number"]
+)
 def test_without_one_it_is_left_out_or_an_error(
     setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str
 ) -> None:
     if found != "nothing":
-        make_toolkit(tmp_path, "11.8" if found == "an old one" else "13.0")
+        versions = {"an old one": "11.8", "no number": "x.4,"}
+        make_toolkit(tmp_path, versions.get(found, "13.0"))
+    if found == "no program":
+        (tmp_path / "cuda/bin/nvcc").chmod(0o644)
     if found == "no headers":  # as where nvcc is a script that calls one elsewhere
         (tmp_path / "cuda/include/cuda_runtime.h").unlink()
     assert setup.find_cuda("").startswith("no toolkit with include/cuda_runtime.h")
@@ -92,3 +99,18 @@ def test_numbers_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_setup().jobs_option() == []
     monkeypatch.setenv("MAX_JOBS", "3")
     assert load_setup().jobs_option() == ["-j", "3"]
+
+
+def test_words_come_through_ninja_and_the_shell(tmp_path: Path) -> None:
+    words = ["a b", "-Wl,-rpath,$ORIGIN/../lib", "it's", "c$u:d"]
+    rule = load_setup().ninja_words(["printf", "%s\\n", *words])
+    text = f"rule print\n  command = {rule} > $out\nbuild out: print\n"
+    (tmp_path / "build.ninja").write_text(text)
+    subprocess.run([sys.executable, "-m", "ninja", "-C", str(tmp_path)], check=True)
+    assert (tmp_path / "out").read_text().splitlines() == words
+
+
+def test_setup_works_from_any_folder(tmp_path: Path) -> None:
+    command = [sys.executable, str(SETUP), "--quiet", "build_ext", "--help"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert not list(tmp_path.iterdir())

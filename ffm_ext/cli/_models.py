@@ -560,6 +560,8 @@ def train(args: argparse.Namespace) -> None:
             "number of processes; --init-model starts a new run from their weights"
         )
     check_writable(target)
+    assert checkpoint is not None
+    check_writable(checkpoint)
     data = load_data(args.train, args.lenient)
     valid = None if args.valid is None else load_data(args.valid, args.lenient)
     _check_samples(args, len(data), None if valid is None else len(valid))

@@ -516,6 +516,8 @@ def _as_numbers(values: Array) -> npt.NDArray[np.float64]:
         raise ValueError(f"numbers are needed, got {values.dtype}")
     try:
         return values.astype(np.float64)
+    except OverflowError:
+        raise ValueError("integers do not fit float64") from None
     except (TypeError, ValueError):
         raise ValueError("numbers are needed, got something else") from None
 
