@@ -139,7 +139,8 @@ _library.impl("interaction", _interaction, "CompositeImplicitAutograd")
 
 # ffm_backward_fused_ with the numbers that the optimizer has when it runs, not those it had when it was traced.
 _library.define(
-    "fused_step_(Tensor grad_output, Tensor(a!) weight, Tensor(b!) step, Tensor(c!)[] states, Tensor indices, "
+    "fused_step_(Tensor grad_output, Tensor(a!) weight, Tensor(b!) step, Tensor(c!)[] states, Tensor? seen, "
+    "Tensor indices, "
     "Tensor? fields, Tensor? values, Tensor? offsets, str output, bool within_field, bool values_grad, int fused) "
     "-> Tensor"
 )
@@ -147,9 +148,19 @@ _library.define(
 
 @torch.library.impl(_library, "fused_step_", "CompositeExplicitAutograd")
 def _fused_step(
-    grad_output: Tensor, weight: Tensor, step: Tensor, states: list[Tensor], *arguments: Any
+    grad_output: Tensor,
+    weight: Tensor,
+    step: Tensor,
+    states: list[Tensor],
+    seen: Tensor | None,
+    *arguments: Any,
 ) -> Tensor:
     *lists_and_modes, values_grad, handle = arguments
+    if seen is not None and int(seen) != int(step):
+        raise RuntimeError(
+            "FFMInteraction: backward of a forward that read the table before an update: with a fused optimizer, a "
+            "layer is used once in a graph; use grad='dense' or 'sparse'"
+        )
     fused = FusedOptimizer.of(handle)
     if not fused.settle(weight, states):
         if not values_grad:
@@ -171,6 +182,7 @@ def _(
     weight: Tensor,
     step: Tensor,
     states: list[Tensor],
+    seen: Tensor | None,
     indices: Tensor,
     fields: Tensor | None,
     values: Tensor | None,
@@ -195,7 +207,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
 
     They are those of the reference, which can be differentiated again; in the type that sums have.
     """
-    weight, indices, fields, values, offsets = ctx.saved_tensors
+    weight, indices, fields, values, offsets, _ = ctx.saved_tensors
     needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     if needs_weight and ctx.grad not in ("dense", "atomic"):
         raise RuntimeError(
@@ -268,11 +280,14 @@ class FFMFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep the inputs; the field sums are cheaper to read again than to keep."""
         weight, indices, fields, values, offsets, *modes = inputs
-        ctx.save_for_backward(weight, indices, fields, values, offsets)
         ctx.num_fields, ctx.output, ctx.within_field, ctx.grad, ctx.fused, ctx.step, ctx.states = (
             modes
         )
         ctx.address = _address(weight) if ctx.grad == "fused" else None
+        # Inside a traced graph autograd does not look whether what was saved has changed since.
+        is_traced = ctx.grad == "fused" and torch.compiler.is_compiling()
+        seen = ctx.step.clone() if is_traced else None
+        ctx.save_for_backward(weight, indices, fields, values, offsets, seen)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -288,7 +303,7 @@ class FFMFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             first, second = _differentiable_backward(ctx, grad_output)
             return first, None, None, second, *(None,) * 8
-        weight, indices, fields, values, offsets = ctx.saved_tensors
+        weight, indices, fields, values, offsets, seen = ctx.saved_tensors
         table = _table(weight, ctx.num_fields)
         lists = (indices, fields, values, offsets, ctx.output, ctx.within_field)
         needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
@@ -311,7 +326,7 @@ class FFMFunction(torch.autograd.Function):
                     "use grad='dense'"
                 )
             grad_values = _ops.fused_step_(
-                grad_output, table, ctx.step, ctx.states, *lists, needs_values, ctx.fused
+                grad_output, table, ctx.step, ctx.states, seen, *lists, needs_values, ctx.fused
             )
         elif ctx.grad in ("dense", "atomic"):
             is_atomic = ctx.grad == "atomic"

@@ -179,6 +179,19 @@ def test_compiled_training_with_normalisation(mode: str, form: str) -> None:
     compile_and_train(make_model(mode, normalize=True), INPUTS[form], "aot_eager")
 
 
+@needs_torch_2_12
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_graphs_with_a_fused_layer_twice(backend: str) -> None:
+    torch.compiler.reset()
+    layer = make_layer("fused")
+    loss = torch.compile(lambda x: layer(x).sum() * layer(x.flip(0)).sum(), backend=backend)
+    for run in (loss, lambda x: layer(x).sum() * layer(x.flip(0)).sum()):
+        with pytest.raises(
+            RuntimeError, match=r"read the table before an update|inplace operation"
+        ):
+            run(ids()).backward()
+
+
 @pytest.mark.parametrize(
     "model",
     [FFM(K, num_features=N, num_fields=F), FM(N, K)],

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,17 @@ def test_packages(program: Path, tmp_path: Path) -> None:
         assert served.returncode == 1
         assert str(nowhere) in served.stderr
     assert serve(program, tmp_path / "sparse.pt2").returncode == 2
+
+
+@pytest.mark.parametrize("form", ["sparse", "int8"])
+def test_the_program_is_for_any_batch(form: str) -> None:
+    exported = model(form)
+    if form == "int8":
+        exported = ffm_ext.quantize(exported)
+    program = runpy.run_path(str(EXAMPLE / "export.py"))["program"](exported, "squared").module()
+    for lines in (LINES, LINES[:1], LINES[1:2], LINES[:2]):
+        batch = in_bulk(lines)
+        torch.testing.assert_close(program(batch), exported(batch))
 
 
 def test_programs_of_all_modes_are_one() -> None:

@@ -25,17 +25,21 @@ class Prediction(torch.nn.Module):
         return scores if self.loss == "squared" else torch.sigmoid(scores)
 
 
-def package(model: ffm_ext.FFM, path: Path, loss: str = "logistic") -> None:
-    """Write ``path`` (.pt2): inputs indices, fields, values, offsets, of any number of samples and entries."""
+def program(model: ffm_ext.FFM, loss: str = "logistic") -> torch.export.ExportedProgram:
+    """Inputs indices, fields, values, offsets, of any number of samples and entries."""
     example = ffm_ext.SparseBatch.from_lists([[(0, 0, 1.0)], [(0, 0, 1.0), (0, 0, 1.0)]])
     entries, ends = torch.export.Dim("entries"), torch.export.Dim("ends", min=2)
     shapes = {"batch": [{0: entries}, {0: entries}, {0: entries}, {0: ends}]}
     # Without the patch, torch.export holds a batch of one sample to be another program.
     with torch.no_grad(), shape_config.patch(backed_size_oblivious=True):
-        program = torch.export.export(
+        return torch.export.export(
             Prediction(model, loss).eval(), (example,), dynamic_shapes=shapes
         )
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def package(model: ffm_ext.FFM, path: Path, loss: str = "logistic") -> None:
+    """Write ``path`` (.pt2) with the :func:`program`."""
+    torch._inductor.aoti_compile_and_package(program(model, loss), package_path=str(path))
 
 
 def main() -> None:
