@@ -831,7 +831,7 @@ def _samples(entries: Tensor, offsets: Tensor) -> Tensor:
 def _sum_samples(terms: Tensor, offsets: Tensor) -> Tensor:
     """The sums ``[B, ...]`` of the entries' terms ``[nnz, ...]``."""
     B = offsets.numel() - 1
-    # torch.compile stops at index_add into a single row. A program that torch.export makes is for any number of samples.
+    # torch.compile stops at index_add into a single row. Exported programs are for any number of samples.
     if not is_exporting() and B == 1:
         return terms.sum(0, keepdim=True)
     return terms.new_zeros(B, *terms.shape[1:]).index_add(0, _samples(terms, offsets), terms)
