@@ -39,6 +39,11 @@ inline std::string place(const char* name, const Problem& p, int64_t e) {
   fail(op, "offsets[", p.batch_size, "] = ", offset, " must be the number of entries, ", p.num_entries);
 }
 
+// Where outputs go that are of another type than the table.
+inline Tensor new_wide_output(const Batch& batch) {
+  return torch::stable::new_empty(batch.weight, batch.output_shape(), ScalarType::Float);
+}
+
 // The gradient of values where it is asked for, else an empty tensor.
 inline Tensor new_grad_values(const char* op, const Batch& batch, bool values_grad, Gradient& grad) {
   if (!values_grad) return torch::stable::new_empty(batch.weight, std::vector<int64_t>{0});

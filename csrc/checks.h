@@ -181,6 +181,9 @@ struct Batch {
     return {p.batch_size, terms, p.embed_dim};
   }
 
+  // Whether the output is of the type of sums, and wider than the table.
+  bool has_wide_output() const { return problem.output == Output::kSum && is_narrow(problem.dtype); }
+
   // The gradient of the output, contiguous.
   Tensor checked_grad_output(const char* op, const Tensor& grad_output) const {
     check_same_device(op, "grad_output", grad_output, weight);

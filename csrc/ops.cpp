@@ -17,7 +17,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ffm_ext, m) {
-  // -> [B] | [B, P] | [B, P, K]
+  // -> [B] of the type that sums have: float32, or float64 of float64 | [B, P] | [B, P, K] of the table's type
   m.def(
       "ffm_forward(Tensor weight, Tensor indices, Tensor? fields, Tensor? values, Tensor? offsets, "
       "str output, bool within_field) -> Tensor");

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._arguments import sum_dtype
+
 
 def _check_device(
     op: str, weight: Tensor, weight_name: str = "weight", **lists: Tensor | None
@@ -57,7 +59,8 @@ def _(
         values=values,
         offsets=offsets,
     )
-    return weight.new_empty(_output_shape(weight.shape[1:], indices, offsets, output, within_field))
+    shape = _output_shape(weight.shape[1:], indices, offsets, output, within_field)
+    return weight.new_empty(shape, dtype=sum_dtype(weight) if output == "sum" else weight.dtype)
 
 
 @torch.library.register_fake("ffm_ext::ffm_backward")

@@ -79,7 +79,9 @@ def interaction(
     step: Tensor | None = None,
     states: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """The interaction with what gradients are needed. Arguments as those of ``functional``, already checked.
+    """The interaction with what gradients are needed; sums in the type that sums have.
+
+    Arguments as those of ``functional``, already checked.
 
     Args:
         grad: ``"dense"``, ``"atomic"``, ``"sparse"``, or ``"fused"`` with the next three.
@@ -227,7 +229,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
             output=ctx.output,
             within_field=ctx.within_field,
             grad="dense",
-        ).to(weight.dtype)
+        ).to(grad_output.dtype)
 
     if not needs_values:
         (grad_weight,) = _vjp(lambda weight: of(weight, values), weight)(grad_output)
@@ -304,6 +306,7 @@ class FFMFunction(torch.autograd.Function):
             first, second = _differentiable_backward(ctx, grad_output)
             return first, None, None, second, *(None,) * 8
         weight, indices, fields, values, offsets, seen = ctx.saved_tensors
+        grad_output = grad_output.to(weight.dtype)
         table = _table(weight, ctx.num_fields)
         lists = (indices, fields, values, offsets, ctx.output, ctx.within_field)
         needs_weight, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[3]

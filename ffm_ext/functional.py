@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ._arguments import GradMode, Output, check_modes, table_shape
@@ -22,6 +23,7 @@ def ffm_interaction(
     output: Output = "sum",
     within_field: bool = False,
     grad: GradMode = "sparse",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Field-aware interaction of sparse samples, fused, with gradients for ``weight`` and ``values``.
 
@@ -50,9 +52,11 @@ def ffm_interaction(
             rows, ``"dense"`` a plain tensor. Both are the same bits for any number of threads, and in every run.
             ``"atomic"``: as ``"dense"``, but CUDA adds the entries of a row in any order, which saves sorting them;
             float32 and float64; ``torch.use_deterministic_algorithms(True)`` refuses it.
+        dtype: of the result; ``None``: that of ``weight``. With float32, ``"sum"`` of a bfloat16 or float16 table is
+            not rounded.
 
     Returns:
-        The interaction, in the dtype of ``weight``.
+        The interaction, in ``dtype``.
 
     Raises:
         ValueError: a shape, dtype, device, mode, offset or value is wrong; the text names argument, value, position.
@@ -60,4 +64,5 @@ def ffm_interaction(
     """
     check_modes("ffm_interaction", output, grad)
     _, F, _ = table_shape("ffm_interaction", weight, indices, num_fields)
-    return interaction(weight, indices, fields, values, offsets, F, output, within_field, grad)
+    out = interaction(weight, indices, fields, values, offsets, F, output, within_field, grad)
+    return out.to(weight.dtype if dtype is None else dtype)

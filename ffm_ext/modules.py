@@ -145,12 +145,20 @@ class FFMInteraction(_Sized):
             made = self._fused.optimizer
             self._fused.settled = made.lr, made.weight_decay
 
-    def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
-        """Interaction of a batch, in the dtype of the table: ``[B]``, ``[B, P]`` or ``[B, P, K]`` by ``output``.
+    def forward(
+        self,
+        x: Tensor | SparseBatch,
+        values: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Interaction of a batch: ``[B]``, ``[B, P]`` or ``[B, P, K]`` by ``output``.
 
         Args:
             x: ``[B, F]`` feature ids (int32 or int64; column = field), or a :class:`SparseBatch`.
             values: ``[B, F]``, only with ids as a tensor; ``None`` = 1.
+            dtype: of the result; ``None``: that of the table. With float32, ``"sum"`` of a bfloat16 or float16 table is
+                not rounded.
 
         Raises:
             IndexError: an id is outside ``[0, N)`` or a field outside ``[0, F)``; the text names it and its position.
@@ -165,7 +173,7 @@ class FFMInteraction(_Sized):
             self._check_is_parameter(weight)
         if has_grad and self._fused is not None:
             step, *states = optimizer_state(self)
-            return interaction(
+            out = interaction(
                 weight,
                 indices,
                 fields,
@@ -179,6 +187,7 @@ class FFMInteraction(_Sized):
                 step,
                 tuple(states),
             )
+            return out.to(weight.dtype if dtype is None else dtype)
         return ffm_interaction(
             weight,
             indices,
@@ -189,6 +198,7 @@ class FFMInteraction(_Sized):
             output=self.output,
             within_field=self.within_field,
             grad=self.grad,
+            dtype=dtype,
         )
 
     def _check_is_parameter(self, weight: Tensor) -> None:
@@ -577,7 +587,13 @@ class FFM(_Described):
     def __prepare_scriptable__(self) -> None:
         raise _no_torchscript("FFM")
 
-    def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor | SparseBatch,
+        values: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """Logits of a batch.
 
         Args:
@@ -585,9 +601,11 @@ class FFM(_Described):
                 their sizes (``field_dims``, or ``fields`` with counts), else ids of the whole table; or a
                 :class:`SparseBatch`, whose ids are those of the whole table.
             values: ``[B, F]``, only with ids as a tensor; ``None`` = 1.
+            dtype: of the result; ``None``: that of the weights. With float32, scores of a bfloat16 or float16 table are
+                not rounded.
 
         Returns:
-            ``[B]``, in the dtype of the weights.
+            ``[B]``, in ``dtype``.
 
         Raises:
             IndexError: an id or a field is out of range; the text names it and its position.
@@ -596,29 +614,42 @@ class FFM(_Described):
         """
         if isinstance(x, Tensor) and self.offsets is not None:
             x = _global_ids("FFM", x, self.offsets)
-        return self.score_table_ids(x, values)
+        return self.score_table_ids(x, values, dtype=dtype)
 
-    def score_table_ids(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
+    def score_table_ids(
+        self,
+        x: Tensor | SparseBatch,
+        values: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """The same where all ids are those of the whole table, however the fields were described."""
-        dtype = torch.float32
+        values_dtype = torch.float32
         if self.normalize or values is not None or isinstance(x, SparseBatch):
             # That of the values. A quantized table has none to follow; it converts them by itself.
-            dtype = next((parameter.dtype for parameter in self.parameters()), dtype)
+            values_dtype = next((parameter.dtype for parameter in self.parameters()), values_dtype)
         given = x.values if isinstance(x, SparseBatch) else values
         # float16 may not hold the sum of a sample whose values are all 1 before it is divided.
         table = getattr(self.interaction, "weight", None)
         is_half = table is not None and table.dtype == torch.float16
+        wide = torch.float32 if table is None else sum_dtype(table)
         if self.normalize and (given is not None or is_half):
-            x, values = self._normalized(x, values, dtype)
-        indices, _, entry_values, offsets = _entries("FFM", x, values, dtype)
-        score = self.interaction(x, values)
-        if not self.normalize or entry_values is not None:
-            return self.linear(score, indices, entry_values, offsets)
-        # The squared norms, [B] or one for all, divide scores as well as values, and the kernel needs no values then.
-        squares: Tensor | float = self.interaction.num_fields
-        if offsets is not None:
-            squares = offsets.diff().clamp(min=1).double()
-        return self.linear((score / squares).to(dtype), indices, None, offsets, squares**0.5)
+            x, values = self._normalized(x, values, values_dtype)
+        indices, _, entry_values, offsets = _entries("FFM", x, values, values_dtype)
+        score = self.interaction(x, values, dtype=wide)
+        norms: Tensor | float | None = None
+        if self.normalize and entry_values is None:
+            # The squared norms, [B] or one for all, divide scores as well as values, which the kernel needs not then.
+            squares: Tensor | float = self.interaction.num_fields
+            if offsets is not None:
+                squares = offsets.diff().clamp(min=1).double()
+            score, norms = (score / squares).to(wide), squares**0.5
+        score = self.linear(score, indices, entry_values, offsets, norms)
+        if dtype is None and table is not None and table.dtype != wide:
+            dtype = table.dtype
+            for parameter in (self.linear.weight, self.linear.bias):
+                dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
+        return score if dtype is None else score.to(dtype)
 
     def _normalized(
         self, x: Tensor | SparseBatch, values: Tensor | None, dtype: torch.dtype

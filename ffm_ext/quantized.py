@@ -89,12 +89,19 @@ class QuantizedFFMInteraction(_Sized):
         """The table as float32, ``[N, F·K]``."""
         return _ops.ffm_dequantize(self.packed, self.num_fields, self.embed_dim).flatten(1)
 
-    def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
-        """Interaction of a batch, float32.
+    def forward(
+        self,
+        x: Tensor | SparseBatch,
+        values: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Interaction of a batch.
 
         Args:
             x: ``[B, F]`` feature ids (int32 or int64; column = field), or a :class:`~ffm_ext.SparseBatch`.
             values: ``[B, F]``, only with ids as a tensor; ``None`` = 1.
+            dtype: of the result.
 
         Raises:
             RuntimeError: a gradient is asked of values.
@@ -117,7 +124,7 @@ class QuantizedFFMInteraction(_Sized):
             self.embed_dim,
             self.output,
             self.within_field,
-        )
+        ).to(dtype)
 
     def __prepare_scriptable__(self) -> None:
         raise _no_torchscript("QuantizedFFMInteraction")

@@ -639,7 +639,8 @@ class Trainer:
         x = part.x
         with torch.inference_mode():
             for i in range(0, len(part.labels), _PREDICTED):
-                pieces.append(self.model.score_table_ids(x[i : i + _PREDICTED]).float())
+                piece = x[i : i + _PREDICTED]
+                pieces.append(self.model.score_table_ids(piece, dtype=torch.float32))
         return torch.cat([_NONE, *pieces])
 
     def _mean_loss(self, parts: list[_Part]) -> float:

@@ -196,3 +196,23 @@ def test_outputs_sum_to_each_other(device: torch.device) -> None:
         )
         torch.testing.assert_close(h.sum(2), d, rtol=0, atol=1e-12)
         torch.testing.assert_close(d.sum(1), y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@forms
+def test_half_precision_is_not_rounded_for_float32(
+    form: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    problem = make_problem(form, 7, 5, batch_size=70, dtype=dtype)
+    weight, *lists = problem.args
+    weight = weight.detach().requires_grad_()
+    exact = ffm_interaction(*problem.to(torch.float32).args)
+    found = ffm_interaction(weight, *lists, grad="dense", dtype=torch.float32)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact)
+    torch.testing.assert_close(found.to(dtype), ffm_interaction(*problem.args), rtol=0, atol=0)
+    seed = torch.randn_like(found)
+    (grad_weight,) = torch.autograd.grad(found, weight, seed)
+    narrow = ffm_interaction(weight, *lists, grad="dense")
+    (wanted,) = torch.autograd.grad(narrow, weight, seed.to(dtype))
+    torch.testing.assert_close(grad_weight, wanted, rtol=0, atol=0)

@@ -75,7 +75,8 @@ def operator_calls(name: str) -> list[tuple[Any, ...]]:
             weight, *lists = problem.args
             counted = (torch.zeros((), dtype=torch.int64), [torch.ones_like(weight)])
             has_values = problem.values is not None
-            calls.append((seed, weight, *counted, *lists, *modes, has_values, FUSED.handle))
+            seen = None if output == "dot" else counted[0].clone()
+            calls.append((seed, weight, *counted, seen, *lists, *modes, has_values, FUSED.handle))
         elif name == "interaction":
             calls.append((*problem.args, 3, *modes, "dense", 0, None, []))
             weight = problem.weight.clone().requires_grad_()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The single-pass engine against libffm's formulas, against libffm itself, and against interruptions."""
 
+import copy
 import ctypes
 import dataclasses
 import itertools
@@ -21,6 +22,7 @@ from torch.nn.utils import prune
 
 import ffm_ext
 from ffm_ext import FFM, SparseBatch, optim
+from ffm_ext.cli import _models as cli_models
 from ffm_ext.data import SparseDataset
 from ffm_ext.training import Trainer
 
@@ -1238,3 +1240,32 @@ def test_what_is_no_checkpoint_or_dataset_is_named(tmp_path: Path) -> None:
         match=r"model.linear.weight is torch.bfloat16, .*model.interaction.to\(torch.bfloat16\)",
     ):
         Trainer(FFM(4, field_dims=[5, 5, 5], dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
+@pytest.mark.parametrize("parts", [False, True], ids=["table alone", "linear and bias"])
+def test_scores_of_bfloat16_tables_are_not_rounded(normalize: bool, parts: bool) -> None:
+    torch.manual_seed(0)
+    model = FFM(
+        4,
+        num_features=50,
+        num_fields=5,
+        normalize=normalize,
+        linear=parts,
+        bias=parts,
+        grad="dense",
+    )
+    torch.nn.init.normal_(model.interaction.weight)
+    model.interaction.bfloat16()
+    wide = copy.deepcopy(model).float()
+    ids = torch.randint(50, (200, 5))
+    data = SparseDataset.from_arrays(ids, torch.arange(200) % 2, num_features=50, num_fields=5)
+    wanted = Trainer(wide, loss="squared").predict(ids)
+    torch.testing.assert_close(Trainer(model, loss="squared").predict(ids), wanted)
+    assert Trainer(model).evaluate(data) == pytest.approx(Trainer(wide).evaluate(data), rel=1e-6)
+    torch.testing.assert_close(cli_models.scores(model, data)[0], wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, dtype=torch.float32), wanted)
+        rounded = model(ids)
+    assert rounded.dtype == (torch.float32 if parts else torch.bfloat16)
+    torch.testing.assert_close(rounded, wanted.to(rounded.dtype))

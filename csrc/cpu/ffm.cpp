@@ -200,7 +200,7 @@ Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTe
   const char* op = "ffm_forward";
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
   const Problem p = checked_samples(op, batch);
-  Tensor out = new_result(weight, batch.output_shape());
+  Tensor out = batch.has_wide_output() ? new_wide_output(batch) : new_result(weight, batch.output_shape());
   const ForwardKernels& kernels = forward_kernels(p.dtype);
   const int64_t parts = sample_parts(p, 0, p.batch_size);
   const Scratch scratch(parts, kernels.scratch_bytes(p));

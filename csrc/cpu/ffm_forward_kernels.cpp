@@ -18,8 +18,11 @@ namespace {
 #include "field_sums.h"
 #include "pair_sum.h"
 
+template <typename T, Output kOutput>
+using OutputOf = std::conditional_t<kOutput == Output::kSum, Sum<T>, T>;
+
 template <typename T, int kEmbedDim, Output kOutput>
-void forward(const Problem& p, T* out, int64_t begin, int64_t end, void* scratch) {
+void forward(const Problem& p, OutputOf<T, kOutput>* out, int64_t begin, int64_t end, void* scratch) {
   using A = Sum<T>;
   const int64_t F = p.num_fields, K = kEmbedDim ? kEmbedDim : p.embed_dim;
   const int64_t P = F * (F - 1) / 2, num_terms = P + (p.within_field ? F : 0);
@@ -32,7 +35,7 @@ void forward(const Problem& p, T* out, int64_t begin, int64_t end, void* scratch
     s.with_rows([&](auto rows) {
       using R = std::remove_const_t<std::remove_pointer_t<std::remove_pointer_t<decltype(rows)>>>;
       if constexpr (kOutput == Output::kSum) {
-        store(out + b, sum_pairs<kEmbedDim>(p, s, rows, ahead));
+        out[b] = sum_pairs<kEmbedDim>(p, s, rows, ahead);
       } else {
         constexpr bool kDot = kOutput == Output::kDot;
         const int64_t width = kDot ? 1 : K;
@@ -119,7 +122,8 @@ size_t forward_bytes(const Problem& p) {
 template <typename T>
 void dispatch_forward(const Problem& p, void* out, int64_t begin, int64_t end, void* scratch) {
   dispatch_constants(p, [&](auto embed_dim, auto output) {
-    forward<T, embed_dim(), output()>(p, static_cast<T*>(out), begin, end, scratch);
+    auto* const typed = static_cast<OutputOf<T, output()>*>(out);
+    forward<T, embed_dim(), output()>(p, typed, begin, end, scratch);
   });
 }
 

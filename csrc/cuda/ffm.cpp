@@ -15,7 +15,8 @@ Tensor ffm_forward(const Tensor& weight, const Tensor& indices, const OptionalTe
   const Batch batch(op, weight, indices, fields, values, offsets, output, within_field);
   const OnDevice on(op, weight);
   check_contents(op, batch.problem, weight, on);
-  Tensor out = torch::stable::new_empty(weight, batch.output_shape());
+  Tensor out =
+      batch.has_wide_output() ? new_wide_output(batch) : torch::stable::new_empty(weight, batch.output_shape());
   on.check(forward(batch.problem, out.mutable_data_ptr(), on.stream()));
   return out;
 }

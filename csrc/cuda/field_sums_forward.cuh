@@ -187,10 +187,10 @@ class FieldSumsOfSample {
   int second_side_ = 0;  // its first row
 };
 
-// out is of the type of the values.
+// out: sums of type A, other terms of the type of the values.
 template <typename Rows, int kCount>
 __global__ void __launch_bounds__(256, 2)
-    field_sums_forward(const Problem p, const Rows rows, const FieldSumsLayout layout, typename Rows::Value* out) {
+    field_sums_forward(const Problem p, const Rows rows, const FieldSumsLayout layout, void* out) {
   using T = typename Rows::Value;
   using A = Sum<T>;
   constexpr int kUnitBytes = kCount * static_cast<int>(sizeof(A));
@@ -206,9 +206,12 @@ __global__ void __launch_bounds__(256, 2)
   int turn = 0;
   for (int64_t b = blockIdx.x; b < p.batch_size; b += gridDim.x, ++turn) {
     const bool is_good = sample.set_sample(b);
-    T* const terms = out + (p.output == Output::kSum ? b : b * num_terms * width);
+    const bool is_sum = p.output == Output::kSum;
+    A* const sum = static_cast<A*>(out) + b;
+    T* const terms = static_cast<T*>(out) + b * num_terms * width;
     if (!is_good) {
-      const int64_t n = p.output == Output::kSum ? 1 : num_terms * width;
+      if (is_sum && threadIdx.x == 0) *sum = not_a_number<A>();
+      const int64_t n = is_sum ? 0 : num_terms * width;
       for (int64_t i = threadIdx.x; i < n; i += blockDim.x) store(terms + i, not_a_number<A>());
       continue;
     }
@@ -273,10 +276,10 @@ __global__ void __launch_bounds__(256, 2)
         }
       }
     }
-    if (p.output == Output::kSum) {
+    if (is_sum) {
       block_sum.add(total, turn);
       __syncthreads();
-      if (threadIdx.x == 0) store(terms, block_sum.total(turn));
+      if (threadIdx.x == 0) *sum = block_sum.total(turn);
     }
   }
 }
@@ -322,8 +325,7 @@ cudaError_t launch_field_sums(const Device& device, const Problem& p, const Rows
   unsigned blocks = 0;
   const cudaError_t error = resident_blocks(device, kernel, kThreads, shared_bytes(), p.batch_size, &blocks);
   if (error != cudaSuccess) return error;
-  return GPU_LAUNCH(kernel, blocks, kThreads, shared_bytes(), stream, p, rows, layout,
-                    static_cast<typename Rows::Value*>(out));
+  return GPU_LAUNCH(kernel, blocks, kThreads, shared_bytes(), stream, p, rows, layout, out);
 }
 
 }  // namespace ffm::cuda

@@ -102,9 +102,9 @@ class TablePairs {
   int stride_, lanes_, units_, num_pairs_, lane_;
 };
 
+// out as that of field_sums_forward.
 template <typename Pairs, bool kIsSum>
-__global__ void __launch_bounds__(256, 2)
-    one_hot_forward(const Problem p, const OneHot one_hot, typename Pairs::Value* out) {
+__global__ void __launch_bounds__(256, 2) one_hot_forward(const Problem p, const OneHot one_hot, void* out) {
   using T = typename Pairs::Value;
   using A = Sum<T>;
   GPU_DYNAMIC_SHARED(shared);
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(256, 2)
     } else {
       const int64_t width = p.output == Output::kDot ? 1 : p.embed_dim;
       const int64_t within = p.within_field ? p.num_fields : 0;
-      T* const terms = out + b * (one_hot.num_pairs + within) * width;
+      T* const terms = static_cast<T*>(out) + b * (one_hot.num_pairs + within) * width;
       pairs.store_terms(ring.rows(slot), values, is_bad, terms);
       // No field has two entries.
       for (int64_t i = threadIdx.x; i < within * width; i += blockDim.x) {
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(256, 2)
     __syncthreads();
     ring.copy(slot, turn + one_hot.ring.stages);
     if constexpr (kIsSum) {
-      if (threadIdx.x == 0) store(out + b, is_bad ? not_a_number<A>() : block_sum.total(turn));
+      if (threadIdx.x == 0) static_cast<A*>(out)[b] = is_bad ? not_a_number<A>() : block_sum.total(turn);
     }
     slot = slot + 1 == one_hot.ring.stages ? 0 : slot + 1;
   }
@@ -169,7 +169,7 @@ bool launch_one_hot(const Device& device, const Problem& p, int64_t row_bytes, i
   unsigned blocks = 0;
   *error = resident_blocks(device, kernel, threads, shared_bytes, p.batch_size, &blocks);
   if (*error == cudaSuccess) {
-    *error = GPU_LAUNCH(kernel, blocks, threads, shared_bytes, stream, p, one_hot, static_cast<T*>(out));
+    *error = GPU_LAUNCH(kernel, blocks, threads, shared_bytes, stream, p, one_hot, out);
   }
   return true;
 }

@@ -19,9 +19,7 @@ class Prediction(torch.nn.Module):
         self.loss = loss
 
     def forward(self, batch: ffm_ext.SparseBatch) -> torch.Tensor:
-        scores = self.model(batch)
-        # Of bfloat16, whose numbers are too few for probabilities.
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = self.model(batch, dtype=torch.float32)
         return scores if self.loss == "squared" else torch.sigmoid(scores)
 
 

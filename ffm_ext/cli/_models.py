@@ -269,7 +269,7 @@ def scores(model: FFM, data: SparseDataset, piece: int = 1 << 16) -> tuple[Tenso
                 batch, unknown = known_part(shard.batch[i : i + piece], model)
                 missing += unknown
                 with _without_normalizing(model, unknown > 0):
-                    parts.append(model(batch).float())
+                    parts.append(model(batch, dtype=torch.float32))
     return torch.cat(parts), missing
 
 

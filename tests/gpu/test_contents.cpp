@@ -42,17 +42,17 @@ std::vector<bool> spoil(Batch<T>& batch, cuda::Faults& faults) {
 }
 
 // The answer where nothing is wrong, and NaN in the samples that are bad.
-template <typename T>
-void compare_spoiled(const std::string& what, const std::vector<T>& found, const Batch<T>& good,
+template <typename Out, typename T>
+void compare_spoiled(const std::string& what, const std::vector<Out>& found, const Batch<T>& good,
                      const std::vector<bool>& is_bad) {
-  std::vector<T> numbers = found;
+  std::vector<Out> numbers = found;
   std::vector<Number> truth = find_truth(good, unwritten<T>(good.output_size())).out;
   const int64_t size = good.output_size() / good.problem.batch_size;
   bool is_nan = true;
   for (size_t i = 0; i < numbers.size(); ++i) {
     if (!is_bad[i / size]) continue;
     is_nan = is_nan && std::isnan(decode(numbers[i]));
-    numbers[i] = T{};
+    numbers[i] = Out{};
     truth[i] = {};
   }
   check(is_nan, what + ": a bad sample's output is a number");
@@ -69,15 +69,18 @@ void test_contents(const Coverage& coverage) {
     const std::vector<bool> is_bad = spoil(batch, expected);
     const DeviceBatch<T> on_device(batch);
     const std::string what = "forward of bad lists" + good.name;
-    DeviceArray<T> out(batch.output_size());
-    const auto forward = [&](const Problem& problem) {
+    const auto forward = [&]<typename Out>(const Problem& problem, DeviceArray<Out>& out) {
       return under_schedules(coverage, number, what, [&] {
         out.clear();
         launched(what, cuda::forward(problem, out.data(), nullptr));
         return out.read();
       });
     };
-    if (!p.values || expected.value == cuda::kNoFault) compare_spoiled(what, forward(on_device.problem), good, is_bad);
+    with_output_type(good, [&]<typename Out>() {
+      DeviceArray<Out> out(batch.output_size());
+      const std::vector<Out> found = forward(on_device.problem, out);
+      if (!p.values || expected.value == cuda::kNoFault) compare_spoiled(what, found, good, is_bad);
+    });
 
     DeviceArray<cuda::Faults> faults(1);
     const std::string where = "find_faults" + good.name;
@@ -102,7 +105,10 @@ void test_contents(const Coverage& coverage) {
     offsets[place] = offset;
     wrong.offsets = std::move(offsets);
     const DeviceBatch<T> wrong_on_device(wrong);
-    forward(wrong_on_device.problem);
+    with_output_type(good, [&]<typename Out>() {
+      DeviceArray<Out> out(batch.output_size());
+      forward(wrong_on_device.problem, out);
+    });
     check(find(wrong_on_device.problem).offset != cuda::kNoFault, where + ": offsets");
   });
 }

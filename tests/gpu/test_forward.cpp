@@ -7,17 +7,19 @@ void test_forward(const Coverage& coverage) {
   for_problems(coverage, [&]<typename T>(const Batch<T>& batch, uint64_t number) {
     const Problem& p = batch.problem;
     const DeviceBatch<T> on_device(batch, number % 5 != 0);
-    DeviceArray<T> out(batch.output_size());
     const Truth truth = find_truth(batch, unwritten<T>(batch.output_size()));
     const std::string what = "forward" + batch.name;
-    compare(what,
-            under_schedules(coverage, number, what,
-                            [&] {
-                              out.clear();
-                              launched(what, cuda::forward(on_device.problem, out.data(), nullptr));
-                              return out.read();
-                            }),
-            truth.out);
+    with_output_type(batch, [&]<typename Out>() {
+      DeviceArray<Out> out(batch.output_size());
+      compare(what,
+              under_schedules(coverage, number, what,
+                              [&] {
+                                out.clear();
+                                launched(what, cuda::forward(on_device.problem, out.data(), nullptr));
+                                return out.read();
+                              }),
+              truth.out);
+    });
 
     if (p.output != Output::kSum || p.fields) return;
     DeviceArray<T> sums(p.batch_size);

@@ -263,6 +263,14 @@ void compare(const std::string& what, const std::vector<T>& found, const std::ve
   }
   check(true, what);
 }
+
+// fn<Out>() with the type that forward writes: sums are not rounded to the table's.
+template <typename T, typename Fn>
+auto with_output_type(const Batch<T>& batch, Fn fn) {
+  if (batch.problem.output == Output::kSum) return fn.template operator()<SumOf<T>>();
+  return fn.template operator()<T>();
+}
+
 // ---- Packed tables.
 
 // A random packed table; batch.weight becomes what it stands for.

@@ -34,10 +34,10 @@ std::unique_ptr<void, decltype(&std::free)> new_scratch(size_t bytes) {
   return scratch;
 }
 
-template <typename T>
-std::vector<T> run_forward(const Batch<T>& batch) {
+template <typename Out, typename T>
+std::vector<Out> run_forward(const Batch<T>& batch) {
   const Problem& p = batch.problem;
-  std::vector<T> out = unwritten<T>(batch.output_size());
+  std::vector<Out> out = unwritten<Out>(batch.output_size());
   const ForwardKernels& kernels = forward_kernels(p.dtype);
   const auto scratch = new_scratch(kernels.scratch_bytes(p));
   kernels.forward(p, out.data(), 0, kMiddle, scratch.get());
@@ -170,7 +170,7 @@ void test_problem(const Batch<T>& batch) {
   const Problem& p = batch.problem;
   const std::vector<T> grad_output = random_numbers<T>(batch.output_size());
   const Truth truth = find_truth(batch, grad_output);
-  compare("forward" + batch.name, run_forward(batch), truth.out);
+  with_output_type(batch, [&]<typename Out>() { compare("forward" + batch.name, run_forward<Out>(batch), truth.out); });
   compare("gather_sum" + batch.name, run_gather_sum(batch), truth.row_sums);
 
   if (p.values) {
