@@ -82,6 +82,13 @@ def sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def result_dtype(where: str, table: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """``dtype``, or that of the table. Raise ValueError where it holds no real numbers."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"{where}: dtype = {dtype} is not a floating-point type")
+    return table.dtype if dtype is None else dtype
+
+
 def checks_contents(tensor: Tensor) -> bool:
     """Whether what a tensor holds is looked at: on the CPU always, on CUDA where it was asked for.
 

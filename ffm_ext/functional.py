@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._arguments import GradMode, Output, check_modes, table_shape
+from ._arguments import GradMode, Output, check_modes, result_dtype, table_shape
 from .autograd import interaction
 
 __all__ = ["ffm_interaction"]
@@ -65,4 +65,4 @@ def ffm_interaction(
     check_modes("ffm_interaction", output, grad)
     _, F, _ = table_shape("ffm_interaction", weight, indices, num_fields)
     out = interaction(weight, indices, fields, values, offsets, F, output, within_field, grad)
-    return out.to(weight.dtype if dtype is None else dtype)
+    return out.to(result_dtype("ffm_interaction", weight, dtype))

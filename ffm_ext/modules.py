@@ -20,6 +20,7 @@ from ._arguments import (
     check_positive,
     checks_contents,
     outside,
+    result_dtype,
     sum_dtype,
 )
 from .autograd import interaction, is_exporting, is_from_backward
@@ -187,7 +188,7 @@ class FFMInteraction(_Sized):
                 step,
                 tuple(states),
             )
-            return out.to(weight.dtype if dtype is None else dtype)
+            return out.to(result_dtype("FFMInteraction", weight, dtype))
         return ffm_interaction(
             weight,
             indices,
@@ -442,7 +443,10 @@ class _Linear(nn.Module):
         offsets: Tensor | None,
         norms: Tensor | float | None = None,
     ) -> Tensor:
-        """``score [B]`` and the terms of these entries, divided by the ``norms [B]`` of their samples."""
+        """``score [B]`` and the terms of these entries, divided by the ``norms [B]`` of their samples.
+
+        In the type that sums have.
+        """
         if self.weight is not None:
             check_replicas(self)
             terms = self._sum(indices, values, offsets)
@@ -452,13 +456,16 @@ class _Linear(nn.Module):
     def _sum(self, indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
         indices = _inside(indices, self.weight.shape[0])
         sparse = self.grad == "sparse" and not is_exporting()
+        wide = sum_dtype(self.weight)
         if values is None and indices.dim() == 2:
             # A third of what embedding_bag takes for a few samples.
-            return _embedding(indices, self.weight, sparse).sum((1, 2))
-        if sparse and values is not None and torch.compiler.is_dynamo_compiling():
-            # The sparse gradient of embedding_bag with per_sample_weights cannot be traced: the shapes that torch has
-            # for it are wrong. That of embedding can.
-            terms = _embedding(indices, self.weight, sparse).squeeze(-1) * values
+            return _embedding(indices, self.weight, sparse).sum((1, 2), dtype=wide)
+        # embedding_bag rounds its sums to the type of the weights. And its sparse gradient with per_sample_weights
+        # cannot be traced: the shapes that torch has for it are wrong. That of embedding can.
+        untraceable = sparse and values is not None and torch.compiler.is_dynamo_compiling()
+        if untraceable or self.weight.dtype != wide:
+            terms = _embedding(indices, self.weight, sparse).squeeze(-1).to(wide)
+            terms = terms if values is None else terms * values
             return terms.sum(1) if offsets is None else _sum_samples(terms, offsets)
         summed = nn.functional.embedding_bag(
             indices,
@@ -649,7 +656,7 @@ class FFM(_Described):
             dtype = table.dtype
             for parameter in (self.linear.weight, self.linear.bias):
                 dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
-        return score if dtype is None else score.to(dtype)
+        return score if dtype is None else score.to(result_dtype("FFM", score, dtype))
 
     def _normalized(
         self, x: Tensor | SparseBatch, values: Tensor | None, dtype: torch.dtype
@@ -706,7 +713,7 @@ class FM(nn.Module):
         )
         check_modes("FM", "sum", grad)
         self.linear = _Linear(num_features, grad, dtype=dtype, device=device)
-        self.weight = nn.Parameter(torch.empty(num_features, embed_dim, dtype=dtype, device=device))
+        self.weight = nn.Parameter(empty_table(num_features, embed_dim, dtype=dtype, device=device))
         self.reset_parameters()
 
     @property
@@ -736,23 +743,29 @@ class FM(nn.Module):
 
         Raises:
             IndexError: an id is outside ``[0, N)``; the text names it and its position.
-            ValueError: a shape, offset or value is wrong.
+            ValueError: a shape, dtype, device, offset or value is wrong.
             TypeError: ``x`` is neither a tensor nor a :class:`SparseBatch`.
         """
         check_replicas(self)
         indices, _, values, offsets = _entries("FM", x, values, self.weight.dtype)
+        if indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"FM: x must be int32 or int64, got {indices.dtype}")
+        if indices.device != self.weight.device:
+            raise ValueError(f"FM: x is on {indices.device}, weight is on {self.weight.device}")
         check_contents("FM", indices, values, offsets, self.weight.shape[0])
         table_size = self.weight.shape[0]
         rows = _embedding(_inside(indices, table_size), self.weight, self.grad == "sparse")
         if indices.is_cuda:
             rows = rows.masked_fill(outside(indices, table_size).unsqueeze(-1), math.nan)
+        rows = rows.to(sum_dtype(self.weight))
         if values is not None:
             rows = rows * values.unsqueeze(-1)
         if offsets is None:
             sums, squares = rows.sum(1), (rows**2).sum(1)
         else:
             sums, squares = _sum_samples(rows, offsets), _sum_samples(rows**2, offsets)
-        return self.linear((sums**2 - squares).sum(1) / 2, indices, values, offsets)
+        score = self.linear((sums**2 - squares).sum(1) / 2, indices, values, offsets)
+        return score.to(self.weight.dtype)
 
 
 def check_replicas(layer: nn.Module, replicas: nn.Module | None = None) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tables of int8 numbers for inference: 2.4 to 3.6 times smaller than float32, and faster to read."""
+"""Tables of int8 numbers for inference: 2.4 to 3.5 times smaller than float32 at F = 39 and K from 4 to 16."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._arguments import Output, check_modes, check_positive
+from ._arguments import Output, check_modes, check_positive, result_dtype
 from ._fake import packed_row_bytes
 from .batch import SparseBatch
 from .memory import empty_table
@@ -124,7 +124,7 @@ class QuantizedFFMInteraction(_Sized):
             self.embed_dim,
             self.output,
             self.within_field,
-        ).to(dtype)
+        ).to(result_dtype("QuantizedFFMInteraction", self.packed, dtype))
 
     def __prepare_scriptable__(self) -> None:
         raise _no_torchscript("QuantizedFFMInteraction")

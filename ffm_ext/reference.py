@@ -49,7 +49,7 @@ def ffm_interaction(
     within_field: bool = False,
     grad: GradMode = "sparse",
 ) -> Tensor:
-    """Same signature, shapes and meaning as :func:`ffm_ext.functional.ffm_interaction`.
+    """Same arguments but for ``dtype``, same shapes and meaning as :func:`ffm_ext.functional.ffm_interaction`.
 
     The formula, with ``S[f, g] = Σ x_a · weight[a, g]`` over the entries ``a`` of field ``f``::
 

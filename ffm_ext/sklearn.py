@@ -21,8 +21,9 @@ whole numbers ``[n, F]``                    ``"categorical"``    a column is a f
 
 In the first two, the values of a sample are its nonzeros. Categories count from 0 in every column, as
 ``sklearn.preprocessing.OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1, encoded_missing_value=-1)``
-makes them. -1, and in ``predict`` a category or an entry of a ``SparseBatch`` that ``fit`` has not seen, is no entry:
-it adds nothing. scikit-learn's model selection splits all of these, a ``SparseBatch`` too.
+makes them. -1, and in ``predict`` a category or an id of a ``SparseBatch`` above the largest that ``fit`` has seen, is
+no entry: it adds nothing. One below it that was not seen has the weights that it began with. scikit-learn's model
+selection splits all of these, a ``SparseBatch`` too.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ Modes:
     averaged. The same bits for any number of threads.
 
 With one thread ``"exact"`` and ``"hogwild"`` are the same. The weights of the model are changed in place, so it stays
-an ordinary module: what ``model(batch)`` returns is what :meth:`Trainer.predict` starts from.
+an ordinary module: what ``model(batch, dtype=torch.float32)`` returns is what :meth:`Trainer.predict`
+starts from.
 """
 
 from __future__ import annotations
@@ -252,7 +253,7 @@ class Trainer:
                 first. After a stop a later call with ``auto_stop`` trains no further, and warns of it; one without it
                 does. What is trained later starts from the weights that were taken; but a checkpoint of the last of
                 ``epochs`` has that epoch's, and a longer run from there is as one that never ended.
-            callback: is told of the progress, every 131,072 samples and at the end of each epoch.
+            callback: is told of the progress, at least every 131,072 samples and at the end of each epoch.
             checkpoint: a file that :meth:`save` writes after every epoch, when Ctrl-C is pressed, and every
                 ``checkpoint_every`` samples.
 

@@ -3,6 +3,7 @@
 
 import fcntl
 import json
+import math
 import os
 import pty
 import re
@@ -207,6 +208,61 @@ def test_check(files, capsys):
     assert found["broken lines"] == 2 and found["rows"] == 1
     assert found["problems"][0].startswith("bad.ffm:2:5: ")
     assert captured.err == "ffm-ext check: bad.ffm: 2 broken lines\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "number", "message"),
+    [
+        ("indices", 3, -1, "indices[3] = -1 is out of range for a table of 40 features"),
+        ("indices", 3, 40, "indices[3] = 40 is out of range for a table of 40 features"),
+        ("fields", 5, 4, "fields[5] = 4 is out of range for 4 fields"),
+        ("labels", 2, math.inf, "labels[2] = inf is not finite"),
+        ("offsets", 2, 900, "offsets[3] = 12 is less than offsets[2] = 900"),
+    ],
+)
+def test_what_a_folder_holds_is_looked_at(files, capsys, name, place, number, message):
+    run("train", "-t", 1, "--quiet", files[0], "m")
+    run("convert", files[0], "folder", "--to", "dataset")
+    part = Path("folder/part-00000.safetensors")
+    tensors = load_file(part)
+    tensors[name][place] = number
+    save_file(tensors, part)
+    capsys.readouterr()
+    for argv, where in (
+        (["check", "folder"], "folder: shards[0]"),
+        (["predict", "folder", "m"], "folder: shards[0]"),
+        (["convert", "folder", "text", "--to", "text"], "write_libffm"),
+    ):
+        assert cli.main(argv) == 1
+        assert capsys.readouterr().err == f"ffm-ext {argv[0]}: {where}: {message}\n"
+    assert not Path("text").exists()
+
+
+def test_json_of_what_was_written_to_a_device(files, capsys):
+    run("convert", files[0], "folder", "--to", "dataset")
+    run("train", "-t", 1, "--quiet", files[0], "m")
+    capsys.readouterr()
+    for source, to in (("folder", "text"), ("m", "libffm")):
+        run("convert", source, "/dev/null", "--to", to, "--json")
+        assert json.loads(capsys.readouterr().out) == {"target": "/dev/null", "to": to}
+
+
+def test_weights_of_samples_count_in_what_is_said_of_them(files, capsys):
+    weighted = data.read_libffm(files[1])
+    labels = weighted.shards[0].labels
+    weights = torch.where(labels > 0, 5.0, 0.5)
+    batch = weighted.shards[0].batch
+    data.SparseDataset.from_arrays(batch, labels, weights).save("weighted")
+    for loss, measure in (("logistic", "logloss"), ("squared", "rmse")):
+        model = f"{loss}.model"
+        run("train", "-t", 2, "-p", "weighted", "--loss", loss, "--json", files[0], model)
+        *epochs, summary = map(json.loads, capsys.readouterr().out.splitlines())
+        told = summary[f"valid_{measure}"]
+        loss_of_epoch = epochs[-1]["valid_loss"]
+        wanted = loss_of_epoch if loss == "logistic" else math.sqrt(2 * loss_of_epoch)
+        assert told == pytest.approx(wanted, rel=1e-5)
+        run("predict", "weighted", model, "out", "--json")
+        assert json.loads(capsys.readouterr().out)[measure] == pytest.approx(told, rel=1e-6)
 
 
 def test_check_of_fields_far_apart(files, capsys):

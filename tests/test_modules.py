@@ -607,3 +607,51 @@ def test_a_model_that_memory_does_not_hold() -> None:
     ):
         with pytest.raises(MemoryError, match="no memory for a table of shape"):
             FFM(4, **sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["FFM", "normalized FFM", "FM"])
+def test_models_of_half_precision_are_rounded_once(
+    kind: str, form: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    problem = make_problem(form, 7, 4, batch_size=70, dtype=dtype)
+    N = problem.weight.shape[0]
+    model: FFM | FM = FM(N, 4, dtype=dtype, device=device)
+    if kind != "FM":
+        normalize = kind != "FFM"
+        sizes = {"num_features": N, "num_fields": 7}
+        model = FFM(4, **sizes, normalize=normalize, dtype=dtype, device=device)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    exact = copy.deepcopy(model).double()
+    batch = batch_of(problem)
+    values = problem.values if isinstance(batch, Tensor) else None
+    found, wanted = model(batch, values), exact(batch, values).detach()
+    assert found.dtype == dtype
+    # Normalised values are rounded to the type of the table; float16 has them always.
+    rounds = kind == "normalized FFM" and (problem.values is not None or dtype == torch.float16)
+    eps = torch.finfo(dtype).eps
+    atol = 2 * eps * float(wanted.abs().max()) if rounds else 1e-5
+    torch.testing.assert_close(found, wanted.to(dtype), rtol=eps, atol=atol)
+    if isinstance(model, FFM) and not rounds:
+        score = model(batch, values, dtype=torch.float32)
+        torch.testing.assert_close(score, wanted.float(), rtol=1e-4, atol=1e-4)
+    found.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_ids_that_an_fm_cannot_take() -> None:
+    model = FM(10, 4)
+    with pytest.raises(ValueError, match=r"FM: x must be int32 or int64, got torch\.float32"):
+        model(torch.rand(2, 3))
+    with pytest.raises(ValueError, match="FM: x is on meta, weight is on cpu"):
+        model(torch.zeros(1, 2, dtype=torch.int64, device="meta"))
+
+
+def test_results_are_real_numbers() -> None:
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    model = FFM(4, num_features=3, num_fields=2)
+    for call in (model, model.interaction, ffm_ext.quantize(model.interaction)):
+        with pytest.raises(ValueError, match=r"dtype = torch\.int32 is not a floating-point type"):
+            call(ids, dtype=torch.int32)

@@ -32,6 +32,7 @@ from ..data import (
     read_libffm,
     write_libffm,
 )
+from ..data._dataset import check_shards, weights_of
 from ..memory import fits
 from ..modules import FFM, _unit_norm
 from ..optim import OPTIMIZERS, Optimizer
@@ -131,8 +132,10 @@ def data_in_pieces(path: Path, lenient: bool = False) -> Iterator[SparseDataset]
         return
     data = open_dataset(path)
     N, F = data.num_features, data.num_fields
-    for shard in data.shards:
-        yield SparseDataset([shard], num_features=N, num_fields=F)
+    for number, shard in enumerate(data.shards):
+        piece = SparseDataset([shard], num_features=N, num_fields=F)
+        check_shards(f"{path}: shards[{number}]", piece)
+        yield piece
 
 
 def _report_skipped(skipped: int, path: Path) -> None:
@@ -273,20 +276,23 @@ def scores(model: FFM, data: SparseDataset, piece: int = 1 << 16) -> tuple[Tenso
     return torch.cat(parts), missing
 
 
-def quality(score: Tensor, labels: Tensor, loss: str) -> dict[str, float]:
-    """Logloss, and AUC where scikit-learn is there and both classes are; or RMSE."""
-    if len(labels) == 0:
+def quality(score: Tensor, labels: Tensor, weights: Tensor, loss: str) -> dict[str, float]:
+    """Logloss, and AUC where scikit-learn is there and both classes are; or RMSE: means over ``weights [n]``."""
+    share = weights.double() / weights.double().sum()
+    if not share.isfinite().all() or len(share) == 0:  # no weights, or none but 0
         return {}
     if loss == "squared":
-        return {"rmse": math.sqrt(float(((score - labels).double() ** 2).mean()))}
+        return {"rmse": math.sqrt(float((share * (score - labels).double() ** 2).sum()))}
     positive = (labels > 0).double()
-    found = {
-        "logloss": float(nn.functional.binary_cross_entropy_with_logits(score.double(), positive))
-    }
-    if 0 < positive.mean() < 1 and find_spec("sklearn") is not None:
+    losses = nn.functional.binary_cross_entropy_with_logits(
+        score.double(), positive, reduction="none"
+    )
+    found = {"logloss": float((share * losses).sum())}
+    if 0 < (share * positive).sum() < 1 and 0 < positive.mean() < 1 and find_spec("sklearn"):
         from sklearn.metrics import roc_auc_score
 
-        found["auc"] = float(roc_auc_score(positive.numpy(), score.numpy()))
+        area = roc_auc_score(positive.numpy(), score.numpy(), sample_weight=share.numpy())
+        found["auc"] = float(area)
     return found
 
 
@@ -567,9 +573,10 @@ def train(args: argparse.Namespace) -> None:
     _check_samples(args, len(data), None if valid is None else len(valid))
     trainer = Trainer.load(args.resume) if args.resume else _new_trainer(args, data, valid, Trainer)
 
-    def validate() -> tuple[Tensor, Tensor]:
+    def validate() -> tuple[Tensor, Tensor, Tensor]:
         assert valid is not None
-        return scores(trainer.model, valid)[0], torch.cat([part.labels for part in valid.shards])
+        labels = torch.cat([part.labels for part in valid.shards])
+        return scores(trainer.model, valid)[0], labels, weights_of(valid)
 
     def keep() -> str:
         if args.checkpoint is None:  # fit has written one that it was told of
@@ -642,11 +649,12 @@ def _train_together(args: argparse.Namespace) -> None:
         )
     )
 
-    def validate() -> tuple[Tensor, Tensor]:
+    def validate() -> tuple[Tensor, Tensor, Tensor]:
         assert valid is not None
-        labels = [torch.zeros(0), *(part.labels for part in valid.data.shards)]
-        score, label = members.cat(scores(trainer.model, valid.data)[0], torch.cat(labels))
-        return score, label
+        labels = torch.cat([torch.zeros(0), *(part.labels for part in valid.data.shards)])
+        score = scores(trainer.model, valid.data)[0]
+        score, labels, weights = members.cat(score, labels, weights_of(valid.data))
+        return score, labels, weights
 
     def keep() -> str:
         if args.checkpoint is None or newest_checkpoint(args.checkpoint) is None:
@@ -663,12 +671,13 @@ def _fit(
     trainer: Trainer,
     data: Any,
     valid: Any,
-    validate: Callable[[], tuple[Tensor, Tensor]],
+    validate: Callable[[], tuple[Tensor, Tensor, Tensor]],
     keep: Callable[[], str],
     *,
     first: bool = True,
 ) -> None:
-    """Train, write the model, and say how good it is: the scores and labels of ``validate()``.
+    """Train, write the model, and say how good it is: the scores, labels and weights of
+    ``validate()``.
 
     On Ctrl-C ``keep()`` sees to it that a checkpoint is there where one can be, and says how to go on.
     """
@@ -806,7 +815,7 @@ def predict(args: argparse.Namespace) -> None:
     model, _, said = load_as_told(args.model, args)
     loss = said or "logistic"
     skipped = missing = entries = 0
-    all_scores, all_labels = [torch.zeros(0)], [torch.zeros(0)]
+    all_scores, all_labels, all_weights = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0)]
     with _output(args.output) as file:
         for data in data_in_pieces(args.test, args.lenient):
             score, unknown = scores(model, data)
@@ -824,6 +833,7 @@ def predict(args: argparse.Namespace) -> None:
             skipped += int(data.metadata.get("skipped", 0))
             all_scores.append(score)
             all_labels += [shard.labels for shard in data.shards]
+            all_weights.append(weights_of(data))
     _report_skipped(skipped, args.test)
     if missing:
         print(
@@ -834,7 +844,7 @@ def predict(args: argparse.Namespace) -> None:
     score = torch.cat(all_scores)
     summary: dict[str, Any] = {
         "samples": len(score),
-        **quality(score, torch.cat(all_labels), loss),
+        **quality(score, torch.cat(all_labels), torch.cat(all_weights), loss),
     }
     # Predictions on stdout stay alone there.
     print(
@@ -973,10 +983,15 @@ def convert(args: argparse.Namespace) -> None:
             raise ValueError(f"--lenient is for data, not for --to {args.to}")
         _convert_model(args)
     if args.json:
-        # Of text the size is all that one can say without reading it again.
-        found = (
-            {"bytes": args.target.stat().st_size} if args.to == "text" else describe(args.target)
-        )
+        found: dict[str, Any] = {}
+        if is_stream(args.target):
+            pass  # it has gone to a reader
+        elif (
+            args.to == "text"
+        ):  # of which the size is all that one can say without reading it again
+            found = {"bytes": args.target.stat().st_size}
+        else:
+            found = describe(args.target)
         print(_json({"target": str(args.target), "to": args.to, **found}))
 
 

@@ -393,6 +393,28 @@ def check_entries(where: str, batch: SparseBatch, num_features: int, num_fields:
     check_ids(where, "fields", batch.fields, num_fields, f"{num_fields} fields")
 
 
+def weights_of(dataset: SparseDataset) -> Tensor:
+    """The weights of all samples, ``[n]``: 1 where there are none."""
+    shards = dataset.shards
+    weights = [shard.weights for shard in shards]
+    found = _cat_or_ones(weights, [len(shard.batch) for shard in shards])
+    return torch.ones(len(dataset), device="cpu") if found is None else found
+
+
+def check_shards(where: str, dataset: SparseDataset) -> None:
+    """What a folder may hold and what is made in memory does not, for all shards.
+
+    Raises:
+        IndexError, ValueError: as :func:`check_entries`, or a label or weight is not finite; with the shard's number.
+    """
+    for number, (batch, labels, weights) in enumerate(dataset.shards):
+        place = where if len(dataset.shards) == 1 else f"{where}: shards[{number}]"
+        check_entries(place, batch, dataset.num_features, dataset.num_fields)
+        check_finite(place, "labels", labels)
+        if weights is not None:
+            check_finite(place, "weights", weights)
+
+
 def _pick(shard: Shard, which: slice | Tensor) -> Shard:
     batch, labels, weights = shard
     return Shard(batch[which], labels[which], None if weights is None else weights[which])

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ffm_ext import _C
-from ffm_ext._arguments import as_tensor, check_finite, check_size, is_integral
+from ffm_ext._arguments import as_tensor, check_size, is_integral
 from ffm_ext._files import atomic_write
 from ffm_ext.batch import SparseBatch
 
-from ._dataset import Shard, SparseDataset
+from ._dataset import Shard, SparseDataset, check_shards
 from ._store import DatasetWriter, open_dataset
 
 # Descriptions of faults that a lenient reader keeps.
@@ -175,16 +175,16 @@ def write_libffm(dataset: SparseDataset, path: str | PathLike[str]) -> None:
     The file is written beside ``path`` and then renamed.
 
     Raises:
-        ValueError: the dataset has weights, for which the format has no place, or a number is not finite.
+        ValueError: the dataset has weights, for which the format has no place, a number is not finite, or offsets are
+            wrong.
+        IndexError: an id is outside the dataset's sizes.
         OSError: it cannot be written.
     """
     if any(shard.weights is not None for shard in dataset.shards):
         raise ValueError("write_libffm: libffm's text has no place for weights")
+    check_shards("write_libffm", dataset)
     with atomic_write(path) as new, open(new, "w", encoding="ascii", newline="\n") as file:
         for batch, labels, _ in dataset.batches(_LINES_AT_ONCE):
-            for name, numbers in (("labels", labels), ("values", batch.values)):
-                if numbers is not None:
-                    check_finite("write_libffm", name, numbers)
             values = ["1"] * batch.nnz if batch.values is None else _decimals(batch.values)
             entries = list(
                 map("{}:{}:{}".format, batch.fields.tolist(), batch.indices.tolist(), values)
