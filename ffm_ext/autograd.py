@@ -142,9 +142,8 @@ _library.impl("interaction", _interaction, "CompositeImplicitAutograd")
 # ffm_backward_fused_ with the numbers that the optimizer has when it runs, not those it had when it was traced.
 _library.define(
     "fused_step_(Tensor grad_output, Tensor(a!) weight, Tensor(b!) step, Tensor(c!)[] states, Tensor? seen, "
-    "Tensor indices, "
-    "Tensor? fields, Tensor? values, Tensor? offsets, str output, bool within_field, bool values_grad, int fused) "
-    "-> Tensor"
+    "Tensor indices, Tensor? fields, Tensor? values, Tensor? offsets, str output, bool within_field, "
+    "bool values_grad, int fused) -> Tensor"
 )
 
 

@@ -656,7 +656,7 @@ class FFM(_Described):
             dtype = table.dtype
             for parameter in (self.linear.weight, self.linear.bias):
                 dtype = dtype if parameter is None else torch.promote_types(dtype, parameter.dtype)
-        return score if dtype is None else score.to(result_dtype("FFM", score, dtype))
+        return score.to(result_dtype("FFM", score, dtype))
 
     def _normalized(
         self, x: Tensor | SparseBatch, values: Tensor | None, dtype: torch.dtype

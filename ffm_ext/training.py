@@ -57,7 +57,7 @@ from ._arguments import (
 from ._files import atomic_write, check_writable
 from .batch import SparseBatch
 from .data import SparseDataset, open_dataset
-from .data._dataset import _numbers, check_entries
+from .data._dataset import _numbers, check_entries, placed
 from .interop import Loss, model_arguments, model_from_arguments
 from .modules import FFM, FFMInteraction, _entries, _global_ids, _samples
 from .optim import OPTIMIZERS, AdaGrad, Optimizer
@@ -683,7 +683,7 @@ class Trainer:
         if not self.model.normalize or self._normalizes_first():
             return parts
         weight = self.model.interaction.weight
-        for place, part in _placed(where, parts):
+        for place, part in placed(where, parts):
             if _has_values(part):
                 check_fits(place, "values", part.x.values, weight.dtype)
                 _check_norms(place, part.x, part.x.values, torch.finfo(sum_dtype(weight)))
@@ -732,7 +732,7 @@ class Trainer:
         starts = self.model.offsets
         if starts is None:
             return
-        for place, (x, *_) in _placed(where, parts):
+        for place, (x, *_) in placed(where, parts):
             if not isinstance(x, SparseBatch):
                 continue
             pieces = zip(x.indices.split(_PIECE), x.fields.split(_PIECE), strict=True)
@@ -749,7 +749,7 @@ class Trainer:
     def _check_parts(self, where: str, parts: Sequence[Any], has_labels: bool = True) -> None:
         """Look at everything before the first update: an operator sees a batch, and says where in that it is wrong."""
         layer = self.model.interaction
-        for place, (x, labels, weights) in _placed(where, parts):
+        for place, (x, labels, weights) in placed(where, parts):
             if isinstance(x, SparseBatch):
                 check_entries(place, x, layer.num_features, layer.num_fields)
                 if x.values is not None and not self.model.normalize:
@@ -992,12 +992,6 @@ def _loss_and_slope(
     sign = np.where(labels > 0, 1.0, -1.0)
     margin = sign * score
     return np.logaddexp(0, -margin), -sign * np.exp(-np.logaddexp(0, margin))
-
-
-def _placed(where: str, parts: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Parts, each with what an error calls it."""
-    for number, part in enumerate(parts):
-        yield (where if len(parts) == 1 else f"{where}: shards[{number}]"), part
 
 
 def _check_norms(where: str, x: SparseBatch, values: Tensor, limits: torch.finfo) -> None:

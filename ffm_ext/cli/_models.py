@@ -32,7 +32,7 @@ from ..data import (
     read_libffm,
     write_libffm,
 )
-from ..data._dataset import check_shards, weights_of
+from ..data._dataset import check_shard, weights_of
 from ..memory import fits
 from ..modules import FFM, _unit_norm
 from ..optim import OPTIMIZERS, Optimizer
@@ -133,9 +133,8 @@ def data_in_pieces(path: Path, lenient: bool = False) -> Iterator[SparseDataset]
     data = open_dataset(path)
     N, F = data.num_features, data.num_fields
     for number, shard in enumerate(data.shards):
-        piece = SparseDataset([shard], num_features=N, num_fields=F)
-        check_shards(f"{path}: shards[{number}]", piece)
-        yield piece
+        check_shard(f"{path}: shards[{number}]", shard, N, F)
+        yield SparseDataset([shard], num_features=N, num_fields=F)
 
 
 def _report_skipped(skipped: int, path: Path) -> None:
@@ -288,7 +287,7 @@ def quality(score: Tensor, labels: Tensor, weights: Tensor, loss: str) -> dict[s
         score.double(), positive, reduction="none"
     )
     found = {"logloss": float((share * losses).sum())}
-    if 0 < (share * positive).sum() < 1 and 0 < positive.mean() < 1 and find_spec("sklearn"):
+    if 0 < positive[share != 0].mean() < 1 and find_spec("sklearn"):
         from sklearn.metrics import roc_auc_score
 
         area = roc_auc_score(positive.numpy(), score.numpy(), sample_weight=share.numpy())
@@ -983,9 +982,9 @@ def convert(args: argparse.Namespace) -> None:
             raise ValueError(f"--lenient is for data, not for --to {args.to}")
         _convert_model(args)
     if args.json:
-        found: dict[str, Any] = {}
-        if is_stream(args.target):
-            pass  # it has gone to a reader
+        found: dict[str, Any]
+        if is_stream(args.target):  # it has gone to a reader
+            found = {}
         elif (
             args.to == "text"
         ):  # of which the size is all that one can say without reading it again

@@ -401,18 +401,23 @@ def weights_of(dataset: SparseDataset) -> Tensor:
     return torch.ones(len(dataset), device="cpu") if found is None else found
 
 
-def check_shards(where: str, dataset: SparseDataset) -> None:
-    """What a folder may hold and what is made in memory does not, for all shards.
+def check_shard(where: str, shard: Shard, num_features: int, num_fields: int) -> None:
+    """What a folder may hold and what is made in memory does not.
 
     Raises:
-        IndexError, ValueError: as :func:`check_entries`, or a label or weight is not finite; with the shard's number.
+        IndexError, ValueError: as :func:`check_entries`, or a label or weight is not finite.
     """
-    for number, (batch, labels, weights) in enumerate(dataset.shards):
-        place = where if len(dataset.shards) == 1 else f"{where}: shards[{number}]"
-        check_entries(place, batch, dataset.num_features, dataset.num_fields)
-        check_finite(place, "labels", labels)
-        if weights is not None:
-            check_finite(place, "weights", weights)
+    batch, labels, weights = shard
+    check_entries(where, batch, num_features, num_fields)
+    check_finite(where, "labels", labels)
+    if weights is not None:
+        check_finite(where, "weights", weights)
+
+
+def placed(where: str, parts: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Parts, each with what an error calls it."""
+    for number, part in enumerate(parts):
+        yield (where if len(parts) == 1 else f"{where}: shards[{number}]"), part
 
 
 def _pick(shard: Shard, which: slice | Tensor) -> Shard:

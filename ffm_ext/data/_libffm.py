@@ -16,7 +16,7 @@ from ffm_ext._arguments import as_tensor, check_size, is_integral
 from ffm_ext._files import atomic_write
 from ffm_ext.batch import SparseBatch
 
-from ._dataset import Shard, SparseDataset, check_shards
+from ._dataset import Shard, SparseDataset, check_shard, placed
 from ._store import DatasetWriter, open_dataset
 
 # Descriptions of faults that a lenient reader keeps.
@@ -182,7 +182,8 @@ def write_libffm(dataset: SparseDataset, path: str | PathLike[str]) -> None:
     """
     if any(shard.weights is not None for shard in dataset.shards):
         raise ValueError("write_libffm: libffm's text has no place for weights")
-    check_shards("write_libffm", dataset)
+    for place, shard in placed("write_libffm", dataset.shards):
+        check_shard(place, shard, dataset.num_features, dataset.num_fields)
     with atomic_write(path) as new, open(new, "w", encoding="ascii", newline="\n") as file:
         for batch, labels, _ in dataset.batches(_LINES_AT_ONCE):
             values = ["1"] * batch.nnz if batch.values is None else _decimals(batch.values)
