@@ -18,7 +18,7 @@ nor the state of an optimizer, and AOTAutograd traces both.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from ._arguments import alert_not_deterministic, is_batched, sum_dtype
 from ._fake import new_grad_values
 from .optim import FusedOptimizer
 
-__all__ = ["interaction", "is_exporting", "is_from_backward"]
+__all__ = ["interaction", "is_exporting", "is_from_backward", "untraced"]
 
 _ops = torch.ops.ffm_ext
 _library = torch.library.Library("ffm_ext", "FRAGMENT")
@@ -42,6 +42,24 @@ _TOO_OLD = (
     "ffm_interaction: torch.compile of a layer with a fused optimizer needs torch 2.12 or newer, this is "
     f"{torch.__version__}"
 )
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def untraced(function: _F) -> _F:
+    """Let Dynamo leave a function and all that it calls alone, where Python runs it after a break of the graph.
+
+    As ``torch.compiler.disable`` does, which imports Dynamo for it and costs a microsecond a call: that is for a torch
+    whose own way there has changed.
+    """
+    try:
+        frames = torch._C._dynamo.eval_frame
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    except AttributeError:
+        return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return function
 
 
 # Where the rows of sparse gradients lie that are still in use.
@@ -98,6 +116,7 @@ def interaction(
     return _interaction(*problem, grad, fused, step, states)
 
 
+@untraced
 def _interaction(*arguments: Any) -> Tensor:
     """Arguments as :func:`interaction`, all positional."""
     has_grad = _requires_grad(arguments[0]) or _requires_grad(arguments[3])
@@ -148,6 +167,7 @@ _library.define(
 
 
 @torch.library.impl(_library, "fused_step_", "CompositeExplicitAutograd")
+@untraced
 def _fused_step(
     grad_output: Tensor,
     weight: Tensor,
@@ -246,9 +266,14 @@ def _vjp(
     return torch.func.vjp(function, *inputs)[1]
 
 
-def _asks_for_weight(ctx: Any) -> bool:
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether a program is traced, or runs on something else than plain tensors."""
+    return torch.compiler.is_compiling() or type(tensor.data) is not Tensor
+
+
+def _asks_for_weight(ctx: Any, grad_output: Tensor) -> bool:
     """Whether this backward pass comes to the weight: not where it was asked for gradients of other inputs alone."""
-    if torch.compiler.is_compiling():
+    if _is_traced(grad_output):
         return True
     node = ctx.next_functions[0][0]
     try:
@@ -262,9 +287,7 @@ def _asks_for_weight(ctx: Any) -> bool:
 
 def _address(weight: Tensor) -> int | None:
     """Where a table lies; ``None`` where a program is traced, which has none."""
-    if torch.compiler.is_compiling() or type(weight.data) is not Tensor:
-        return None
-    return weight.data_ptr()
+    return None if _is_traced(weight) else weight.data_ptr()
 
 
 class FFMFunction(torch.autograd.Function):
@@ -299,6 +322,7 @@ class FFMFunction(torch.autograd.Function):
         )
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``weight`` and ``values``, whichever are needed."""
         if torch.is_grad_enabled():
@@ -315,7 +339,7 @@ class FFMFunction(torch.autograd.Function):
                 f"grad={ctx.grad!r}"
             )
         if ctx.grad == "fused":
-            needs_weight = needs_weight and _asks_for_weight(ctx)
+            needs_weight = needs_weight and _asks_for_weight(ctx, grad_output)
         grad_weight: Tensor | None = None
         grad_values: Tensor | None = None
         if not needs_weight:

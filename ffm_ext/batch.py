@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import GetAttrKey, register_pytree_node
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ._arguments import as_tensor, is_integral
 
@@ -194,6 +196,42 @@ class SparseBatch:
             torch.from_numpy(np.array(offsets)),
         )
 
+    @classmethod
+    def cat(cls, batches: Sequence[SparseBatch]) -> SparseBatch:
+        """The samples of several batches, one after the other. ``torch.utils.data.default_collate`` joins them so.
+
+        Values that are left out are 1. Ids are int64 where those of a batch are, or where there are more entries than
+        int32 counts.
+
+        Raises:
+            TypeError: something is not a :class:`SparseBatch`.
+            ValueError: there is no batch, or they are on different devices.
+        """
+        for i, batch in enumerate(batches):
+            if not isinstance(batch, SparseBatch):
+                raise TypeError(
+                    f"SparseBatch.cat: batches[{i}] is a {type(batch).__name__}, not a SparseBatch"
+                )
+            if batch.device != batches[0].device:
+                raise ValueError(
+                    f"SparseBatch.cat: batches[{i}] is on {batch.device}, batches[0] on {batches[0].device}"
+                )
+        if not batches:
+            raise ValueError("SparseBatch.cat: there is no batch")
+        starts = accumulate((batch.nnz for batch in batches), initial=0)
+        ends = [
+            batch.offsets[1:].long() + start for batch, start in zip(batches, starts, strict=False)
+        ]
+        indices = torch.cat([batch.indices for batch in batches])
+        if indices.numel() > torch.iinfo(torch.int32).max:
+            indices = indices.long()
+        return cls(
+            indices,
+            torch.cat([batch.fields for batch in batches]),
+            cat_or_ones([(batch.values, batch.nnz) for batch in batches], indices.device),
+            torch.cat([ends[0].new_zeros(1), *ends]),
+        )
+
     def __len__(self) -> int:
         """The number of samples, B."""
         return self.offsets.numel() - 1
@@ -344,6 +382,20 @@ def _narrow(ids: Tensor, dtype: torch.dtype) -> Tensor:
     return ids.clamp(limits.min, limits.max).to(dtype)
 
 
+def cat_or_ones(
+    parts: Sequence[tuple[Tensor | None, int]], device: torch.device | str
+) -> Tensor | None:
+    """Joins numbers and how many they are; those that are left out are 1. ``None``: all are left out."""
+    if all(numbers is None for numbers, _ in parts):
+        return None
+    return torch.cat(
+        [
+            torch.ones(size, dtype=torch.float32, device=device) if numbers is None else numbers
+            for numbers, size in parts
+        ]
+    )
+
+
 def _offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
@@ -372,3 +424,5 @@ register_pytree_node(
 )
 # torch.save and torch.export.save keep batches, and their files load with weights_only=True.
 torch.serialization.add_safe_globals([SparseBatch])
+# What a DataLoader without a collate_fn of its own does with the batches that a Dataset has as samples.
+default_collate_fn_map[SparseBatch] = lambda batches, **_: SparseBatch.cat(batches)

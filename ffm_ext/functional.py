@@ -49,7 +49,8 @@ def ffm_interaction(
         within_field: also count the pairs inside one field, ``½ (|S[f,f]|² - Σ_a x_a² |weight[a,f]|²)``. ``"sum"`` adds
             them; ``"dot"`` and ``"hadamard"`` append F terms after the P pairs.
         grad: the gradient of ``weight``: ``"sparse"`` a coalesced ``torch.sparse_coo`` tensor over the touched
-            rows, ``"dense"`` a plain tensor. Both are the same bits for any number of threads, and in every run.
+            rows, ``"dense"`` a plain tensor. What ``weight`` is computed by has to take it: views, slices and
+            conversions of torch take no sparse one. Both are the same bits for any number of threads, and in every run.
             ``"atomic"``: as ``"dense"``, but CUDA adds the entries of a row in any order, which saves sorting them;
             float32 and float64; ``torch.use_deterministic_algorithms(True)`` refuses it.
         dtype: of the result; ``None``: that of ``weight``. With float32, ``"sum"`` of a bfloat16 or float16 table is

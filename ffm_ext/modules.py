@@ -23,7 +23,7 @@ from ._arguments import (
     result_dtype,
     sum_dtype,
 )
-from .autograd import interaction, is_exporting, is_from_backward
+from .autograd import interaction, is_exporting, is_from_backward, untraced
 from .batch import SparseBatch
 from .functional import ffm_interaction
 from .memory import empty_table, keep_huge_pages
@@ -37,13 +37,15 @@ _INITIAL_STD = 0.1
 
 
 class _Sized(nn.Module):
-    """A table that does not tell F from K: ``state_dict`` says both, and another table is not loaded."""
-
-    num_fields: int
-    embed_dim: int
+    """A module whose ``state_dict`` says what the shapes of tensors do not tell, and which loads no other."""
 
     def _metadata(self) -> dict[str, Any]:
-        return {"fields_and_factors": (self.num_fields, self.embed_dim)}
+        """What ``state_dict`` says besides tensors."""
+        return {}
+
+    def _difference(self, saved: dict[str, Any]) -> str | None:
+        """How what was saved differs from this module; ``None``: it can be loaded."""
+        raise NotImplementedError
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -63,13 +65,9 @@ class _Sized(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        here = (self.num_fields, self.embed_dim)
-        there = tuple(local_metadata.get("fields_and_factors", here))
-        if there != here:
-            error_msgs.append(
-                f"{prefix[:-1] or 'the table'} has {there[0]} fields of {there[1]} factors, the layer {here[0]} of "
-                f"{here[1]}"
-            )
+        difference = self._difference(local_metadata)
+        if difference is not None:
+            error_msgs.append(f"{prefix[:-1] or 'what was saved'} has {difference}")
             return
         super()._load_from_state_dict(
             state_dict,
@@ -82,7 +80,24 @@ class _Sized(nn.Module):
         )
 
 
-class FFMInteraction(_Sized):
+class _Table(_Sized):
+    """A table, which does not tell F from K."""
+
+    num_fields: int
+    embed_dim: int
+
+    def _metadata(self) -> dict[str, Any]:
+        return {"fields_and_factors": (self.num_fields, self.embed_dim)}
+
+    def _difference(self, saved: dict[str, Any]) -> str | None:
+        here = (self.num_fields, self.embed_dim)
+        there = tuple(saved.get("fields_and_factors", here))
+        if there == here:
+            return None
+        return f"{there[0]} fields of {there[1]} factors, the layer {here[0]} of {here[1]}"
+
+
+class FFMInteraction(_Table):
     """A table of field-aware factors and the fused interaction over it.
 
     Args:
@@ -134,9 +149,11 @@ class FFMInteraction(_Sized):
         self._fused: FusedOptimizer | None = None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw the table anew; a fused optimizer begins anew too."""
-        nn.init.normal_(self.weight, std=initial_std(self.num_fields, self.embed_dim))
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the table anew, from torch's own generator or another; a fused optimizer begins anew too."""
+        if not self.weight.is_meta:  # where torch would import much, and draw nothing
+            std = initial_std(self.num_fields, self.embed_dim)
+            nn.init.normal_(self.weight, std=std, generator=generator)
         self._reset_optimizer()
 
     def _reset_optimizer(self) -> None:
@@ -204,14 +221,14 @@ class FFMInteraction(_Sized):
 
     def _check_is_parameter(self, weight: Tensor) -> None:
         """Only a table that is a parameter itself can be updated in place, or take a sparse gradient."""
-        if torch.compiler.is_compiling():
-            return
         if not weight.is_leaf:
             has = "a fused optimizer" if self._fused is not None else "grad='sparse'"
             raise RuntimeError(
                 "FFMInteraction: weight is computed from another tensor (parametrized, say), and with "
                 f"{has} it has to be the parameter itself: make the layer with grad='dense'"
             )
+        if torch.compiler.is_compiling():
+            return
         # Here and not once for all, because copies, pickles and load_state_dict(assign=True) lose the hooks of tensors.
         if self._fused is None and _keep_coalesced not in _hooks(weight):
             weight.register_post_accumulate_grad_hook(_keep_coalesced)
@@ -276,7 +293,7 @@ class FFMInteraction(_Sized):
     def _follow_weight(self) -> None:
         """``load_state_dict(assign=True)`` and a way to or from the meta device put another parameter in place."""
         if self._fused is not None:
-            self._fused.param_groups[0]["params"] = [self.weight]
+            self._fused.follow(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FFMInteraction:
         """A fused optimizer's sums move with the table, and stay as precise as sums are where it is converted.
@@ -306,33 +323,56 @@ class FFMInteraction(_Sized):
         )
 
 
-class _Described(nn.Module):
-    """A module with buffers that follow from how it was described, and are neither saved nor learnt."""
+class _Described(_Sized):
+    """A module with tensors that follow from how it was described, and are neither saved nor learnt.
 
-    def _describe(self, device: torch.device | str | None, **buffers: Tensor | None) -> None:
-        """Register them. They come on the CPU, whatever the default device is."""
+    They are no buffers: whoever averages those, as ``torch.optim.swa_utils`` does, would change ids.
+    """
+
+    # [F + 1], where the ids of each field begin; None: ids are those of the whole table.
+    offsets: Tensor | None
+
+    def _describe(self, device: torch.device | str | None, **tensors: Tensor | None) -> None:
+        """Keep them as attributes. They come on the CPU, whatever the default device is."""
         device = torch.get_default_device() if device is None else device
-        self._description = {name: buffer for name, buffer in buffers.items() if buffer is not None}
-        for name, buffer in buffers.items():
-            moved = None if buffer is None else buffer.to(device, copy=True)
-            self.register_buffer(name, moved, persistent=False)
+        self._description = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        for name, tensor in tensors.items():
+            setattr(self, name, None if tensor is None else tensor.to(device, copy=True))
         self.register_load_state_dict_post_hook(_describe_what_was_loaded)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves the module; what ``to_empty`` leaves without values gets them again."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, values in self._description.items():
-            if not self.get_buffer(name).is_meta:
-                self.get_buffer(name).copy_(values)
+            tensor = fn(getattr(self, name))
+            setattr(self, name, tensor if tensor.is_meta else tensor.copy_(values))
         return self
+
+    def _metadata(self) -> dict[str, Any]:
+        starts = self._description.get("offsets")
+        return {} if starts is None else {"field_dims": tuple(starts.diff().tolist())}
+
+    def _difference(self, saved: dict[str, Any]) -> str | None:
+        here, there = self._metadata().get("field_dims"), saved.get("field_dims")
+        if here is None or there is None or tuple(there) == here:
+            return None
+        return f"fields of {list(there)} features, the model of {list(here)}"
+
+    def _table_ids(self, x: Tensor) -> Tensor:
+        """Ids of the whole table from those that count from 0 in every field."""
+        assert self.offsets is not None
+        where = type(self).__name__
+        # Elsewhere only where a program has moved parameters and buffers one by one.
+        starts = self.offsets.to(x.device) if isinstance(x, Tensor) else self.offsets
+        return _global_ids(where, x, starts)
 
 
 def _describe_what_was_loaded(module: nn.Module, _: Any) -> None:
     """``load_state_dict(assign=True)`` takes a module off the meta device: what it is described by has to follow."""
     device = next(iter(module.state_dict().values())).device
     for name, values in module._description.items():  # type: ignore[union-attr, operator]
-        if module.get_buffer(name).is_meta:
-            module._buffers[name] = values.to(device, copy=True)
+        if getattr(module, name).is_meta:
+            setattr(module, name, values.to(device, copy=True))
 
 
 class FieldAwareFactorizationMachine(_Described):
@@ -351,8 +391,6 @@ class FieldAwareFactorizationMachine(_Described):
         TypeError: a size is not an integer.
         ValueError: there is no field, or a size is not positive.
     """
-
-    offsets: Tensor
 
     def __init__(
         self,
@@ -396,7 +434,7 @@ class FieldAwareFactorizationMachine(_Described):
             IndexError: an id is outside its field; the text names it and its position.
             ValueError: the shape or dtype is wrong.
         """
-        return self.interaction(_global_ids("FieldAwareFactorizationMachine", x, self.offsets))
+        return self.interaction(self._table_ids(x))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         tables = [f"{prefix}embeddings.{g}.weight" for g in range(self.interaction.num_fields)]
@@ -406,7 +444,14 @@ class FieldAwareFactorizationMachine(_Described):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class _Linear(nn.Module):
+class _OnHugePages(nn.Module):
+    """A module whose tables stay on huge pages where it is moved or converted."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(lambda tensor: keep_huge_pages(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
+
+
+class _Linear(_OnHugePages):
     """Adds ``bias + Σ x_a w_a`` to a score: what an additive model explains. Either part may be left out."""
 
     # None where the part is left out. As torch.nn.Linear has its bias, callers need not ask.
@@ -503,8 +548,8 @@ class FFM(_Described):
     libffm's model is ``FFM(…, within_field=True, bias=False, linear=False, normalize=True)``.
 
     Attributes:
-        feature_fields: ``[N]``, the field of each feature, for :meth:`SparseBatch.from_scipy` and its siblings;
-            ``None`` where only the sizes are known.
+        feature_fields: ``[N]``, the field of each feature, for :meth:`SparseBatch.from_scipy` and its siblings, -1 for
+            one that is of none; ``None`` where only the sizes are known.
         field_names: the names, ``"0"``, ``"1"``, … where none were given.
 
     Raises:
@@ -514,7 +559,6 @@ class FFM(_Described):
     """
 
     feature_fields: Tensor | None
-    offsets: Tensor | None
 
     def __init__(
         self,
@@ -586,10 +630,10 @@ class FFM(_Described):
         check_modes("FFM", "sum", grad)
         self.interaction.grad = self.linear.grad = grad
 
-    def reset_parameters(self) -> None:
-        """Draw the table anew; linear weights and bias become 0."""
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the table anew, from torch's own generator or another; linear weights and bias become 0."""
         self.linear.reset_parameters()
-        self.interaction.reset_parameters()
+        self.interaction.reset_parameters(generator)
 
     def __prepare_scriptable__(self) -> None:
         raise _no_torchscript("FFM")
@@ -620,7 +664,7 @@ class FFM(_Described):
             TypeError: ``x`` is neither a tensor nor a :class:`SparseBatch`.
         """
         if isinstance(x, Tensor) and self.offsets is not None:
-            x = _global_ids("FFM", x, self.offsets)
+            x = self._table_ids(x)
         return self.score_table_ids(x, values, dtype=dtype)
 
     def score_table_ids(
@@ -680,7 +724,7 @@ class FFM(_Described):
         return f"normalize={self.normalize}"
 
 
-class FM(nn.Module):
+class FM(_OnHugePages):
     """Factorization machine: bias + linear term + second-order term, ``[B]``.
 
     The second-order term in linear time (Rendle, "Factorization Machines", ICDM 2010, Lemma 3.1)::
@@ -775,12 +819,13 @@ def check_replicas(layer: nn.Module, replicas: nn.Module | None = None) -> None:
         layer: any module; those without a table pass.
         replicas: the ``DistributedDataParallel`` that trains it; ``None``: the one whose forward pass this is, if any.
     """
-    if not isinstance(layer, FFMInteraction | FM | _Linear) or torch.compiler.is_compiling():
+    if not isinstance(layer, FFMInteraction | FM | _Linear) or is_exporting():
         return
     if layer.weight is None or not (torch.is_grad_enabled() and layer.weight.requires_grad):
         return
     name = type(layer).__name__
-    replicas = replicas or nn.parallel.DistributedDataParallel._active_ddp_module
+    if not torch.compiler.is_compiling():
+        replicas = replicas or nn.parallel.DistributedDataParallel._active_ddp_module
     fused = getattr(layer, "_fused", None)
     if fused is not None and replicas is not None:
         raise RuntimeError(
@@ -789,7 +834,7 @@ def check_replicas(layer: nn.Module, replicas: nn.Module | None = None) -> None:
             "ffm_ext.distributed.DistributedTrainer"
         )
     # One that is computed from another is refused by the layer itself, which says why.
-    is_own = fused is None or fused.param_groups[0]["params"][0] is layer.weight
+    is_own = fused is None or fused.table is layer.weight
     if not is_own and layer.weight.is_leaf:
         raise RuntimeError(
             f"{name}: the table is not the one that its fused optimizer updates: FSDP and functional_call put another "
@@ -812,6 +857,7 @@ def initial_std(num_fields: int, embed_dim: int) -> float:
     return math.sqrt(_INITIAL_STD / math.sqrt(pairs * embed_dim))
 
 
+@untraced
 def _keep_coalesced(weight: Tensor) -> None:
     """Say again that a sparse gradient is coalesced, which autograd forgets as it puts it into ``.grad``.
 

@@ -232,17 +232,21 @@ class FusedOptimizer(torch.optim.Optimizer):
     """The handle on an optimizer that works inside ``backward``: ``layer.fuse_optimizer`` returns it.
 
     ``param_groups[0]["lr"]`` and ``["weight_decay"]`` are those of the next backward, so torch's learning-rate
-    schedulers work on it. ``step`` and ``zero_grad`` do nothing: the update is done by then. The state of the optimizer
+    schedulers work on it. ``step`` does nothing: the update is done by then. The state of the optimizer
     is part of the layer's ``state_dict``; this one's holds the learning rate.
     """
 
     _all: ClassVar[weakref.WeakValueDictionary[int, FusedOptimizer]] = weakref.WeakValueDictionary()
     _handles: ClassVar[Iterator[int]] = itertools.count(1)
 
+    # What it updates. Programs that torch.compile makes look at it; of param_groups they would depend as a whole.
+    table: Tensor
+
     def __init__(self, layer: torch.nn.Module, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self.table = layer.get_parameter("weight")
         super().__init__(
-            [layer.get_parameter("weight")],
+            [self.table],
             {
                 "lr": optimizer.lr,
                 "weight_decay": optimizer.weight_decay,
@@ -274,7 +278,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.table = self.param_groups[0]["params"][0]
         self._take_handle()
+
+    def follow(self, table: Tensor) -> None:
+        """Update this table from now on."""
+        self.table = table
+        self.param_groups[0]["params"] = [table]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Only calls ``closure``: ``backward`` has updated the table already.
@@ -283,7 +293,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: ``torch.amp.GradScaler`` calls it; or the table has a gradient, which is not of its layer's
                 making: a penalty's, for instance.
         """
-        if self.param_groups[0]["params"][0].grad is not None:
+        grad = self.table.grad
+        # One of zeros is how torch.distributed.checkpoint lets optimizers make their state.
+        if grad is not None and (grad._values() if grad.is_sparse else grad).any():
             raise RuntimeError(
                 "FusedOptimizer.step: the table has a gradient from elsewhere than its layer, and nothing would apply "
                 "it: weight_decay is the optimizer's own; for other penalties use grad='dense' or 'sparse'"
@@ -306,9 +318,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 "optimizer of their own"
             )
         super().add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: the table has no gradient."""
 
     @property
     def settled(self) -> tuple[float, float]:

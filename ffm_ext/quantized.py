@@ -13,7 +13,7 @@ from ._arguments import Output, check_modes, check_positive, result_dtype
 from ._fake import packed_row_bytes
 from .batch import SparseBatch
 from .memory import empty_table
-from .modules import FFMInteraction, _entries, _no_torchscript, _Sized
+from .modules import FFMInteraction, _entries, _no_torchscript, _Table
 
 __all__ = ["QuantizedFFMInteraction", "quantize"]
 
@@ -21,7 +21,7 @@ _ops = torch.ops.ffm_ext
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-class QuantizedFFMInteraction(_Sized):
+class QuantizedFFMInteraction(_Table):
     """The interaction of :class:`~ffm_ext.FFMInteraction` over a table of int8 numbers. It has no gradient.
 
     Each K-vector of the table is ``scale · q`` with ``q`` in -127 … 127 and a scale of its own: the largest magnitude
@@ -141,7 +141,8 @@ def quantize(model: _Model) -> _Model:
     """A copy of a model for inference, with every :class:`~ffm_ext.FFMInteraction` replaced by its int8 form.
 
     Everything else (linear weights, bias, other layers) is copied as it is; the float tables are not copied on the
-    way. A model that is an ``FFMInteraction`` itself becomes a :class:`QuantizedFFMInteraction`.
+    way, and layers that share a table share its int8 form. A model that is an ``FFMInteraction`` itself becomes a
+    :class:`QuantizedFFMInteraction`.
 
     To keep it, save the float model and quantize what is loaded, which gives the same bits; or save the copy's
     ``state_dict`` and load that into ``quantize`` of a model of the same arguments.
@@ -154,4 +155,9 @@ def quantize(model: _Model) -> _Model:
         raise ValueError(f"quantize: {type(model).__name__} has no FFMInteraction")
     # deepcopy takes what it is told to have copied already.
     memo = {id(layer): QuantizedFFMInteraction.from_float(layer) for layer in layers}
+    # Layers that share a table go on sharing it.
+    tables: dict[tuple[int, int], Tensor] = {}
+    for layer in layers:
+        made = memo[id(layer)]
+        made.packed = tables.setdefault((id(layer.weight), layer.embed_dim), made.packed)
     return copy.deepcopy(model, memo)

@@ -389,6 +389,42 @@ def test_data_loader() -> None:
     assert [entries(part) for part in loader] == [SAMPLES[:3], SAMPLES[3:]]
 
 
+@given(samples=sample_lists(), cuts=st.lists(st.integers(0, 9), max_size=4))
+def test_cat(samples: Samples, cuts: list[int]) -> None:
+    whole = SparseBatch.from_lists(samples)
+    ends = sorted(min(cut, len(samples)) for cut in cuts)
+    parts = [whole[a:b] for a, b in itertools.pairwise([0, *ends, len(samples)])]
+    joined = SparseBatch.cat(parts)
+    assert entries(joined) == entries(whole)
+    assert joined.indices.dtype == torch.int64
+
+
+def test_cat_of_batches_that_differ() -> None:
+    batch = SparseBatch.from_lists(SAMPLES)
+    short = SparseBatch(batch.indices.int(), batch.fields, None, batch.offsets)
+    both = SparseBatch.cat([short, batch])
+    ones = [[(field, index, 1.0) for field, index, _ in sample] for sample in SAMPLES]
+    assert entries(both) == ones + SAMPLES
+    assert both.indices.dtype == torch.int64
+    assert SparseBatch.cat([short, short]).indices.dtype == torch.int32
+    assert SparseBatch.cat([short, short]).values is None
+    with raises(ValueError, "SparseBatch.cat: there is no batch"):
+        SparseBatch.cat([])
+    with raises(TypeError, "SparseBatch.cat: batches[1] is a list, not a SparseBatch"):
+        SparseBatch.cat([batch, SAMPLES])  # type: ignore[list-item]
+    with raises(ValueError, "SparseBatch.cat: batches[1] is on meta, batches[0] on cpu"):
+        SparseBatch.cat([batch, batch.to("meta")])
+
+
+def test_data_loader_of_samples_with_several_labels() -> None:
+    batch = SparseBatch.from_lists(SAMPLES)
+    samples = [(batch[b : b + 1], float(b), {"clicks": b}) for b in range(len(batch))]
+    loader = torch.utils.data.DataLoader(samples, batch_size=3, num_workers=1)  # type: ignore[arg-type]
+    parts = list(loader)
+    assert [entries(part) for part, _, _ in parts] == [SAMPLES[:3], SAMPLES[3:]]
+    assert [more["clicks"].tolist() for _, _, more in parts] == [[0, 1, 2], [3]]
+
+
 def test_the_order_of_entries_does_not_matter() -> None:
     layer = FFMInteraction(5, 2, 3, within_field=True, dtype=torch.float64)
     forward = SparseBatch.from_lists(SAMPLES)

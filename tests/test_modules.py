@@ -391,12 +391,41 @@ def test_tables_of_other_fields_and_factors_are_not_loaded() -> None:
     assert torch.equal(other.interaction.weight, model.interaction.weight)
 
 
+@pytest.mark.parametrize("kind", [FFM, FieldAwareFactorizationMachine])
+def test_ids_of_other_fields_are_not_loaded(kind: type[nn.Module]) -> None:
+    model, other = (kind(field_dims=dims, embed_dim=4) for dims in ([10, 20, 5], [20, 10, 5]))
+    with pytest.raises(
+        RuntimeError, match=r"fields of \[10, 20, 5\] features, the model of \[20, 10, 5\]"
+    ):
+        other.load_state_dict(model.state_dict())
+    model.load_state_dict(copy.deepcopy(model).state_dict())
+    other.load_state_dict(dict(model.state_dict()))  # as a file of tensors alone has it
+
+
+def test_ids_of_the_whole_table_are_those_of_any_fields() -> None:
+    by_size = FFM(4, num_features=35, num_fields=3)
+    by_fields = FFM(4, field_dims=[10, 20, 5])
+    by_fields.load_state_dict(by_size.state_dict())
+    by_size.load_state_dict(by_fields.state_dict())
+
+
+def test_a_generator_of_ones_own() -> None:
+    model = FFM(4, num_features=35, num_fields=3)
+    torch.manual_seed(3)
+    model.reset_parameters()
+    wanted = model.interaction.weight.detach().clone()
+    state = torch.get_rng_state()
+    model.reset_parameters(torch.Generator().manual_seed(3))
+    assert torch.equal(model.interaction.weight, wanted)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_packed_tables_of_other_fields_and_factors_are_not_loaded() -> None:
     layers = [QuantizedFFMInteraction(9, F, K) for F, K in ((4, 8), (6, 8), (4, 5))]
     for one, other in itertools.permutations(layers, 2):
         assert one.packed.shape == other.packed.shape
         F, K = other.num_fields, other.embed_dim
-        with pytest.raises(RuntimeError, match=f"the table has {F} fields of {K} factors"):
+        with pytest.raises(RuntimeError, match=f"what was saved has {F} fields of {K} factors"):
             one.load_state_dict(other.state_dict())
         one.load_state_dict(one.state_dict())
 

@@ -291,7 +291,7 @@ def test_state_dict(tmp_path: Path) -> None:
     again.load_state_dict(torch.load(tmp_path / "table.pt", weights_only=True))
     for same in (again, copy.deepcopy(quantized), quantized.half()):
         assert torch.equal(same(ids), quantized(ids))
-    with pytest.raises(RuntimeError, match="the table has 7 fields of 4 factors, the layer 7 of 8"):
+    with pytest.raises(RuntimeError, match="what was saved has 7 fields of 4 factors"):
         ffm_ext.QuantizedFFMInteraction(11, 7, 8).load_state_dict(again.state_dict())
 
 
@@ -339,6 +339,18 @@ def test_quantize_model() -> None:
         small.interaction.packed.zero_()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name])
+
+
+def test_layers_that_share_a_table_go_on_sharing_it() -> None:
+    layers = torch.nn.ModuleList(
+        [ffm_ext.FFMInteraction(9, 3, 4), ffm_ext.FFMInteraction(9, 3, 4, output="dot")]
+    )
+    layers[1].weight = layers[0].weight
+    alone = ffm_ext.FFMInteraction(9, 3, 4)
+    small = ffm_ext.quantize(torch.nn.ModuleList([*layers, alone]))
+    x = torch.randint(9, (5, 3))
+    assert small[0].packed.data_ptr() == small[1].packed.data_ptr() != small[2].packed.data_ptr()
+    torch.testing.assert_close(small[1](x).sum(1), small[0](x))
 
 
 def test_quantize_finds_every_layer() -> None:

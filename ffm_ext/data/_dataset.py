@@ -24,7 +24,7 @@ from ffm_ext._arguments import (
     check_size,
     is_integral,
 )
-from ffm_ext.batch import SparseBatch
+from ffm_ext.batch import SparseBatch, cat_or_ones
 
 MAX_INT32 = 2**31 - 1
 
@@ -396,8 +396,7 @@ def check_entries(where: str, batch: SparseBatch, num_features: int, num_fields:
 def weights_of(dataset: SparseDataset) -> Tensor:
     """The weights of all samples, ``[n]``: 1 where there are none."""
     shards = dataset.shards
-    weights = [shard.weights for shard in shards]
-    found = _cat_or_ones(weights, [len(shard.batch) for shard in shards])
+    found = cat_or_ones([(shard.weights, len(shard.batch)) for shard in shards], "cpu")
     return torch.ones(len(dataset), device="cpu") if found is None else found
 
 
@@ -433,34 +432,11 @@ def _join(shards: Sequence[Shard]) -> Shard:
         none = torch.empty(0, dtype=torch.int32, device="cpu")
         empty = SparseBatch(none, none, None, none.new_zeros(1))
         return Shard(empty, none.float(), None)
-    batches = [shard.batch for shard in shards]
-    starts = accumulate((batch.nnz for batch in batches), initial=0)
-    offsets = [
-        batch.offsets[1:].long() + start for batch, start in zip(batches, starts, strict=False)
-    ]
-    indices = torch.cat([batch.indices for batch in batches])
-    if indices.numel() > MAX_INT32:
-        indices = indices.long()
+    weights = [(shard.weights, len(shard.batch)) for shard in shards]
     return Shard(
-        SparseBatch(
-            indices,
-            torch.cat([batch.fields for batch in batches]),
-            _cat_or_ones([batch.values for batch in batches], [batch.nnz for batch in batches]),
-            torch.cat([offsets[0].new_zeros(1), *offsets]),
-        ),
+        SparseBatch.cat([shard.batch for shard in shards]),
         torch.cat([shard.labels for shard in shards]),
-        _cat_or_ones([shard.weights for shard in shards], [len(batch) for batch in batches]),
-    )
-
-
-def _cat_or_ones(tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
-    if all(tensor is None for tensor in tensors):
-        return None
-    return torch.cat(
-        [
-            torch.ones(size, dtype=torch.float32, device="cpu") if tensor is None else tensor
-            for tensor, size in zip(tensors, sizes, strict=True)
-        ]
+        cat_or_ones(weights, "cpu"),
     )
 
 
