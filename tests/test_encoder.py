@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ffm_ext import SparseBatch
 from ffm_ext.data import Bins, FieldEncoder, Hash, Numeric, SparseDataset, Vocabulary
+from ffm_ext.data._frames import columns_of
 
 
 def pandas_frame(data: dict[str, Any]) -> Any:
@@ -33,10 +36,16 @@ def arrow_table(data: dict[str, Any]) -> Any:
     return pytest.importorskip("pyarrow").table(data)
 
 
+def arrow_batch(data: dict[str, Any]) -> Any:
+    return pytest.importorskip("pyarrow").RecordBatch.from_pydict(data)
+
+
 Make = Callable[[dict[str, Any]], Any]
 
 
-@pytest.fixture(params=[pandas_frame, polars_frame, arrow_table, dict], ids=lambda f: f.__name__)
+@pytest.fixture(
+    params=[pandas_frame, polars_frame, arrow_table, arrow_batch, dict], ids=lambda f: f.__name__
+)
 def make(request: pytest.FixtureRequest) -> Make:
     return request.param
 
@@ -202,6 +211,8 @@ def test_a_value_has_one_text_in_every_frame(value: Any, text: str) -> None:
         polars.DataFrame({"a": [[value]]}),
         arrow.table({"a": column}),
         arrow.table({"a": [[value]]}),
+        arrow.RecordBatch.from_pydict({"a": column}),
+        arrow.RecordBatch.from_pydict({"a": column.dictionary_encode()}),
     ]
     if isinstance(value, datetime.timedelta):
         frames += [{"a": np.array([value], dtype=f"m8[{unit}]")} for unit in ("us", "ns")]
@@ -437,13 +448,191 @@ def test_bins() -> None:
     batch = encoder.fit_transform({"a": numbers})
     assert torch.bincount(batch.indices).tolist() == [0, 250, 250, 250, 250]
     assert encoder.transform({"a": [-math.inf, math.inf, None]}).indices.tolist() == [1, 4, 0]
-    # Half of the numbers are equal: they share a bin.
-    encoder = FieldEncoder({"a": Bins(4)})
-    batch = encoder.fit_transform({"a": [0] * 50 + list(range(1, 51))})
-    assert encoder.num_features == 4
-    assert torch.bincount(batch.indices).tolist() == [0, 50, 25, 25]
     constant = FieldEncoder({"a": Bins(4)}).fit({"a": [3.0, 3.0]})
     assert constant.num_features == 2
+
+
+def test_bins_without_frequent_numbers_are_quantiles() -> None:
+    numbers = np.random.default_rng(0).normal(size=10_000)
+    bins = Bins(20)
+    bins.fit(numbers)
+    np.testing.assert_allclose(bins.edges, np.quantile(numbers, np.arange(1, 20) / 20), atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "bins", "counts"),
+    [
+        ([0] * 50 + list(range(1, 51)), 4, [50, 17, 16, 17]),
+        ([0] * 95 + [1, 2, 3, 4, 5], 10, [95, 1, 1, 1, 1, 1]),
+        ([0] * 89 + list(range(1, 12)), 10, [89, 1, 1, 2, 1, 1, 1, 2, 1, 1]),
+        ([*range(-10, 0), *[0] * 80, *range(1, 11)], 5, [5, 5, 80, 5, 5]),
+        ([*range(-10, 0), *[0] * 80, 9], 3, [10, 80, 1]),
+        ([-1, *[0] * 8, 1, 1], 2, [9, 2]),
+        ([1] * 40 + [2] * 40 + list(range(3, 23)), 4, [40, 40, 10, 10]),
+        ([1, 2, 2, 2], 2, [1, 3]),
+    ],
+)
+def test_frequent_numbers_have_bins_of_their_own(
+    numbers: list[float], bins: int, counts: list[int]
+) -> None:
+    encoder = FieldEncoder({"a": Bins(bins)})
+    batch = encoder.fit_transform({"a": numbers})
+    assert torch.bincount(batch.indices).tolist() == [0, *counts]
+
+
+@given(
+    st.lists(st.tuples(st.integers(-20, 20), st.integers(1, 200)), min_size=1, max_size=30),
+    st.integers(1, 40),
+)
+def test_as_many_bins_as_asked_for(runs: list[tuple[int, int]], bins: int) -> None:
+    numbers = np.repeat(*np.array(runs).T).astype(np.float64)
+    distinct, counts = np.unique(numbers, return_counts=True)
+    encoding = Bins(bins)
+    encoding.fit(numbers)
+    ids = encoding.encode(numbers)[0]
+    rows = np.bincount(ids)
+    assert len(rows) == encoding.num_features == 1 + min(bins, len(distinct))
+    assert rows[0] == 0
+    assert rows[1:].min() > 0
+    assert set(encoding.edges) <= set(distinct)
+    if bins > 2 and counts.max() * bins >= len(numbers):
+        heaviest = distinct[counts.argmax()]
+        assert rows[encoding.encode(np.array([heaviest]))[0]] == counts.max()
+
+
+@pytest.mark.parametrize(
+    ("edges", "texts"),
+    [
+        ([30.0, 0.1 + 0.2], ["0.3", "30"]),
+        ([1000002.0, 1000003.0, 1000004.0], ["1000002", "1000003", "1000004"]),
+        ([2.0**53 - 2, 2.0**53], ["9007199254740990.0", "9007199254740992.0"]),
+        ([0.3, 0.1 + 0.2], ["0.3", "0.30000000000000004"]),
+    ],
+)
+def test_names_tell_bins_apart(edges: list[float], texts: list[str]) -> None:
+    ends = pairwise(["-inf", *texts, "inf"])
+    names = [f" in [{low}, {high})" for low, high in ends]
+    assert list(Bins(edges=sorted(edges)).names()) == ["=<missing>", *names]
+
+
+def test_edges_of_any_numbers_are_loaded(tmp_path: Path) -> None:
+    """Files may have edges that no number of the frame has, such as quantiles between two of them."""
+    FieldEncoder({"a": Bins(2)}).fit({"a": [1, 2]}).save(tmp_path / "encoder.json")
+    info = json.loads((tmp_path / "encoder.json").read_text())
+    info["columns"][0]["edges"] = [1.5]
+    (tmp_path / "encoder.json").write_text(json.dumps(info))
+    loaded = FieldEncoder.load(tmp_path / "encoder.json")
+    assert loaded.transform({"a": [1, 1.5, 2]}).indices.tolist() == [1, 2, 2]
+
+
+def test_times_are_no_numbers(make: Make) -> None:
+    start = datetime.datetime(2024, 2, 29)
+    for column in ([start, None], [start - start], [start.date()]):
+        for kind in (Bins(), Numeric()):
+            with pytest.raises(ValueError, match=r"numbers are needed, got .*total_seconds\(\)"):
+                FieldEncoder({"a": kind}).fit(make({"a": column}))
+    with pytest.raises(ValueError, match=r"numbers are needed, got int, str$"):
+        FieldEncoder({"a": Bins()}).fit({"a": np.array([1, "x"], dtype=object)})
+
+
+@pytest.mark.parametrize("make_frame", [pandas_frame, polars_frame])
+def test_seconds_of_times_are_numbers(make_frame: Make) -> None:
+    """As the error says."""
+    start = datetime.datetime(2024, 2, 29)
+    column = make_frame({"t": [start, None, start + datetime.timedelta(minutes=1)]})["t"]
+    frame = make_frame({"t": (column - start).dt.total_seconds()})
+    found = FieldEncoder({"t": "numeric"}).fit_transform(frame)
+    assert found.values is not None
+    assert found.values.tolist() == [0, 60]
+    assert found.offsets.tolist() == [0, 1, 1, 2]
+
+
+def test_tokens_keep_their_last_nuls() -> None:
+    pandas, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    polars = pytest.importorskip("polars")
+    for tokens in ([b"\1", b"\1\0", b"\1\0\0"], ["a", "a\0", "a\0\0"]):
+        texts = [t if isinstance(t, str) else t.decode() for t in tokens]
+        for frame in (
+            {"c": tokens},
+            {"c": tuple(tokens)},
+            {"c": [tokens]},
+            {"c": [[token] for token in tokens]},
+            {"c": [tokens[:2], tokens[2:]]},
+            {"c": np.array(tokens, dtype=object)},
+            pandas.DataFrame({"c": tokens}),
+            pandas.DataFrame({"c": [tokens]}),
+            polars.DataFrame({"c": tokens}),
+            polars.DataFrame({"c": [tokens]}),
+            arrow.table({"c": tokens}),
+            arrow.table({"c": [tokens]}),
+            pandas.DataFrame({"c": pandas.Series(arrow.array([tokens]).to_pylist())}),
+            arrow.table({"c": [tokens]}).to_pandas(types_mapper=pandas.ArrowDtype),
+        ):
+            names = FieldEncoder({"c": "vocabulary"}).fit(frame).feature_names[2:]
+            assert names == tuple(f"c={text}" for text in texts)
+
+
+def test_lists_of_arrow_in_pandas_keep_large_integers() -> None:
+    pandas, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    lists = arrow.array([[2**53 + 1, None], None, [], [1]])
+    frame = pandas.DataFrame({"c": pandas.Series(pandas.arrays.ArrowExtensionArray(lists))})
+    encoder = FieldEncoder({"c": "vocabulary"})
+    assert [[name for name, _ in row] for row in rows(encoder, encoder.fit_transform(frame))] == [
+        *(["c=9007199254740993"], ["c=<missing>"], [], ["c=1"]),
+    ]
+
+
+def test_times_with_a_zone_are_read_as_arrays() -> None:
+    """Not as an object each, which takes many times longer."""
+    pandas = pytest.importorskip("pandas")
+    days = pandas.Series(pandas.to_datetime(["2024-02-29T12:00", None, "2024-07-01T00:00"]))
+    zoned = days.dt.tz_localize("Europe/Berlin")
+    for column in (zoned, zoned.astype("category"), zoned[::-1]):
+        values = columns_of(pandas.DataFrame({"t": column}), ["t"])["t"].values
+        assert values.dtype.kind == "M"
+        encoder = FieldEncoder({"t": "vocabulary"}).fit({"t": values})
+        assert encoder.feature_names[2:] == ("t=2024-02-29T11:00:00", "t=2024-06-30T22:00:00")
+
+
+def test_scikit_learn_knows_whether_it_is_fitted(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    from sklearn.base import clone
+    from sklearn.exceptions import NotFittedError
+    from sklearn.frozen import FrozenEstimator
+    from sklearn.pipeline import make_pipeline
+    from sklearn.utils.validation import check_is_fitted
+
+    frame = pandas_frame({"user": ["ann", "bob"], "age": [1.0, 2.0]})
+    encoder = FieldEncoder()
+    assert not hasattr(encoder, "feature_names_in_")
+    assert not hasattr(encoder, "n_features_in_")
+    with pytest.raises(NotFittedError):
+        check_is_fitted(encoder)
+    wanted = encoder.fit_transform(frame).indices.tolist()
+    encoder.save(tmp_path / "encoder.json")
+    for fitted in (
+        encoder,
+        FieldEncoder.load(tmp_path / "encoder.json"),
+        FrozenEstimator(encoder),
+        make_pipeline(FieldEncoder()).fit(frame),
+        make_pipeline(FieldEncoder(), "passthrough").fit(frame)[:-1],
+    ):
+        check_is_fitted(fitted)
+        assert fitted.transform(frame).indices.tolist() == wanted
+        assert list(fitted.feature_names_in_) == ["user", "age"]
+        assert fitted.n_features_in_ == 2
+    with pytest.raises(NotFittedError):
+        check_is_fitted(clone(encoder))
+    pairs = FieldEncoder().fit({("a", 1): ["x"], 2: ["y"]})
+    assert pairs.feature_names_in_.tolist() == [("a", 1), 2]
+
+
+def test_a_column_transformer_takes_no_batches() -> None:
+    """As the documentation says."""
+    compose = pytest.importorskip("sklearn.compose")
+    columns = compose.ColumnTransformer([("e", FieldEncoder(), ["u"])])
+    with pytest.raises(ValueError, match="should be 2D"):
+        columns.fit_transform(pandas_frame({"u": ["a", "b"]}))
 
 
 def test_saved_and_loaded(make: Make, tmp_path: Path) -> None:

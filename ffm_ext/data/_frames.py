@@ -50,11 +50,11 @@ def columns_of(frame: Any, names: Iterable[str] | None) -> dict[str, Column]:
     if isinstance(frame, Mapping):
         there = Counter(frame.keys())
     elif package in _READERS and hasattr(frame, "columns"):
-        there = Counter(frame.column_names if package == "pyarrow" else frame.columns)
+        there = Counter(frame.schema.names if package == "pyarrow" else frame.columns)
     else:
         raise TypeError(
-            "FieldEncoder: a frame is a pandas or polars DataFrame, a pyarrow Table or a dict of "
-            f"arrays, got {type(frame).__name__}"
+            "FieldEncoder: a frame is a pandas or polars DataFrame, a pyarrow Table or RecordBatch or "
+            f"a dict of arrays, got {type(frame).__name__}"
         )
     get = _from_array if isinstance(frame, Mapping) else _READERS[package]
     columns = {}
@@ -88,12 +88,16 @@ class naming:
 
 
 def _from_pandas(series: Any) -> Column:
+    if hasattr(series.dtype, "pyarrow_dtype"):
+        return _from_arrow(series.array.__arrow_array__())
     missing = series.isna().to_numpy(dtype=bool, copy=True)
     values = series[~missing] if missing.any() else series
     if values.dtype.name == "category":
         values = values.astype(values.cat.categories.dtype)
+    if getattr(values.dtype, "tz", None) is not None:
+        values = values.dt.tz_convert(None)  # in UTC; arrays hold no time zone, only objects do
     array = values.to_numpy()
-    if array.dtype.kind == "f":  # NaN is a value to pandas where it is Arrow that holds the column
+    if array.dtype.kind == "f":  # NaN may be a value to pandas beside its own mask
         is_nan = np.isnan(array)
         missing[~missing] = is_nan
         array = array[~is_nan]
@@ -127,7 +131,7 @@ def _from_arrow(column: Any) -> Column:
         lists = column.drop_null().to_pylist()
         return _from_lists(lists, missing)
     present = column.filter(~missing) if missing.any() else column
-    return _from_present(present.to_numpy(), missing)
+    return _from_present(np.asarray(present), missing)
 
 
 _READERS = {"pandas": _from_pandas, "polars": _from_polars, "pyarrow": _from_arrow}
@@ -151,9 +155,12 @@ def _from_array(values: Any) -> Column:
 
 
 def _is_changed(array: Array, values: Any) -> bool:
-    """Numpy has made texts of ``None`` and numbers, or other numbers of integers that no float64 holds."""
+    """Numpy has made texts of a list, or other numbers of integers that no float64 holds.
+
+    Its texts are those of ``None`` and numbers too, and lack the NULs at their ends.
+    """
     if array.dtype.kind in "US":
-        return any(not isinstance(value, str | bytes) for value in values)
+        return not hasattr(values, "__array__")
     if array.dtype != np.float64 or not (np.abs(array) >= 2**53).any():
         return False
     return any(
