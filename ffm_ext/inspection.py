@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What a trained model has learnt: its strongest pairs of features, and how strongly fields interact."""
+"""What a trained model has learnt: its strongest pairs of features, and how strongly fields interact.
+
+Where no data is given, ``model.feature_fields`` says which feature is of which field. -1 there is none: the feature is
+left out.
+"""
 
 from __future__ import annotations
 
@@ -175,7 +179,7 @@ def _table(layer: FFMInteraction) -> Tensor:
 
 
 def _members(model: FFM) -> list[Tensor]:
-    """The features of each field."""
+    """The features of each field. One of field -1 is in none."""
     if model.feature_fields is None:
         raise ValueError(
             "the model was made from sizes alone and does not know the field of a feature: "

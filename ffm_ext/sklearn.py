@@ -17,21 +17,33 @@ array, frame or sparse matrix ``[n, d]``    ``None``             a column is a f
 array, frame or sparse matrix ``[n, d]``    ``[d]`` integers     a column is a feature of the field that is given
 whole numbers ``[n, F]``                    ``"categorical"``    a column is a field, a number is one of its features
 :class:`~ffm_ext.SparseBatch`               ``None``             it names the feature and the field of every entry
+:class:`~ffm_ext.SparseBatch`               ``[N]`` integers     the same, in a table of N features of these fields
 ==========================================  ===================  ====================================================
 
 In the first two, the values of a sample are its nonzeros. Categories count from 0 in every column, as
 ``sklearn.preprocessing.OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1, encoded_missing_value=-1)``
-makes them. -1, and in ``predict`` a category or an id of a ``SparseBatch`` above the largest that ``fit`` has seen, is
-no entry: it adds nothing. One below it that was not seen has the weights that it began with. scikit-learn's model
-selection splits all of these, a ``SparseBatch`` too.
+makes them. -1 is no entry: it adds nothing. The table is as large as the first call that trains makes it: later, a
+category or an id of a ``SparseBatch`` above the largest of that call is no entry either, of which training warns. One
+below it that was not seen has the weights that it began with. scikit-learn's model selection splits all of these, a
+``SparseBatch`` too.
+
+Where data comes in chunks, the first does not show all. ``feature_fields`` beside a ``SparseBatch`` makes the table as
+large as it will have to be::
+
+    encoder = FieldEncoder({"user": Hash(1 << 20), "film": Hash(1 << 16)})
+    model = FFMClassifier(feature_fields=encoder.fit(first).feature_fields)
+    for frame, clicked in chunks:
+        model.partial_fit(encoder.transform(frame), clicked, classes=[0, 1])
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -48,6 +60,7 @@ try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
     from sklearn.model_selection import train_test_split
     from sklearn.utils import check_random_state
+    from sklearn.utils.class_weight import compute_class_weight
     from sklearn.utils.multiclass import check_classification_targets, type_of_target
     from sklearn.utils.validation import (
         _check_sample_weight,
@@ -73,58 +86,41 @@ _BLOCK = 1 << 16
 # With a field for each column, a table has d² · embed_dim weights: past this size it is a mistake rather than a wish.
 _LARGE_TABLE = 1 << 32
 
+# With more samples than these, the part that tells when to stop is one that training does not miss: as
+# HistGradientBoostingClassifier has it.
+_MANY_SAMPLES = 10_000
+
 # What a model is made with, and holds as long as it does; and what a trainer is told as it is.
 _SETTLED = ("embed_dim", "normalize", "within_field", "bias", "linear", "feature_fields")
 _OF_TRAINER = ("mode", "batch_size", "num_threads")
 
 
+@dataclass(eq=False, repr=False)
 class _BaseFFM(BaseEstimator):  # type: ignore[misc]
     """What classifier and regressor share: encoding of ``X``, fitting, inspection."""
 
-    _loss: Literal["logistic", "squared"]
+    _loss: ClassVar[Literal["logistic", "squared"]]
 
-    def __init__(
-        self,
-        embed_dim: int = 4,
-        *,
-        lr: float = 0.2,
-        weight_decay: float = 2e-5,
-        epochs: int = 15,
-        optimizer: str | Optimizer = "adagrad",
-        mode: Literal["exact", "hogwild", "deterministic"] = "exact",
-        batch_size: int = 1024,
-        normalize: bool = True,
-        within_field: bool = False,
-        bias: bool = True,
-        linear: bool = True,
-        feature_fields: Sequence[int] | np.ndarray | Literal["categorical"] | None = None,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.1,
-        patience: int = 1,
-        num_threads: int | None = None,
-        random_state: int | np.random.RandomState | None = None,
-        warm_start: bool = False,
-        verbose: int = 0,
-    ) -> None:
-        self.embed_dim = embed_dim
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.epochs = epochs
-        self.optimizer = optimizer
-        self.mode = mode
-        self.batch_size = batch_size
-        self.normalize = normalize
-        self.within_field = within_field
-        self.bias = bias
-        self.linear = linear
-        self.feature_fields = feature_fields
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.patience = patience
-        self.num_threads = num_threads
-        self.random_state = random_state
-        self.warm_start = warm_start
-        self.verbose = verbose
+    embed_dim: int = 4
+    _: KW_ONLY
+    lr: float = 0.2
+    weight_decay: float = 2e-5
+    epochs: int = 15
+    optimizer: str | Optimizer = "adagrad"
+    mode: Literal["exact", "hogwild", "deterministic"] = "exact"
+    batch_size: int = 1024
+    normalize: bool = True
+    within_field: bool = False
+    bias: bool = True
+    linear: bool = True
+    feature_fields: Sequence[int] | np.ndarray | Tensor | Literal["categorical"] | None = None
+    early_stopping: bool | Literal["auto"] = "auto"
+    validation_fraction: float = 0.1
+    patience: int = 1
+    num_threads: int | None = None
+    random_state: int | np.random.RandomState | None = None
+    warm_start: bool = False
+    verbose: int = 0
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -155,6 +151,14 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
     def _train(
         self, X: Any, y: Any, sample_weight: Any, new: bool, partial: bool, classes: Any
     ) -> None:
+        if self.early_stopping not in (True, False, "auto"):
+            raise ValueError(
+                f"{type(self).__name__}: early_stopping = {self.early_stopping!r} is not True, False or 'auto'"
+            )
+        if partial and self.early_stopping not in (False, "auto"):
+            raise ValueError(
+                f"{type(self).__name__}: early_stopping should be False or 'auto' with partial_fit, which is one pass"
+            )
         if new:
             self._categorical = isinstance(self.feature_fields, str)
         else:
@@ -176,6 +180,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             if not kept.all():
                 batch, y, weights = batch[kept], y[kept], weights[kept]
         targets = self._targets(y, weights, new, classes)
+        weights = self._weighted_by_class(y, weights, partial)
         if new:
             self._new_model(seed)
         data: tuple[Any, ...] = (batch, torch.from_numpy(targets.astype(np.float32)))
@@ -183,11 +188,15 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             data += (torch.from_numpy(weights.astype(np.float32)),)
         if partial:
             self.trainer_.partial_fit(data)
+            self._learn_owners(batch)
             self.history_ = [*getattr(self, "history_", []), self.trainer_.history[-1]]
             self.n_iter_ = len(self.history_)
             return
+        stops_early = bool(self.early_stopping)
+        if self.early_stopping == "auto":
+            stops_early = len(y) > _MANY_SAMPLES
         valid = None
-        if self.early_stopping:
+        if stops_early:
             data, valid = self._set_aside(data, y, seed)
         trainer = self.trainer_
         if not new:
@@ -200,10 +209,11 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             data,
             valid,
             epochs=before + self.epochs,
-            auto_stop=self.early_stopping,
+            auto_stop=stops_early,
             patience=self.patience,
             callback=self._report if self.verbose else None,
         )
+        self._learn_owners(batch)
         self.history_ = trainer.history[before:]
         self.n_iter_ = len(self.history_)
 
@@ -211,15 +221,17 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
         options = {
             name: getattr(self, name) for name in ("bias", "linear", "normalize", "within_field")
         }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = FFM(
-                self.embed_dim,
-                num_features=self._num_features,
-                num_fields=self._num_fields,
-                device="cpu",  # as all that is made of arrays here
-                **options,
-            )
+        model = FFM(
+            self.embed_dim,
+            num_features=self._num_features,
+            num_fields=self._num_fields,
+            device="meta",
+            **options,
+        )
+        # Of a generator of its own: torch's is the whole process's, other threads' too.
+        model.to_empty(device="cpu")
+        model.reset_parameters(generator=torch.Generator("cpu").manual_seed(seed))
+        model.field_names = self._field_names or model.field_names
         model._describe_fields(self._fields)
         self.trainer_ = self._new_trainer(model, self._new_optimizer(), seed)
         self.model_ = model
@@ -295,6 +307,12 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
         """``y`` as the trainer takes it. What there is to learn of ``y`` itself is learnt where ``new``."""
         raise NotImplementedError
 
+    def _weighted_by_class(
+        self, y: np.ndarray, weights: np.ndarray | None, partial: bool
+    ) -> np.ndarray | None:
+        """The weights of samples, ``[n]``, times those of their classes."""
+        return weights
+
     # ---------------------------------------------------------------------------------------- X
 
     def _training_data(self, X: Any, y: Any, new: bool) -> tuple[SparseBatch, np.ndarray]:
@@ -306,7 +324,39 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             y = self._check_y(y)
         if new:
             self._learn_fields(X)
-        return self._batch(X), y
+        if isinstance(X, SparseBatch) and self.feature_fields is not None:
+            self._check_owners(X)
+        entries = self._entries(X)
+        batch = self._in_table(entries)
+        if batch.nnz < entries.nnz:
+            advice = "the first call must have the largest category of every column"
+            if not self._categorical:
+                advice = "feature_fields=encoder.feature_fields, say, makes a table of all features at once"
+            warnings.warn(
+                f"{type(self).__name__}: {entries.nnz - batch.nnz} of {entries.nnz} entries are left out, whose "
+                f"feature or field is not in the table of {self._num_features} features and {self._num_fields} fields: "
+                f"{advice}",
+                stacklevel=5,
+            )
+        return batch, y
+
+    def _check_owners(self, batch: SparseBatch) -> None:
+        """Raise where an entry contradicts ``feature_fields``."""
+        in_table = batch.indices < self._num_features
+        indices, fields = batch.indices[in_table].numpy(), batch.fields[in_table].numpy()
+        owners = np.asarray(self.feature_fields)[indices]
+        wrong = owners != fields
+        if wrong.any():
+            feature, field, owner = (x[wrong][0] for x in (indices, fields, owners))
+            raise ValueError(
+                f"{type(self).__name__}: an entry has feature {feature} in field {field}, feature_fields has it in "
+                f"{owner}"
+            )
+
+    def _learn_owners(self, batch: SparseBatch) -> None:
+        """Take the fields of the features that training has had."""
+        self._fields[batch.indices.long()] = batch.fields.long()
+        self.model_._describe_fields(self._fields)
 
     def _validate(self, X: Any, y: Any = "no_validation", *, reset: bool) -> Any:
         categorical = self._categorical
@@ -328,27 +378,27 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             )
 
     def _learn_fields(self, X: Any) -> None:
-        """The sizes of the table, and the field of each feature."""
+        """The sizes of the table, and the field of each feature: -1 where entries are yet to tell."""
         name = type(self).__name__
-        if isinstance(X, SparseBatch):
-            if self.feature_fields is not None:
+        self._field_names: list[str] | None = None
+        by_entries = isinstance(X, SparseBatch)
+        if by_entries:
+            if self._categorical:
                 raise ValueError(
-                    f"{name}: feature_fields goes with a matrix; a SparseBatch has its own"
+                    f"{name}: feature_fields = {self.feature_fields!r} goes with a matrix; a SparseBatch has its own"
                 )
             if not X.nnz:
                 raise ValueError(f"{name}: the SparseBatch has no entries")
-            indices, owners = X.indices.long(), X.fields.long()
-            if indices.min() < 0 or owners.min() < 0:
+            if X.indices.min() < 0 or X.fields.min() < 0:
                 raise ValueError(f"{name}: the SparseBatch has a negative id or field")
-            features, self._num_fields = int(indices.max()) + 1, int(owners.max()) + 1
+        if by_entries and self.feature_fields is None:
+            features, self._num_fields = int(X.indices.max()) + 1, int(X.fields.max()) + 1
             self._check_table(
                 features,
                 self._num_fields,
                 "that is what the SparseBatch's largest id and field make",
             )
-            fields = torch.zeros(features, dtype=torch.int64, device="cpu")
-            fields[indices] = owners
-            self.n_features_in_ = len(fields)
+            fields = torch.full((features,), -1, dtype=torch.int64, device="cpu")
         elif self._categorical:
             if self.feature_fields != "categorical":
                 raise ValueError(
@@ -373,12 +423,17 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
                     "give feature_fields, the field of each column"
                 )
             self._num_fields = X.shape[1]
+            self._check_table(
+                X.shape[1], X.shape[1], "give feature_fields, the field of each column"
+            )
             fields = torch.arange(X.shape[1], device="cpu")
         else:
             given = np.asarray(self.feature_fields)
-            if given.shape != (X.shape[1],) or given.dtype.kind not in "iu" or given.min() < 0:
+            columns = given.size if by_entries else X.shape[1]
+            is_list = given.shape == (columns,) and columns > 0
+            if not is_list or given.dtype.kind not in "iu" or given.min() < 0:
                 raise ValueError(
-                    f"{name}: feature_fields must be {X.shape[1]} integers from 0, one for each column of X, "
+                    f"{name}: feature_fields must be {columns} integers from 0, one for each column of X, "
                     f"got {given.dtype} of shape {list(given.shape)}"
                 )
             self._num_fields = int(given.max()) + 1
@@ -386,34 +441,53 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
                 len(given), self._num_fields, "that is what the largest of feature_fields makes"
             )
             fields = torch.from_numpy(given.astype(np.int64))
+            if by_entries:
+                # As without the list: what training never has keeps random weights, which say nothing of a field.
+                fields.fill_(-1)
         self._num_features = len(fields)
         self._fields = fields
+        if by_entries:
+            self.n_features_in_ = len(fields)
+            self.__dict__.pop("feature_names_in_", None)
+        elif hasattr(self, "feature_names_in_") and (
+            self._categorical or self.feature_fields is None
+        ):
+            self._field_names = self.feature_names_in_.tolist()
 
     def _batch(self, X: Any) -> SparseBatch:
         """``X``, validated, as entries that the table has."""
+        return self._in_table(self._entries(X))
+
+    def _in_table(self, batch: SparseBatch) -> SparseBatch:
+        known = (batch.indices < self._num_features) & (batch.fields < self._num_fields)
+        return batch if bool(known.all()) else _keep(batch, known)
+
+    def _entries(self, X: Any) -> SparseBatch:
+        """``X``, validated, as entries. What the table does not have is beyond its end."""
         if isinstance(X, SparseBatch):
-            known = (X.indices < self._num_features) & (X.fields < self._num_fields)
-            return X if bool(known.all()) else _keep(X, known)
+            return X
         if self._categorical:
             ids = _categories(type(self).__name__, X)
-            seen = (ids >= 0) & (ids < np.diff(self._starts))
-            columns = np.nonzero(seen)[1]
-            offsets = np.concatenate([[0], seen.sum(axis=1).cumsum()])
-            indices = (ids + self._starts[:-1])[seen]
+            is_entry = ids >= 0
+            indices = np.where(
+                ids < np.diff(self._starts), ids + self._starts[:-1], self._num_features
+            )
+            offsets = np.concatenate([[0], is_entry.sum(axis=1).cumsum()])
             return SparseBatch(
-                torch.from_numpy(indices),
-                torch.from_numpy(columns),
+                torch.from_numpy(indices[is_entry]),
+                torch.from_numpy(np.nonzero(is_entry)[1]),
                 None,
                 torch.from_numpy(offsets),
             )
+        fields = self._fields.where(self._fields >= 0, self._num_fields)
         if isinstance(X, np.ndarray):
-            return SparseBatch.from_dense(X, self._fields)
+            return SparseBatch.from_dense(X, fields)
         if not (X.has_canonical_format and X.data.all()):
             # Two entries of one place are one value, their sum; one of 0 is none.
             X = X.copy()
             X.sum_duplicates()
             X.eliminate_zeros()
-        return SparseBatch.from_scipy(X, self._fields)
+        return SparseBatch.from_scipy(X, fields)
 
     def _scores(self, X: Any) -> np.ndarray:
         """What the model says of each sample, ``[n]`` float64."""
@@ -435,7 +509,8 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
             X: only pairs that come up in these samples.
 
         Ids are columns of ``X``, or those of a ``SparseBatch``; with ``feature_fields="categorical"`` they count
-        through all columns: :attr:`model_` ``.feature_fields`` says where each begins.
+        through all columns: :attr:`model_` ``.feature_fields`` says where each begins. Without ``X``, features of a
+        ``SparseBatch`` that no fit has had are left out.
         """
         check_is_fitted(self)
         return inspection.top_interactions(self.model_, n, data=self._inspected(X))
@@ -445,7 +520,9 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
 
         Args:
             ax: where to draw; ``None`` = a new figure.
-            X: over these samples; ``None`` = over all pairs of features.
+            X: over these samples; ``None`` = over all pairs of features, as :meth:`top_interactions` has them.
+
+        Where a column is a field, it has the name that it has in ``feature_names_in_``.
         """
         check_is_fitted(self)
         return inspection.plot_field_strength(self.model_, self._inspected(X), ax=ax)
@@ -456,6 +533,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
         return self._batch(X if isinstance(X, SparseBatch) else self._validate(X, reset=False))
 
 
+@dataclass(eq=False, repr=False)
 class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
     """A field-aware factorization machine of two classes, trained on the logistic loss.
 
@@ -469,10 +547,11 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
         mode: ``"exact"``, ``"hogwild"`` or ``"deterministic"``, as :class:`~ffm_ext.training.Trainer` has them.
         batch_size: samples of a step, where the mode has steps of more than one.
         normalize, within_field, bias, linear: as :class:`~ffm_ext.FFM` has them.
-        feature_fields: the field of each column of ``X``, ``"categorical"``, or ``None``: see the top of
-            :mod:`ffm_ext.sklearn`.
+        feature_fields: the field of each column of ``X`` or feature of a ``SparseBatch``, ``"categorical"``, or
+            ``None``: see the top of :mod:`ffm_ext.sklearn`.
         early_stopping: set a part of the data aside, stop once the loss on it has not fallen for ``patience`` epochs,
-            and take the weights of the epoch at which it was lowest, also where ``epochs`` comes first.
+            and take the weights of the epoch at which it was lowest, also where ``epochs`` comes first. ``"auto"``:
+            where a fit has more than 10,000 samples. ``partial_fit`` has no use for it: ``True`` is a ``ValueError``.
         validation_fraction: how large that part is.
         patience: epochs.
         num_threads: ``None`` = those of torch.
@@ -483,9 +562,12 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
             ``bias``, ``linear``, ``feature_fields``), the kind of optimizer, and the numbers of FTRL: ``ValueError``.
             A copy of the weights is there meanwhile, and they are as they were where ``fit`` fails.
         verbose: 1 prints a line an epoch.
+        class_weight: ``{label: weight}``, more than 0, by which ``sample_weight`` is multiplied; a label that is not in
+            it has 1. ``"balanced"``: ``n / (2 · samples of the label)``, which ``partial_fit`` cannot know.
 
     Attributes:
-        model_: the trained :class:`~ffm_ext.FFM`.
+        model_: the trained :class:`~ffm_ext.FFM`. Its ``feature_fields`` is -1 for a feature of a ``SparseBatch`` that
+            no fit has had.
         trainer_: the :class:`~ffm_ext.training.Trainer`, with the state of the optimizer.
         history_: an :class:`~ffm_ext.training.Epoch` for each epoch of the last ``fit``, and for each ``partial_fit``
             since, with its losses.
@@ -497,6 +579,9 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
     """
 
     _loss = "logistic"
+
+    _: KW_ONLY
+    class_weight: Mapping[Any, float] | Literal["balanced"] | None = None
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -518,7 +603,10 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
     def partial_fit(
         self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
     ) -> FFMClassifier:
-        """One pass over more data. Features, fields and classes are those of the first call.
+        """One pass over more data. The table and the classes are those of the first call.
+
+        Entries that the table does not have are left out with a ``UserWarning``: ``feature_fields`` makes it as large
+        as it will have to be.
 
         Args:
             X, y, sample_weight: as :meth:`fit` has them.
@@ -543,10 +631,13 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
         self, y: np.ndarray, weights: np.ndarray | None, new: bool, classes: Any
     ) -> np.ndarray:
         if new:
+            where = (
+                "" if weights is None or classes is not None else " where sample_weight is above 0"
+            )
             classes = np.unique(y if classes is None else classes)
             if len(classes) != 2:
                 raise ValueError(
-                    f"{type(self).__name__} needs two classes, got {len(classes)} class(es): {classes}"
+                    f"{type(self).__name__} needs two classes, got {len(classes)} class(es){where}: {classes}"
                 )
             self.classes_ = classes
         elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
@@ -559,6 +650,24 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
                 f"{type(self).__name__}: y has {unknown[0]!r}, which is not one of the classes {self.classes_}"
             )
         return np.where(y == self.classes_[1], 1.0, -1.0)
+
+    def _weighted_by_class(
+        self, y: np.ndarray, weights: np.ndarray | None, partial: bool
+    ) -> np.ndarray | None:
+        if self.class_weight is None:
+            return weights
+        where = f"{type(self).__name__}: class_weight = {self.class_weight!r}"
+        if partial and self.class_weight == "balanced":
+            raise ValueError(
+                f"{where} is not supported by partial_fit, which has a part of y; give the dict that "
+                "sklearn.utils.class_weight.compute_class_weight makes of all of it"
+            )
+        of_class = compute_class_weight(self.class_weight, classes=self.classes_, y=y)
+        narrow = of_class.astype(np.float32)
+        if not (np.isfinite(narrow) & (narrow > 0)).all():
+            raise ValueError(f"{where} must have finite weights above 0")
+        of_sample = of_class[(y == self.classes_[1]).astype(np.intp)]
+        return of_sample if weights is None else weights * of_sample
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits of the second class.
@@ -586,13 +695,14 @@ class FFMClassifier(ClassifierMixin, _BaseFFM):  # type: ignore[misc]
         return self.classes_[positive.astype(np.intp)]
 
 
+@dataclass(eq=False, repr=False)
 class FFMRegressor(RegressorMixin, _BaseFFM):  # type: ignore[misc]
     """A field-aware factorization machine trained on the squared loss.
 
     It learns ``(y - mean) / scale``, with the mean and the standard deviation of the ``y`` that it first sees, so that
     learning rate and weight decay mean the same for every unit of ``y``.
 
-    Args and attributes are those of :class:`FFMClassifier`, except for ``classes_``, and:
+    Args and attributes are those of :class:`FFMClassifier`, except for ``class_weight`` and ``classes_``, and:
 
     Attributes:
         y_mean_, y_scale_: of ``y``, weighted by ``sample_weight``. Scores of ``model_`` and ``trainer_`` alone, also
@@ -614,7 +724,10 @@ class FFMRegressor(RegressorMixin, _BaseFFM):  # type: ignore[misc]
         return self
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> FFMRegressor:
-        """One pass over more data. Features, fields, mean and scale of ``y`` are those of the first call.
+        """One pass over more data. The table, mean and scale of ``y`` are those of the first call.
+
+        Entries that the table does not have are left out with a ``UserWarning``: ``feature_fields`` makes it as large
+        as it will have to be.
 
         Args:
             X, y, sample_weight: as :meth:`fit` has them.

@@ -168,6 +168,21 @@ def test_field_strength_over_data(
     assert_close(field_strength(model, batch), expected, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("within_field", [False, True])
+def test_features_of_no_field_are_left_out(within_field: bool) -> None:
+    """Also where a field is left without any."""
+    model = model_of(field_dims=None, num_features=13, num_fields=3, within_field=within_field)
+    out = {0, 5, 6, 11, 12}
+    model.feature_fields = torch.tensor([-1 if a in out else f for a, f in enumerate(FIELDS)])
+    expected = {pair: dot for pair, dot in dots(model).items() if not out & {*pair}}
+    found = top_interactions(model, 1000)
+    assert {(x.feature_a, x.feature_b) for x in found} == expected.keys()
+    strength = field_strength(model)
+    squares = [dot**2 for (a, b), dot in expected.items() if (FIELDS[a], FIELDS[b]) == (0, 1)]
+    assert float(strength[0, 1]) == pytest.approx((sum(squares) / len(squares)) ** 0.5, rel=1e-5)
+    assert (strength[2] == 0).all()
+
+
 def test_plot() -> None:
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")

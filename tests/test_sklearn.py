@@ -6,6 +6,8 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,20 +28,23 @@ from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from ffm_ext import SparseBatch, optim
-from ffm_ext.data import FieldEncoder
+from ffm_ext.data import FieldEncoder, Hash
 from ffm_ext.sklearn import FFMClassifier, FFMRegressor
 
 WEIGHTS = "a sample of weight 2 is one step of twice the size, not two steps"
 STEPWISE = {
     f"check_sample_weight_equivalence_on_{kind}_data": WEIGHTS for kind in ("dense", "sparse")
 }
+IN_ONE_BATCH: Any = {"mode": "deterministic", "batch_size": 10_000}
 
 
 @parametrize_with_checks(
     [
-        estimator(random_state=0, **options)
-        for estimator in (FFMClassifier, FFMRegressor)
-        for options in ({}, {"mode": "deterministic", "batch_size": 10_000})
+        FFMClassifier(random_state=0),
+        FFMRegressor(random_state=0),
+        # A pass is one step: 15 of them have to be longer to follow class weights of 1000 and 0.0001.
+        FFMClassifier(random_state=0, **IN_ONE_BATCH, lr=0.5),
+        FFMRegressor(random_state=0, **IN_ONE_BATCH),
     ],
     # As of scikit-learn's own SGDClassifier. In one batch, weights and repetitions are the same.
     expected_failed_checks=lambda estimator: STEPWISE if estimator.mode == "exact" else {},
@@ -212,6 +217,20 @@ def test_the_seed_is_all_that_is_random() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_threads_do_not_share_their_random_numbers() -> None:
+    ids, _, label = pairs_matter(100)
+
+    def scores(seed: int) -> np.ndarray:
+        model = FFMClassifier(
+            feature_fields="categorical", random_state=seed, epochs=2, early_stopping=True
+        )
+        return model.fit(ids, label).decision_function(ids)
+
+    seeds = [*range(8)] * 5
+    with ThreadPoolExecutor(2) as threads:
+        np.testing.assert_array_equal([*threads.map(scores, seeds)], [*map(scores, seeds)])
+
+
 @pytest.mark.parametrize("name", [*optim.OPTIMIZERS])
 def test_optimizers(name: str) -> None:
     ids, _, label = pairs_matter()
@@ -256,6 +275,29 @@ def test_early_stopping() -> None:
     model.set_params(warm_start=True, early_stopping=False, epochs=3).fit(ids, y)
     assert model.n_iter_ == 3
     assert (model.decision_function(ids) != before).any()
+
+
+@pytest.mark.parametrize(("n", "stops"), [(10_000, False), (10_001, True)])
+def test_early_stopping_where_there_is_much_data(n: int, stops: bool) -> None:
+    rng = np.random.default_rng(0)
+    ids, y = rng.integers(30, size=(n, 2)), rng.integers(2, size=n)
+    model = FFMClassifier(feature_fields="categorical", random_state=0, epochs=1).fit(ids, y)
+    assert (model.history_[0].valid_loss is not None) == stops
+    # A sample without weight is no sample.
+    weights = np.r_[0.0, np.ones(n - 1)]
+    assert model.fit(ids, y, weights).history_[0].valid_loss is None
+    assert model.partial_fit(ids, y).history_[-1].valid_loss is None
+
+
+def test_early_stopping_that_cannot_be() -> None:
+    ids, target, _ = pairs_matter()
+    model = FFMRegressor(feature_fields="categorical", random_state=0, epochs=1).fit(ids, target)
+    with pytest.raises(ValueError, match="early_stopping should be False or 'auto' with partial_"):
+        model.set_params(early_stopping=np.True_).partial_fit(ids, target)
+    for call in (model.fit, model.partial_fit):
+        model.set_params(early_stopping="on")
+        with pytest.raises(ValueError, match="early_stopping = 'on' is not True, False or 'auto'"):
+            call(ids, target)
 
 
 def test_warm_start_and_partial_fit() -> None:
@@ -405,6 +447,52 @@ def test_sample_weight() -> None:
         model.fit(ids, label, np.full(len(label), 1e-300))
 
 
+def test_class_weight() -> None:
+    ids, _, label = pairs_matter()
+    half = np.r_[np.ones(1000), np.zeros(1000)]
+    settings = {"feature_fields": "categorical", "random_state": 0}
+    balance = 2000 / (2 * np.unique(label, return_counts=True)[1])
+    balance_of_half = 1000 / (2 * np.unique(label[:1000], return_counts=True)[1])
+    for class_weight, given, of_class in (
+        ({"no": 0.5, "yes": 3}, None, (0.5, 3)),
+        ({"yes": 3}, half * 0.5, (1, 3)),
+        ("balanced", None, balance),
+        ("balanced", half, balance_of_half),
+    ):
+        model = FFMClassifier(**settings, class_weight=class_weight).fit(ids, label, given)
+        weights = np.where(label == "yes", of_class[1], of_class[0])
+        weights = weights if given is None else weights * given
+        expected = FFMClassifier(**settings).fit(ids, label, weights)
+        np.testing.assert_array_equal(model.decision_function(ids), expected.decision_function(ids))
+    with pytest.raises(
+        ValueError, match=r"'balanced' is not supported by partial_fit, .*compute_c"
+    ):
+        model.partial_fit(ids, label)
+    # A chunk need not have the class that weighs more.
+    one = label == "no"
+    by_class = FFMClassifier(**settings, class_weight={"yes": 3}).fit(ids, label)
+    by_sample = FFMClassifier(**settings).fit(ids, label, np.where(one, 1.0, 3.0))
+    np.testing.assert_array_equal(
+        by_class.partial_fit(ids[one], label[one]).decision_function(ids),
+        by_sample.partial_fit(ids[one], label[one], None, np.ones(one.sum())).decision_function(
+            ids
+        ),
+    )
+    for wrong in (0, -1, np.nan, 1e-300):
+        with pytest.raises(ValueError, match=r"class_weight = \{'yes': .*must have finite weights"):
+            FFMClassifier(**settings, class_weight={"yes": wrong}).fit(ids, label)
+    with pytest.raises(ValueError, match="class_weight"):
+        FFMClassifier(**settings, class_weight="magic").fit(ids, label)
+
+
+def test_a_class_that_has_no_weight_is_missing() -> None:
+    ids, _, label = pairs_matter()
+    with pytest.raises(
+        ValueError, match=r"got 1 class\(es\) where sample_weight is above 0: \['ye"
+    ):
+        FFMClassifier(feature_fields="categorical").fit(ids, label, label == "yes")
+
+
 def test_y_beyond_the_range_of_its_variance() -> None:
     ids, target, _ = pairs_matter()
     model = FFMRegressor(feature_fields="categorical", random_state=0, epochs=1)
@@ -443,6 +531,88 @@ def test_inspection() -> None:
     matplotlib.pyplot.close("all")
 
 
+def test_a_feature_that_no_fit_has_had_is_of_no_field() -> None:
+    frame = {"a": np.array(list("xy") * 10), "b": np.array(list("pqqp") * 5)}
+    encoder = FieldEncoder({"a": Hash(64), "b": "vocabulary"}).fit(frame)
+    batch, y = encoder.transform(frame), [0, 1] * 10
+    model = FFMClassifier(random_state=0, epochs=1).fit(batch, y)
+    known = {*batch.indices.tolist()}
+    fields = encoder.feature_fields.tolist()
+    assert model.model_.feature_fields.tolist() == [
+        fields[a] if a in known else -1 for a in range(max(known) + 1)
+    ]
+    found = model.top_interactions(1000)
+    assert {(x.feature_a, x.feature_b) for x in found} == {
+        (a, b) for a in known for b in known if fields[a] < fields[b]
+    }
+    # A later call may have it.
+    new = (set(range(max(known))) - known).pop()
+    more = SparseBatch.from_lists([[(fields[new], new, 1.0)]])
+    model.partial_fit(more, [1])
+    assert model.model_.feature_fields[new] == fields[new]
+    # As a column of a matrix, it is no entry.
+    row = np.zeros((2, model.n_features_in_), dtype=np.float32)
+    row[:, min(known)] = 1
+    row[1, (set(range(max(known))) - known - {new}).pop()] = 1
+    for X in (row, sp.csr_array(row)):
+        first, second = model.decision_function(X)
+        assert first == second
+
+
+def test_data_that_comes_in_chunks() -> None:
+    ids, _, label = pairs_matter()
+    batch, fields = forms()["SparseBatch"][0], [0] * 5 + [1] * 6 + [2] * 3
+    first = SparseBatch.from_lists([[(0, 1, 1.0), (1, 7, 1.0)], [(0, 2, 1.0)]])
+    model = FFMClassifier(random_state=0).partial_fit(first, [0, 1])
+    lost = int((ids[:, 1] > 2).sum() + len(ids))
+    with pytest.warns(
+        UserWarning, match=rf"FFMClassifier: {lost} of 6000 entries .* 8 features and 2 fields: fea"
+    ) as caught:
+        model.partial_fit(batch, label == "yes")
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=f"{lost} of 6000 entries are left out"):
+        model.set_params(warm_start=True).fit(batch, label == "yes")
+    by_category = FFMClassifier(feature_fields="categorical").partial_fit([[0, 1], [1, 0]], [0, 1])
+    with pytest.warns(UserWarning, match="2 of 3 entries .*: the first call must have the largest"):
+        by_category.partial_fit([[2, -1], [1, 9]], [0, 1])
+    for given in (fields, np.array(fields), torch.tensor(fields, dtype=torch.int32)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = clone(FFMClassifier(random_state=0, feature_fields=given))
+            model.partial_fit(first, ["no", "yes"]).partial_fit(batch, label)
+            model.predict(batch)
+        assert model.n_features_in_ == 14
+        assert model.model_.interaction.weight.shape == (14, 3 * 4)
+        assert model.model_.feature_fields.tolist() == fields
+        model.fit(first, ["no", "yes"])
+        assert model.model_.feature_fields.tolist() == [-1, 0, 0] + [-1] * 4 + [1] + [-1] * 6
+    with pytest.raises(ValueError, match=r"an entry has feature 3 in field 1, .* has it in 0"):
+        model.partial_fit(SparseBatch.from_lists([[(1, 3, 1.0)]]), ["no"])
+    with pytest.warns(UserWarning, match="1 of 2 entries"):
+        model.fit(SparseBatch.from_lists([[(0, 3, 1.0)], [(2, 14, 1.0)]]), ["no", "yes"])
+
+
+def test_fields_have_the_names_of_columns() -> None:
+    pd = pytest.importorskip("pandas")
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    ids, _, label = pairs_matter()
+    frame = pd.DataFrame(ids, columns=["user", "item", "day"])
+    for feature_fields, X, names in (
+        ("categorical", frame, ["user", "item", "day"]),
+        (None, frame, ["user", "item", "day"]),
+        ([0, 1, 0], frame, ["0", "1"]),
+        (None, forms()["SparseBatch"][0], ["0", "1", "2"]),
+    ):
+        model = FFMClassifier(epochs=1).fit(frame, label)
+        model.set_params(feature_fields=feature_fields).fit(X, label)
+        ticks = model.plot_field_strength().get_xticklabels()
+        assert [tick.get_text() for tick in ticks] == names
+        assert hasattr(model, "feature_names_in_") == (X is frame)
+    matplotlib.pyplot.close("all")
+
+
 def test_what_is_wrong_with_X(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, _, label = pairs_matter()
     one_hot = forms()["csr"][0]
@@ -452,7 +622,10 @@ def test_what_is_wrong_with_X(monkeypatch: pytest.MonkeyPatch) -> None:
         ([0, 1], ids, r"feature_fields must be 3 integers from 0, .* got int64 of shape \[2\]"),
         ([0, 1, -1], ids, "feature_fields must be 3 integers from 0"),
         ([0.0, 1.0, 2.0], ids, "feature_fields must be 3 integers from 0, .* got float64"),
-        ([0] * 14, batch, "feature_fields goes with a matrix; a SparseBatch has its own"),
+        ("categorical", batch, "'categorical' goes with a matrix; a SparseBatch has its own"),
+        ([0] * 14, batch, r"an entry has feature \d+ in field [12], feature_fields has it in 0"),
+        ([[0] * 14], batch, r"must be 14 integers from 0, .* of shape \[1, 14\]"),
+        ([], batch, "must be 0 integers from 0"),
         ("categorical", ids + 0.5, r"X\[0, 0\] = .* is no category"),
         ("categorical", ids - 2, r"X\[\d+, \d+\] = -2 is no category"),
         ("categorical", ids.astype(str), "categories must be whole numbers"),
