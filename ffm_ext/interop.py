@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ._arguments import is_integral, outside
-from ._files import atomic_write
+from ._files import atomic_write, save_tensors
 from .memory import copied_table
 from .modules import FFM, FFMInteraction
 
@@ -109,20 +109,7 @@ def save_model(model: FFM, path: _Path, *, loss: Loss | None = None) -> None:
     metadata = {"format": _FORMAT, "version": _VERSION, "arguments": json.dumps(arguments)}
     if loss is not None:
         metadata["loss"] = loss
-    _save_safetensors("save_model", path, tensors, metadata)
-
-
-def _save_safetensors(
-    where: str, path: _Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    with atomic_write(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{where}: {os.fspath(path)}: {error}") from error
+    save_tensors("save_model", path, tensors, metadata)
 
 
 def model_loss(path: _Path) -> Loss | None:
@@ -245,7 +232,7 @@ def _check_feature_fields(what: str, fields: Tensor, num_features: int, num_fiel
         raise TypeError(f"{what} is {fields.dtype}, not integers")
     if fields.shape != (num_features,):
         raise ValueError(f"{what} must be [{num_features}], got shape {list(fields.shape)}")
-    wrong = fields[outside(fields, num_fields)]
+    wrong = fields[outside(fields, num_fields) & (fields != -1)]  # -1: of no field
     if wrong.numel():
         raise ValueError(f"{what} has {int(wrong[0])}, out of range for {num_fields} fields")
 
@@ -327,7 +314,7 @@ def save_libffm(
     """Write a model that libffm can read: ``"binary"`` for its versions 1.2x, ``"text"`` for those before.
 
     Args:
-        model: what libffm can express: no bias, no linear weights, ``within_field=True``.
+        model: what libffm can express: no bias and no linear weights, or such as are 0; ``within_field=True``.
         path: the file, replaced if it exists.
         format: ``"binary"`` is float32, ``"text"`` has 9 digits, which read back as the same float32.
         accumulators: AdaGrad's sums of squared gradients, ``[N, F·K]``, for the binary, 1 or more, as in libffm;
@@ -341,11 +328,11 @@ def save_libffm(
     """
     _check_model("save_libffm", model)
     layer = model.interaction
-    for part in ("bias", "weight"):
-        if getattr(model.linear, part) is not None:
-            name = "linear" if part == "weight" else part
+    for part, name in (("bias", "bias"), ("weight", "linear")):
+        weights = getattr(model.linear, part)
+        if weights is not None and weights.any():
             raise ValueError(
-                f"save_libffm: the model has {name} = True, and libffm has no place for it"
+                f"save_libffm: the model has {name} = True and weights in it, and libffm has no place for these"
             )
     _check_within_field("save_libffm", "libffm counts", model, True)
     if format not in ("binary", "text"):
@@ -770,7 +757,7 @@ def save_torchfm(model: FFM, path: _Path, *, format: Literal["pt", "safetensors"
         raise ValueError(f"save_torchfm: format = {format!r} is not one of pt, safetensors")
     state = to_torchfm(model)
     if format == "safetensors":
-        _save_safetensors("save_torchfm", path, state)
+        save_tensors("save_torchfm", path, state)
         return
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         try:

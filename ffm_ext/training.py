@@ -54,7 +54,7 @@ from ._arguments import (
     check_fits,
     sum_dtype,
 )
-from ._files import atomic_write, check_writable
+from ._files import check_writable, save_tensors
 from .batch import SparseBatch
 from .data import SparseDataset, open_dataset
 from .data._dataset import _numbers, check_entries, placed
@@ -847,15 +847,7 @@ class Trainer:
         Raises:
             OSError: it cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        tensors, metadata = self._tensors_and_metadata()
-        with atomic_write(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata)
-            except SafetensorError as error:
-                raise OSError(f"Trainer.save: {os.fspath(path)}: {error}") from error
+        save_tensors("Trainer.save", path, *self._tensors_and_metadata())
 
     def _tensors_and_metadata(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What a checkpoint holds: tensors, and texts that describe all else."""

@@ -2,6 +2,7 @@
 """``ffm-ext train | predict | check | convert | info FILE``."""
 
 import fcntl
+import gzip
 import json
 import math
 import os
@@ -112,6 +113,7 @@ def test_json_and_auto_stop(files, capsys):
     assert len(epochs) == summary["epochs"] < 60
     best = min(epoch["valid_loss"] for epoch in epochs)
     assert summary["valid_logloss"] == pytest.approx(best, abs=1e-6)
+    assert epochs[summary["best_epoch"] - 1]["valid_loss"] == best
     run("train", "--quiet", *flags, "--resume", "c", tr, "m")
     assert re.fullmatch(
         r"ffm-ext train: Trainer.fit: stopped in epoch \d+, .* without auto_stop it trains on\n",
@@ -188,6 +190,99 @@ def test_unknown_features_count_in_the_norm(files, capsys):
     assert "2 of 4 entries have features or fields that the model does not know" in captured.err
     table = interop.load_model("m").interaction.weight.detach().view(40, 4, 4)
     assert float(captured.out) == pytest.approx(float(table[3, 1] @ table[12, 0]) / 4, rel=1e-4)
+
+
+def test_validation_data_changes_nothing_that_is_learnt(files, capsys):
+    """What it alone has takes no part, as in libffm, and is no part of the model."""
+    tr, va = files
+    with open(va, "a") as file:
+        file.write("1 0:3:1 1:1000:1\n")
+    flags = ("-t", 3, "--linear", "--bias", "--seed", 4)
+    run("train", *flags, tr, "alone")
+    run("train", *flags, tr, "again")
+    capsys.readouterr()
+    run("train", *flags, "--checkpoint", "c", "-p", va, "--json", tr, "beside")
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "va.ffm: 1 of 802 entries have features or fields that the model does not know; "
+        "their pairs are left out\n"
+    ).replace("va.ffm", va)
+    alone = Path("alone").read_bytes()
+    assert Path("again").read_bytes() == alone == Path("beside").read_bytes()
+    summary = json.loads(captured.out.splitlines()[-1])
+    run("predict", "--json", va, "beside", "out")
+    found = json.loads(capsys.readouterr().out)
+    assert found["logloss"] == pytest.approx(summary["valid_logloss"], abs=1e-7)
+    assert (found["entries"], found["unknown_entries"], found["skipped"]) == (802, 1, 0)
+    # From a checkpoint too, also without -p.
+    run("train", "--resume", "c", "-t", 4, tr, "longer")
+    run("train", *flags, "-t", 4, tr, "wanted")
+    assert Path("longer").read_bytes() == Path("wanted").read_bytes()
+    with open(va, "a") as file:
+        file.write("1 0:3:1 9:12:1\n")
+    run("train", *flags, "-p", va, tr, "beside")
+    torch.testing.assert_close(load_file("beside"), load_file("alone"))
+
+
+def test_a_larger_model_to_start_from_stays_as_large(files):
+    tr, va = files
+    Path("wide.ffm").write_text("1 0:3:1 5:1000:1\n0 0:4:1 5:900:1\n")
+    run("train", "-t", 1, "--quiet", "wide.ffm", "wide")
+    run("train", "-t", 1, "--quiet", "--init-model", "wide", "-p", va, tr, "m")
+    assert interop.load_model("m").interaction.weight.shape == (1001, 6 * 4)
+
+
+def test_what_a_checkpoint_says(files, capsys):
+    tr, _ = files
+    run("train", "-t", 2, "--seed", 3, "--optimizer", "ftrl", "--checkpoint", "c", tr, "m")
+    capsys.readouterr()
+    run("info", "--json", "c")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["epochs"], found["samples_of_next_epoch"], found["seed"]) == (2, 0, 3)
+    assert (found["optimizer"], found["beta"], found["mode"]) == ("ftrl", 1.0, "exact")
+    run("train", "--resume", "c", "-t", 3, files[1], "m")
+    assert "va.ffm: 200 samples, and the last epoch of c had 800" in capsys.readouterr().err
+
+
+def test_labels_of_one_class(files, capsys):
+    Path("ratings.ffm").write_text("3 0:0:1 1:1:1\n5 0:2:1 1:1:1\n")
+    run("train", "ratings.ffm", "m")
+    assert "all labels are above 0, which is one class" in capsys.readouterr().err
+    run("train", "--loss", "squared", "ratings.ffm", "m")
+    assert capsys.readouterr().err == ""
+
+
+def test_training_goes_on_where_standard_output_is_full(files, capsys, monkeypatch):
+    with monkeypatch.context() as patch, open("/dev/full", "w") as full:
+        patch.setattr(sys, "stdout", full)
+        run("train", "-t", 2, files[0], "m")
+    assert capsys.readouterr().err.startswith("standard output: No space left on device")
+    assert interop.load_model("m").interaction.num_features == 40
+
+
+def test_files_of_another_kind(files, capsys):
+    tr, _ = files
+    Path("tr.gz").write_bytes(gzip.compress(Path(tr).read_bytes()))
+    Path("folder").mkdir()
+    run("convert", tr, "data", "--to", "dataset")
+    for argv, message in (
+        (("check", "tr.gz"), "tr.gz: it is compressed by gzip"),
+        (("train", "tr.gz"), "tr.gz: it is compressed by gzip"),
+        (("info", "folder"), "folder"),
+        (("predict", tr, "folder"), "folder: a folder without checkpoints, and a model is a file"),
+        (("convert", "data", "more", "--to", "dataset"), "data: --to dataset takes libffm text"),
+    ):
+        assert cli.main([str(a) for a in argv]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_parts_of_a_model_that_are_0_need_no_place(files, capsys):
+    run("train", "-t", 1, files[0], "m")
+    run("convert", "m", "m.xlearn", "--to", "xlearn")
+    run("convert", "m.xlearn", "m.libffm", "--to", "libffm")
+    run("train", "-t", 1, "--linear", files[0], "m")
+    assert cli.main(["convert", "m", "m.libffm", "--to", "libffm"]) == 1
+    assert "linear = True and weights in it" in capsys.readouterr().err
 
 
 def test_check(files, capsys):

@@ -258,8 +258,8 @@ def test_damaged_libffm_texts(tmp_path: Path) -> None:
 def test_what_libffm_has_no_place_for(tmp_path: Path) -> None:
     path = tmp_path / "model"
     for options, message in (
-        ({"bias": True}, "bias = True, and libffm has no place"),
-        ({"linear": True}, "linear = True, and libffm has no place"),
+        ({"bias": True}, "bias = True and weights in it, and libffm has no place"),
+        ({"linear": True}, "linear = True and weights in it, and libffm has no place"),
         ({"within_field": False}, "within_field = False, and libffm counts"),
     ):
         with pytest.raises(ValueError, match=f"save_libffm: the model has {message}"):

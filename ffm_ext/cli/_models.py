@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,6 +115,10 @@ def _check_data(lenient: bool, *paths: Path | None) -> None:
     for path in given:
         if is_stream(path):
             raise ValueError(f"{path}: data is read from a file, not from a pipe or a device")
+        if path.is_file():
+            with open(path, "rb") as file:
+                if file.read(2) == b"\x1f\x8b":
+                    raise ValueError(f"{path}: it is compressed by gzip; gunzip it first")
     if lenient and all(path.is_dir() for path in given):
         raise ValueError(f"--lenient is for lines of text, and {given[0]} is a folder")
 
@@ -148,11 +153,13 @@ class Loaded(NamedTuple):
     Attributes:
         kind: what kind of file it was in.
         loss: ``"logistic"`` or ``"squared"``; ``None`` where the file does not say.
+        trainer: whose it is, where the file is a checkpoint.
     """
 
     model: FFM
     kind: str
     loss: interop.Loss | None
+    trainer: Trainer | None = None
 
 
 _XLEARN = "xLearn text model"
@@ -176,7 +183,7 @@ def load_any_model(path: Path) -> Loaded:
             # That a single process reads it is what is meant.
             warnings.filterwarnings("ignore", message="torch.distributed is .* uninitialized")
             trainer = DistributedTrainer.load(path)
-        return Loaded(trainer.model, "ffm_ext checkpoint folder", trainer.loss)
+        return Loaded(trainer.model, "ffm_ext checkpoint folder", trainer.loss, trainer)
     failures = []
     kinds: tuple[tuple[str, Callable[[Path], FFM | Trainer]], ...] = (
         ("ffm_ext model", partial(interop.load_model, mmap=True)),
@@ -187,6 +194,8 @@ def load_any_model(path: Path) -> Loaded:
     )
     if is_stream(path):
         raise ValueError(f"{path}: a model is read from a file, not from a pipe or a device")
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder without checkpoints, and a model is a file")
     with open(path, "rb"):
         pass  # a file that cannot be read is no matter of its format
     for kind, load in kinds:
@@ -196,7 +205,7 @@ def load_any_model(path: Path) -> Loaded:
             failures.append(f"as {kind}: {error}")
             continue
         if isinstance(found, Trainer):
-            return Loaded(found.model, kind, found.loss)
+            return Loaded(found.model, kind, found.loss, found)
         loss = interop.model_loss(path) if kind == "ffm_ext model" else None
         return Loaded(found, kind, loss)
     raise ValueError(f"{path}: no model that is known here\n  " + "\n  ".join(failures))
@@ -222,7 +231,7 @@ def load_as_told(path: Path, args: argparse.Namespace) -> Loaded:
     Raises:
         ValueError: the file says something else.
     """
-    model, kind, loss = load_any_model(path)
+    model, kind, loss, _ = load_any_model(path)
     if args.loss is not None and loss not in (None, args.loss):
         raise ValueError(f"--loss {args.loss}: {path} was trained with {loss} loss, as it says")
     if args.no_norm and kind == _XLEARN:
@@ -230,6 +239,15 @@ def load_as_told(path: Path, args: argparse.Namespace) -> Loaded:
     if args.no_norm and model.normalize:
         raise ValueError(f"--no-norm: {path} was trained with normalisation, as it says")
     return Loaded(model, kind, loss or args.loss)
+
+
+def _report_unknown(missing: int, entries: int, path: Path) -> None:
+    if missing:
+        print(
+            f"{path}: {missing} of {entries} entries have features or fields that the model does not know; "
+            "their pairs are left out",
+            file=sys.stderr,
+        )
 
 
 def known_part(data: SparseBatch, model: FFM) -> tuple[SparseBatch, int]:
@@ -427,7 +445,18 @@ def _new_trainer(
         raise ValueError(f"--batch-size is for --mode deterministic, not for {mode}")
     if mode == "exact" and args.threads > 1:
         raise ValueError(f"-s {args.threads}: --mode exact has one thread")
-    model, loss = _new_model(args, [train] if valid is None else [train, valid])
+    model, loss = _new_model(args, train, valid)
+    if valid is not None:
+        # What valid alone has is 0, and stays so: as in libffm it takes no part, and changes nothing that is learnt.
+        layer = model.interaction
+        sizes = layer.num_features, layer.num_fields
+        if kind is Trainer:
+            unknown = sum(
+                int(((shard.batch.indices >= sizes[0]) | (shard.batch.fields >= sizes[1])).sum())
+                for shard in valid.shards
+            )
+            _report_unknown(unknown, valid.nnz, args.valid)
+        model = _resized(model, max(sizes[0], valid.num_features), max(sizes[1], valid.num_fields))
     return kind(
         model,
         optimizer=_optimizer(args),
@@ -452,11 +481,17 @@ def _optimizer(args: argparse.Namespace) -> Optimizer:
     return kind(lr=args.lr, weight_decay=args.decay, rounding_seed=args.rounding_seed, **own)
 
 
-def _new_model(args: argparse.Namespace, both: list[SparseDataset]) -> tuple[FFM, interop.Loss]:
-    """A model for all of the data, its weights new or those of ``--init-model``, and its loss."""
+def _new_model(
+    args: argparse.Namespace, train: SparseDataset, valid: SparseDataset | None
+) -> tuple[FFM, interop.Loss]:
+    """A model for the samples that train it, its weights new or those of ``--init-model``, and its loss.
+
+    Raises:
+        ValueError: there is no memory for that, or not with what ``valid`` has besides.
+    """
     start = None if args.init_model is None else load_as_told(args.init_model, args)
     old = None if start is None else start.model
-    sizes = [(data.num_features, data.num_fields) for data in both]
+    sizes = [(data.num_features, data.num_fields) for data in (train, valid) if data is not None]
     bias, linear = args.bias, args.linear
     within_field, normalize = not args.no_within_field, not args.no_norm
     embed_dim = 4 if args.embed_dim is None else args.embed_dim
@@ -472,6 +507,8 @@ def _new_model(args: argparse.Namespace, both: list[SparseDataset]) -> tuple[FFM
             raise ValueError(f"--no-within-field: {args.init_model} has pairs inside a field")
         embed_dim, within_field, normalize = layer.embed_dim, layer.within_field, old.normalize
     _check_memory(args, sizes, embed_dim)
+    if valid is not None:
+        del sizes[1]
     torch.manual_seed(args.seed)
     model = FFM(
         embed_dim,
@@ -512,14 +549,59 @@ def _check_memory(args: argparse.Namespace, sizes: list[tuple[int, int]], embed_
 
 @torch.no_grad()
 def _copy_weights(old: FFM, new: FFM) -> None:
-    """The weights of a model into one that has at least its features, fields and parts."""
-    N, F, K = old.interaction.num_features, old.interaction.num_fields, old.interaction.embed_dim
-    table = new.interaction.weight.view(-1, new.interaction.num_fields, K)
-    table[:N, :F] = old.interaction.weight.view(N, F, K)
+    """The weights of a model into one that has its parts, as far as both have the features and fields."""
+    K = old.interaction.embed_dim
+    N, F = (
+        min(getattr(model.interaction, name) for model in (old, new))
+        for name in ("num_features", "num_fields")
+    )
+    before, after = (
+        model.interaction.weight.view(-1, model.interaction.num_fields, K) for model in (old, new)
+    )
+    after[:N, :F] = before[:N, :F]
     if old.linear.weight is not None:
-        new.linear.weight[:N] = old.linear.weight
+        new.linear.weight[:N] = old.linear.weight[:N]
     if old.linear.bias is not None:
         new.linear.bias.copy_(old.linear.bias)
+
+
+@torch.no_grad()
+def _resized(model: FFM, num_features: int, num_fields: int) -> FFM:
+    """The same model for so many features and fields; weights of new ones are 0."""
+    layer = model.interaction
+    if (num_features, num_fields) == (layer.num_features, layer.num_fields):
+        return model
+    new = FFM(
+        layer.embed_dim,
+        num_features=num_features,
+        num_fields=num_fields,
+        within_field=layer.within_field,
+        bias=model.linear.bias is not None,
+        linear=model.linear.weight is not None,
+        normalize=model.normalize,
+        device="meta",
+    ).to_empty(device="cpu")
+    new.interaction.to(layer.weight.dtype)
+    for parameter in new.parameters():
+        nn.init.zeros_(parameter)
+    _copy_weights(model, new)
+    return new
+
+
+def _of_training(model: FFM, train: SparseDataset) -> FFM:
+    """A model without last features and fields that ``train`` has not and whose weights are all 0: they say nothing."""
+    layer = model.interaction
+    table = layer.weight.detach().view(-1, layer.num_fields, layer.embed_dim)
+    N, F = max(1, train.num_features), max(1, train.num_fields)
+    rows = table[N:].flatten(1).any(1)
+    if model.linear.weight is not None:
+        rows |= model.linear.weight.detach()[N:].any(1)
+    columns = table[:, F:].any(2).any(0)
+    kept = (
+        least + (int(used.nonzero()[-1]) + 1 if used.any() else 0)
+        for least, used in ((min(N, len(table)), rows), (min(F, layer.num_fields), columns))
+    )
+    return _resized(model, *kept)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -687,6 +769,8 @@ def _fit(
             f"nothing is left to train: the checkpoint has {trainer.epoch} epochs, and -t {args.epochs} means in all",
             file=sys.stderr,
         )
+    samples: SparseDataset = data if isinstance(data, SparseDataset) else data.data
+    _warn_of_data(args, trainer, samples if first else None)
     with _progress(args) as (show, line):
         if not args.json:
             line(_table_head(trainer.loss, valid is not None))
@@ -714,15 +798,40 @@ def _fit(
                 print(f"\nstopped; {keep()}", file=sys.stderr)
             raise
     if first:
-        interop.save_model(trainer.model, target, loss=trainer.loss)
+        interop.save_model(_of_training(trainer.model, samples), target, loss=trainer.loss)
     summary: dict[str, Any] = {
         "model": str(target),
         "epochs": trainer.epoch,
         "seconds": round(time.perf_counter() - start, 3),
     }
+    if args.auto_stop and trainer.history:
+        losses = [math.inf if e.valid_loss is None else e.valid_loss for e in trainer.history]
+        summary["best_epoch"] = trainer.history[losses.index(min(losses))].epoch
+    if args.json:
+        summary["skipped"] = samples.metadata.get("skipped", 0)
     if valid is not None:
         summary |= {f"valid_{k}": v for k, v in quality(*validate(), trainer.loss).items()}
     _print_line(args, _json(summary) if args.json else _summary_text(summary))
+
+
+def _warn_of_data(
+    args: argparse.Namespace, trainer: Trainer, samples: SparseDataset | None
+) -> None:
+    """Say what may be a mistake about the data that this process reads, where it is the one that prints."""
+    if samples is None:
+        return
+    before = trainer.history[-1].samples if args.resume is not None and trainer.history else None
+    if type(trainer) is Trainer and before not in (None, len(samples)):
+        print(
+            f"{args.train}: {len(samples)} samples, and the last epoch of {args.resume} had {before}; "
+            "--init-model starts a new run on other data",
+            file=sys.stderr,
+        )
+    if trainer.loss == "logistic" and all((shard.labels > 0).all() for shard in samples.shards):
+        print(
+            f"{args.train}: all labels are above 0, which is one class; --loss squared learns numbers",
+            file=sys.stderr,
+        )
 
 
 def _summary_text(summary: Mapping[str, Any]) -> str:
@@ -737,7 +846,9 @@ def _print_line(args: argparse.Namespace, text: str) -> None:
         return
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"standard output: {error.strerror}; training goes on", file=sys.stderr)
         discard_output()
 
 
@@ -811,7 +922,7 @@ def predict(args: argparse.Namespace) -> None:
         check_writable(args.output)
         _check_apart({"OUTPUT": args.output}, {"TEST": args.test, "MODEL": args.model})
     _check_data(args.lenient, args.test)
-    model, _, said = load_as_told(args.model, args)
+    model, _, said, _ = load_as_told(args.model, args)
     loss = said or "logistic"
     skipped = missing = entries = 0
     all_scores, all_labels, all_weights = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0)]
@@ -833,18 +944,16 @@ def predict(args: argparse.Namespace) -> None:
             all_scores.append(score)
             all_labels += [shard.labels for shard in data.shards]
             all_weights.append(weights_of(data))
-    _report_skipped(skipped, args.test)
-    if missing:
-        print(
-            f"{args.test}: {missing} of {entries} entries have features or fields that the model does not know; "
-            "their pairs are left out",
-            file=sys.stderr,
-        )
     score = torch.cat(all_scores)
     summary: dict[str, Any] = {
         "samples": len(score),
         **quality(score, torch.cat(all_labels), torch.cat(all_weights), loss),
     }
+    if args.json:
+        summary |= {"entries": entries, "unknown_entries": missing, "skipped": skipped}
+    else:
+        _report_skipped(skipped, args.test)
+        _report_unknown(missing, entries, args.test)
     # Predictions on stdout stay alone there.
     print(
         _json(summary) if args.json else _summary_text(summary),
@@ -1003,6 +1112,8 @@ def _convert_data(args: argparse.Namespace) -> None:
             )
         if not args.target.is_dir():
             check_writable(args.target)
+        if args.source.is_dir():
+            raise ValueError(f"{args.source}: --to dataset takes libffm text, and that is a folder")
         data = convert_libffm(args.source, args.target, lenient=args.lenient)
         _report_skipped(data.metadata.get("skipped", 0), args.source)
     else:
@@ -1012,7 +1123,7 @@ def _convert_data(args: argparse.Namespace) -> None:
 
 def _convert_model(args: argparse.Namespace) -> None:
     check_writable(args.target)
-    model, _, loss = load_as_told(args.source, args)
+    model, _, loss, _ = load_as_told(args.source, args)
     if args.to == "model":
         interop.save_model(model, args.target, loss=loss)
         return
@@ -1041,11 +1152,12 @@ def describe(path: Path) -> dict[str, Any]:
             "kind": "ffm_ext dataset",
             "samples": len(data),
             "entries": data.nnz,
+            "skipped": data.metadata.get("skipped", 0),
             "num_features": data.num_features,
             "num_fields": data.num_fields,
             "shards": len(data.shards),
         }
-    model, kind, loss = load_any_model(path)
+    model, kind, loss, trainer = load_any_model(path)
     layer = model.interaction
     return {
         "kind": kind,
@@ -1058,4 +1170,20 @@ def describe(path: Path) -> dict[str, Any]:
         "bias": model.linear.bias is not None,
         "linear": model.linear.weight is not None,
         **({} if loss is None else {"loss": loss}),
+        **({} if trainer is None else _progress_of(trainer)),
+    }
+
+
+def _progress_of(trainer: Trainer) -> dict[str, Any]:
+    """How far a checkpoint is, and the settings that it goes on with."""
+    optimizer = trainer.optimizer
+    return {
+        "epochs": trainer.epoch,
+        "samples_of_next_epoch": trainer.state_dict()["position"]["samples"],
+        "mode": trainer.mode,
+        "batch_size": trainer.batch_size,
+        "shuffle": trainer.shuffle,
+        "seed": trainer.seed,
+        "optimizer": optimizer.name,
+        **asdict(optimizer),
     }
