@@ -58,7 +58,7 @@ def untraced(function: _F) -> _F:
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
     except AttributeError:
-        return torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        return torch.compiler.disable(function)
     return function
 
 
