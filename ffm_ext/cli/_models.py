@@ -770,7 +770,8 @@ def _fit(
             file=sys.stderr,
         )
     samples: SparseDataset = data if isinstance(data, SparseDataset) else data.data
-    _warn_of_data(args, trainer, samples if first else None)
+    if type(trainer) is Trainer:  # others have a part of the data
+        _warn_of_data(args, trainer, samples)
     with _progress(args) as (show, line):
         if not args.json:
             line(_table_head(trainer.loss, valid is not None))
@@ -814,14 +815,10 @@ def _fit(
     _print_line(args, _json(summary) if args.json else _summary_text(summary))
 
 
-def _warn_of_data(
-    args: argparse.Namespace, trainer: Trainer, samples: SparseDataset | None
-) -> None:
-    """Say what may be a mistake about the data that this process reads, where it is the one that prints."""
-    if samples is None:
-        return
+def _warn_of_data(args: argparse.Namespace, trainer: Trainer, samples: SparseDataset) -> None:
+    """Say what may be a mistake about the data."""
     before = trainer.history[-1].samples if args.resume is not None and trainer.history else None
-    if type(trainer) is Trainer and before not in (None, len(samples)):
+    if before not in (None, len(samples)):
         print(
             f"{args.train}: {len(samples)} samples, and the last epoch of {args.resume} had {before}; "
             "--init-model starts a new run on other data",
