@@ -14,7 +14,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -202,8 +202,8 @@ def flush_to_disk(path: Path) -> None:
 def save_tensors(
     where: str,
     path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None = None,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Write a safetensors file by :func:`atomic_write`: the same bytes for the same contents.
 
@@ -215,10 +215,11 @@ def save_tensors(
 
     with atomic_write(path) as temporary:
         try:
-            save_file(dict(tensors), temporary, None if metadata is None else dict(metadata))
+            save_file(tensors, temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{where}: {os.fspath(path)}: {error}") from error
-        _sort_metadata(temporary)
+        if metadata is not None:
+            _sort_metadata(temporary)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -226,8 +227,6 @@ def _sort_metadata(path: Path) -> None:
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-        if "__metadata__" not in header:
-            return
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         # Blanks at its end are part of the format.

@@ -97,7 +97,14 @@ class _Table(_Sized):
         return f"{there[0]} fields of {there[1]} factors, the layer {here[0]} of {here[1]}"
 
 
-class FFMInteraction(_Table):
+class _OnHugePages(nn.Module):
+    """A module whose tables stay on huge pages where it is moved or converted."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(lambda tensor: keep_huge_pages(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
+
+
+class FFMInteraction(_OnHugePages, _Table):
     """A table of field-aware factors and the fused interaction over it.
 
     Args:
@@ -305,7 +312,7 @@ class FFMInteraction(_Table):
             for name, buffer in self._buffers.items()
             if name.startswith("optimizer_") and buffer is not None
         }
-        super()._apply(lambda tensor: keep_huge_pages(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, before in states.items():
             after, dtype = self.get_buffer(name), sum_dtype(self.weight)
             if name == "optimizer_step":
@@ -358,14 +365,6 @@ class _Described(_Sized):
             return None
         return f"fields of {list(there)} features, the model of {list(here)}"
 
-    def _table_ids(self, x: Tensor) -> Tensor:
-        """Ids of the whole table from those that count from 0 in every field."""
-        assert self.offsets is not None
-        where = type(self).__name__
-        # Elsewhere only where a program has moved parameters and buffers one by one.
-        starts = self.offsets.to(x.device) if isinstance(x, Tensor) else self.offsets
-        return _global_ids(where, x, starts)
-
 
 def _describe_what_was_loaded(module: nn.Module, _: Any) -> None:
     """``load_state_dict(assign=True)`` takes a module off the meta device: what it is described by has to follow."""
@@ -391,6 +390,8 @@ class FieldAwareFactorizationMachine(_Described):
         TypeError: a size is not an integer.
         ValueError: there is no field, or a size is not positive.
     """
+
+    offsets: Tensor
 
     def __init__(
         self,
@@ -434,7 +435,7 @@ class FieldAwareFactorizationMachine(_Described):
             IndexError: an id is outside its field; the text names it and its position.
             ValueError: the shape or dtype is wrong.
         """
-        return self.interaction(self._table_ids(x))
+        return self.interaction(_global_ids("FieldAwareFactorizationMachine", x, self.offsets))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         tables = [f"{prefix}embeddings.{g}.weight" for g in range(self.interaction.num_fields)]
@@ -442,13 +443,6 @@ class FieldAwareFactorizationMachine(_Described):
             stacked = torch.stack([state_dict.pop(name) for name in tables], dim=1)
             state_dict[f"{prefix}interaction.weight"] = stacked.flatten(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class _OnHugePages(nn.Module):
-    """A module whose tables stay on huge pages where it is moved or converted."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        return super()._apply(lambda tensor: keep_huge_pages(tensor, fn(tensor)), recurse)  # type: ignore[no-untyped-call]
 
 
 class _Linear(_OnHugePages):
@@ -664,7 +658,7 @@ class FFM(_Described):
             TypeError: ``x`` is neither a tensor nor a :class:`SparseBatch`.
         """
         if isinstance(x, Tensor) and self.offsets is not None:
-            x = self._table_ids(x)
+            x = _global_ids("FFM", x, self.offsets)
         return self.score_table_ids(x, values, dtype=dtype)
 
     def score_table_ids(
@@ -961,6 +955,8 @@ def _global_ids(where: str, x: Tensor, starts: Tensor) -> Tensor:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{where}: ids must be a tensor, got {type(x).__name__}")
+    # Elsewhere only where a program has moved parameters and buffers one by one.
+    starts = starts.to(x.device)
     if x.device.type == "cpu":
         return torch.ops.ffm_ext.ffm_table_ids(x, starts, where)
     num_fields = starts.numel() - 1

@@ -80,9 +80,14 @@ class QuantizedFFMInteraction(_Table):
         Raises:
             ValueError: an element of the table is not finite; the text names its position ``[feature, field, factor]``.
         """
+        return cls._of_packed(layer, _packed(layer))
+
+    @classmethod
+    def _of_packed(cls, layer: FFMInteraction, packed: Tensor) -> QuantizedFFMInteraction:
+        """The same interaction with its table in int8, which is at hand."""
         sizes = layer.num_features, layer.num_fields, layer.embed_dim
         quantized = cls(*sizes, output=layer.output, within_field=layer.within_field, device="meta")
-        quantized.packed = _ops.ffm_quantize(layer.weight.detach().view(sizes))
+        quantized.packed = packed
         return quantized.train(layer.training)
 
     def dequantize(self) -> Tensor:
@@ -137,6 +142,11 @@ class QuantizedFFMInteraction(_Table):
         )
 
 
+def _packed(layer: FFMInteraction) -> Tensor:
+    sizes = layer.num_features, layer.num_fields, layer.embed_dim
+    return _ops.ffm_quantize(layer.weight.detach().view(sizes))
+
+
 def quantize(model: _Model) -> _Model:
     """A copy of a model for inference, with every :class:`~ffm_ext.FFMInteraction` replaced by its int8 form.
 
@@ -153,11 +163,12 @@ def quantize(model: _Model) -> _Model:
     layers = [layer for layer in model.modules() if isinstance(layer, FFMInteraction)]
     if not layers:
         raise ValueError(f"quantize: {type(model).__name__} has no FFMInteraction")
-    # deepcopy takes what it is told to have copied already.
-    memo = {id(layer): QuantizedFFMInteraction.from_float(layer) for layer in layers}
-    # Layers that share a table go on sharing it.
     tables: dict[tuple[int, int], Tensor] = {}
+    # deepcopy takes what it is told to have copied already.
+    memo = {}
     for layer in layers:
-        made = memo[id(layer)]
-        made.packed = tables.setdefault((id(layer.weight), layer.embed_dim), made.packed)
+        table = id(layer.weight), layer.embed_dim
+        if table not in tables:
+            tables[table] = _packed(layer)
+        memo[id(layer)] = QuantizedFFMInteraction._of_packed(layer, tables[table])
     return copy.deepcopy(model, memo)

@@ -120,8 +120,7 @@ def assert_same_state(a: nn.Module, b: nn.Module) -> None:
         if g is not None and w is not None:
             assert g.layout == w.layout
             torch.testing.assert_close(g.to_dense(), w.to_dense())
-    # Adam makes steps of 0.1 of what was rounded in another way.
-    torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(a.state_dict(), b.state_dict())
 
 
 # ---------------------------------------------------------------- torch.compile
@@ -179,7 +178,9 @@ def test_compiled_training(mode: str, form: str, dynamic: bool | None) -> None:
 @pytest.mark.parametrize("form", ["ids", "batch"])
 @learning
 def test_compiled_training_with_normalisation(mode: str, form: str) -> None:
-    compile_and_train(make_model(mode, normalize=True), INPUTS[form], "aot_eager")
+    # Compiled, norms are rounded in another way, of which Adam makes steps of 0.1: float64 leaves nothing of that.
+    model = make_model(mode, normalize=True, dtype=torch.float64)
+    compile_and_train(model, INPUTS[form], "aot_eager")
 
 
 @needs_torch_2_12

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ffm_ext import cli, data, interop
+from ffm_ext import FFM, cli, data, interop
 from ffm_ext.cli import _models
 from ffm_ext.distributed import DistributedTrainer
 from ffm_ext.training import Trainer
@@ -230,6 +230,14 @@ def test_a_larger_model_to_start_from_stays_as_large(files):
     run("train", "-t", 1, "--quiet", "wide.ffm", "wide")
     run("train", "-t", 1, "--quiet", "--init-model", "wide", "-p", va, tr, "m")
     assert interop.load_model("m").interaction.weight.shape == (1001, 6 * 4)
+
+
+def test_a_model_that_describes_its_fields_keeps_them(files):
+    model = FFM(2, field_dims=[10, 10, 10, 20])
+    torch.nn.init.zeros_(model.interaction.weight)
+    Trainer(model).save("c")
+    run("train", "--resume", "c", "-t", 1, "--quiet", files[0], "m")
+    assert interop.load_model("m").offsets.tolist() == [0, 10, 20, 30, 50]
 
 
 def test_what_a_checkpoint_says(files, capsys):

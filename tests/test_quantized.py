@@ -291,7 +291,9 @@ def test_state_dict(tmp_path: Path) -> None:
     again.load_state_dict(torch.load(tmp_path / "table.pt", weights_only=True))
     for same in (again, copy.deepcopy(quantized), quantized.half()):
         assert torch.equal(same(ids), quantized(ids))
-    with pytest.raises(RuntimeError, match="what was saved has 7 fields of 4 factors"):
+    with pytest.raises(
+        RuntimeError, match="what was saved has 7 fields of 4 factors, the layer 7 of 8"
+    ):
         ffm_ext.QuantizedFFMInteraction(11, 7, 8).load_state_dict(again.state_dict())
 
 

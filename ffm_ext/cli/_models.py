@@ -250,14 +250,19 @@ def _report_unknown(missing: int, entries: int, path: Path) -> None:
         )
 
 
+def _knows(model: FFM, data: SparseBatch) -> Tensor:
+    """Whether a model has the feature and the field of each entry, ``[nnz]``."""
+    layer = model.interaction
+    return (data.indices < layer.num_features) & (data.fields < layer.num_fields)
+
+
 def known_part(data: SparseBatch, model: FFM) -> tuple[SparseBatch, int]:
     """The entries whose feature and field the model has, and how many it has not.
 
     As in libffm, pairs with an entry left out do not count, but its value does in the norm of its sample: with
     normalisation, the values that stay are divided by that norm here already.
     """
-    layer = model.interaction
-    known = (data.indices < layer.num_features) & (data.fields < layer.num_fields)
+    known = _knows(model, data)
     missing = int((~known).sum())
     if not missing:
         return data, 0
@@ -448,15 +453,11 @@ def _new_trainer(
     model, loss = _new_model(args, train, valid)
     if valid is not None:
         # What valid alone has is 0, and stays so: as in libffm it takes no part, and changes nothing that is learnt.
-        layer = model.interaction
-        sizes = layer.num_features, layer.num_fields
         if kind is Trainer:
-            unknown = sum(
-                int(((shard.batch.indices >= sizes[0]) | (shard.batch.fields >= sizes[1])).sum())
-                for shard in valid.shards
-            )
+            unknown = sum(int((~_knows(model, shard.batch)).sum()) for shard in valid.shards)
             _report_unknown(unknown, valid.nnz, args.valid)
-        model = _resized(model, max(sizes[0], valid.num_features), max(sizes[1], valid.num_fields))
+        N, F = model.interaction.num_features, model.interaction.num_fields
+        model = _resized(model, max(N, valid.num_features), max(F, valid.num_fields))
     return kind(
         model,
         optimizer=_optimizer(args),
@@ -491,13 +492,13 @@ def _new_model(
     """
     start = None if args.init_model is None else load_as_told(args.init_model, args)
     old = None if start is None else start.model
-    sizes = [(data.num_features, data.num_fields) for data in (train, valid) if data is not None]
+    sizes = {args.train: (train.num_features, train.num_fields)}
     bias, linear = args.bias, args.linear
     within_field, normalize = not args.no_within_field, not args.no_norm
     embed_dim = 4 if args.embed_dim is None else args.embed_dim
     if old is not None:
         layer = old.interaction
-        sizes.append((layer.num_features, layer.num_fields))
+        sizes[args.init_model] = (layer.num_features, layer.num_fields)
         bias, linear = bias or old.linear.bias is not None, linear or old.linear.weight is not None
         if args.embed_dim not in (None, layer.embed_dim):
             raise ValueError(
@@ -506,14 +507,13 @@ def _new_model(
         if args.no_within_field and layer.within_field:
             raise ValueError(f"--no-within-field: {args.init_model} has pairs inside a field")
         embed_dim, within_field, normalize = layer.embed_dim, layer.within_field, old.normalize
-    _check_memory(args, sizes, embed_dim)
-    if valid is not None:
-        del sizes[1]
+    also = {} if valid is None else {args.valid: (valid.num_features, valid.num_fields)}
+    _check_memory(sizes | also, embed_dim)
     torch.manual_seed(args.seed)
     model = FFM(
         embed_dim,
-        num_features=max(1, *(n for n, _ in sizes)),
-        num_fields=max(1, *(n for _, n in sizes)),
+        num_features=max(1, *(n for n, _ in sizes.values())),
+        num_fields=max(1, *(n for _, n in sizes.values())),
         within_field=within_field,
         bias=bias,
         linear=linear,
@@ -527,19 +527,17 @@ def _new_model(
     return model, (None if start is None else start.loss) or args.loss or "logistic"
 
 
-def _check_memory(args: argparse.Namespace, sizes: list[tuple[int, int]], embed_dim: int) -> None:
+def _check_memory(sizes: Mapping[Path, tuple[int, int]], embed_dim: int) -> None:
     """See whether there is memory for a table, of which nothing is touched yet.
 
     Args:
-        args: whose inputs have these ``sizes``, features and fields.
+        sizes: the features and fields of each input.
 
     Raises:
         ValueError: there is not.
     """
-    paths = (path for path in (args.train, args.valid, args.init_model) if path is not None)
-    inputs = list(zip(sizes, paths, strict=True))
-    (N, _), most_features = max(inputs, key=lambda found: found[0][0])
-    (_, F), most_fields = max(inputs, key=lambda found: found[0][1])
+    most_features, (N, _) = max(sizes.items(), key=lambda found: found[1][0])
+    most_fields, (_, F) = max(sizes.items(), key=lambda found: found[1][1])
     if not fits(N, F * max(1, embed_dim)):
         raise ValueError(
             f"{embed_dim} factors (-k) for features up to {N - 1} (in {most_features}) and fields up to {F - 1} "
@@ -571,16 +569,11 @@ def _resized(model: FFM, num_features: int, num_fields: int) -> FFM:
     layer = model.interaction
     if (num_features, num_fields) == (layer.num_features, layer.num_fields):
         return model
-    new = FFM(
-        layer.embed_dim,
-        num_features=num_features,
-        num_fields=num_fields,
-        within_field=layer.within_field,
-        bias=model.linear.bias is not None,
-        linear=model.linear.weight is not None,
-        normalize=model.normalize,
-        device="meta",
-    ).to_empty(device="cpu")
+    sizes = {"num_features": num_features, "num_fields": num_fields}
+    names = [str(f) for f in range(num_fields)]
+    new = interop.model_from_arguments(
+        {**interop.model_arguments(model), **sizes, "field_names": names}
+    )
     new.interaction.to(layer.weight.dtype)
     for parameter in new.parameters():
         nn.init.zeros_(parameter)
@@ -590,6 +583,8 @@ def _resized(model: FFM, num_features: int, num_fields: int) -> FFM:
 
 def _of_training(model: FFM, train: SparseDataset) -> FFM:
     """A model without last features and fields that ``train`` has not and whose weights are all 0: they say nothing."""
+    if model.feature_fields is not None:  # it says itself which it has
+        return model
     layer = model.interaction
     table = layer.weight.detach().view(-1, layer.num_fields, layer.embed_dim)
     N, F = max(1, train.num_features), max(1, train.num_fields)
@@ -806,8 +801,10 @@ def _fit(
         "seconds": round(time.perf_counter() - start, 3),
     }
     if args.auto_stop and trainer.history:
-        losses = [math.inf if e.valid_loss is None else e.valid_loss for e in trainer.history]
-        summary["best_epoch"] = trainer.history[losses.index(min(losses))].epoch
+        best = min(
+            trainer.history, key=lambda e: math.inf if e.valid_loss is None else e.valid_loss
+        )
+        summary["best_epoch"] = best.epoch
     if args.json:
         summary["skipped"] = samples.metadata.get("skipped", 0)
     if valid is not None:
