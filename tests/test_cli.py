@@ -166,7 +166,9 @@ def test_a_reader_that_has_gone(tmp_path: Path) -> None:
 def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda module: None if module != "rich" else object())
+    monkeypatch.setattr(
+        "ffm_ext.cli._command.find_spec", lambda module: None if module != "rich" else object()
+    )
     assert cli.main(["demo"]) == 1
     out, err = capsys.readouterr()
     assert not out

@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ffm_ext import FFM, cli, data, interop
-from ffm_ext.cli import _models
 from ffm_ext.distributed import DistributedTrainer
 from ffm_ext.training import Trainer
 
@@ -474,8 +473,8 @@ def test_what_cannot_be_written_is_said_before_the_work(
     def work(*_, **__):
         raise AssertionError
 
-    for name in ("load_data", "load_any_model"):
-        monkeypatch.setattr(_models, name, work)
+    for name in ("_train.load_data", "_convert.load_data", "_models.load_any_model"):
+        monkeypatch.setattr(f"ffm_ext.cli.{name}", work)
     for argv in (
         ["train", tr, target],
         ["train", tr, "fits", "--checkpoint", target],
@@ -926,7 +925,7 @@ def test_predict_and_check_in_pieces(files, capsys, monkeypatch):
             pieces.append(len(piece))
             yield piece
 
-    monkeypatch.setattr(_models, "iter_libffm", in_pieces)
+    monkeypatch.setattr("ffm_ext.cli._data.iter_libffm", in_pieces)
     again = shown()
     assert again[0] == whole[0]
     np.testing.assert_allclose(again[1], whole[1], atol=2e-6)  # a digit more or less of six

@@ -158,7 +158,7 @@ def test_exact_follows_libffm(kind, loss, options, embed_dim):
         np.testing.assert_allclose(
             made.linear.weight.detach()[:, 0], reference.v, rtol=1e-5, atol=1e-7
         )
-        assert float(made.linear.bias) == pytest.approx(reference.c, rel=1e-5)
+        assert made.linear.bias.item() == pytest.approx(reference.c, rel=1e-5)
 
 
 def test_pairs_inside_a_field_can_be_left_out():
