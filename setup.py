@@ -6,14 +6,14 @@ in pyproject.toml.
 file                       compiled                             sees, beside csrc/
 =========================  ===================================  =======================================
 csrc/cpu/*_kernels.cpp     once per ISA of the table ``ISAS``   nothing: kernels know no torch
-                           and type of ``TYPES``, with
-                           ``-DFFM_ISA=<isa>`` and
-                           ``-DFFM_DTYPE=<its C++ type>``; int8
-                           once per ISA
+                           (``-DFFM_ISA=<isa>``)
 csrc/cuda/*.cu             once, by nvcc, for ``CUDA_ARCHS``    CUDA: kernels know no torch
 csrc/bindings.cpp          once, for the first ISA              Python, pybind11, the version macros
 every other csrc/**/*.cpp  once, for the first ISA              torch's stable ABI, at its floor version
 =========================  ===================================  =======================================
+
+Of these, kernels that mention ``FFM_DTYPE`` are compiled once for each type of ``TYPES`` (``-DFFM_DTYPE=<its C++
+type>``): on several cores that is faster.
 
 No ``-march=native`` and no ``-ffast-math``: the CPU is asked at run time which ISA it has. CUDA is built where a
 toolkit is found, GPU or not: the binary asks a loaded libtorch_cuda.so for what it needs, and so loads in a torch for
@@ -47,6 +47,7 @@ from typing import NamedTuple
 from setuptools import Extension, setup
 from setuptools import __version__ as setuptools_version
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 # The oldest torch that the binary runs on; setup.py defines TORCH_TARGET_VERSION from it.
 TORCH_FLOOR = (2, 10)
@@ -134,6 +135,9 @@ class Step(NamedTuple):
         return build / self.source.with_suffix(f".{self.variant}.o" if self.variant else ".o")
 
 
+SANITIZERS = ("address", "undefined", "thread", "leak")
+
+
 def fail(message: str) -> SystemExit:
     return SystemExit(f"\nffm_ext cannot be built: {message}\n")
 
@@ -185,6 +189,25 @@ def cuda_homes() -> Iterator[Path]:
     yield from sorted(Path("/usr/local").glob("cuda-*"), reverse=True)
 
 
+def find_sanitizers() -> str:
+    """Those that ``FFM_EXT_SANITIZE`` names, for ``-fsanitize=``."""
+    wanted = os.environ.get("FFM_EXT_SANITIZE", "")
+    words = [word.strip() for word in wanted.split(",") if word.strip()]
+    if not set(words) <= set(SANITIZERS):
+        raise fail(
+            f"FFM_EXT_SANITIZE = {wanted!r} is not a list of {', '.join(SANITIZERS)}, with commas."
+        )
+    return ",".join(words)
+
+
+def flags_of(name: str) -> list[str]:
+    """Those of an environment variable."""
+    try:
+        return shlex.split(os.environ.get(name, ""))
+    except ValueError as error:
+        raise fail(f"{name} = {os.environ[name]!r} is no list of flags ({error}).") from None
+
+
 def jobs_option() -> list[str]:
     """How many compilations ninja runs at a time, as ``MAX_JOBS`` has it."""
     jobs = os.environ.get("MAX_JOBS")
@@ -220,9 +243,12 @@ def find_cuda(sanitize: str) -> Cuda | str:
     reason = "no toolkit with include/cuda_runtime.h and an nvcc {} or newer in {}".format(
         NVCC_FLOOR, ", ".join(map(str, homes))
     )
-    if wanted == "1":
+    named = [name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    asked = "FFM_EXT_CUDA=1" if wanted == "1" else f"{' and '.join(named)} is set" if named else ""
+    if asked:
         raise fail(
-            f"FFM_EXT_CUDA=1, and there is {reason}. Name its folder: `CUDA_HOME=/path/to/cuda`."
+            f"{asked}, and there is {reason}. Name its folder, `CUDA_HOME=/path/to/cuda`, or leave CUDA out, "
+            "`FFM_EXT_CUDA=0`."
         )
     return reason
 
@@ -256,16 +282,20 @@ def check_build_tools() -> None:
         )
 
 
+def steps_of(source: Path, variant: str, flags: list[str]) -> Iterator[Step]:
+    """Once; or, where the source is for a type, ``FFM_DTYPE``, once for each."""
+    if "FFM_DTYPE" not in source.read_text():
+        yield Step(source, variant, flags)
+        return
+    for dtype, cpp_type in TYPES.items():
+        yield Step(source, f"{variant}.{dtype}", [*flags, f"-DFFM_DTYPE={cpp_type}"])
+
+
 def kernel_steps(compiler: Compiler) -> Iterator[Step]:
     slow_first = sorted(Path("csrc/cpu").glob("*_kernels.cpp"), reverse=True)
     for source in slow_first:
         for isa, isa_flags in compiler.isas.items():
-            flags = [*isa_flags, *KERNEL_FLAGS, f"-DFFM_ISA={isa}"]
-            if source.stem == "ffm_int8_kernels":
-                yield Step(source, isa, flags)
-                continue
-            for dtype, cpp_type in TYPES.items():
-                yield Step(source, f"{isa}.{dtype}", [*flags, f"-DFFM_DTYPE={cpp_type}"])
+            yield from steps_of(source, isa, [*isa_flags, *KERNEL_FLAGS, f"-DFFM_ISA={isa}"])
 
 
 def compile_steps(
@@ -280,7 +310,12 @@ def compile_steps(
 
     every_cpu = next(iter(compiler.isas.values()))
     floor = "0x{:02x}{:02x}000000000000".format(*TORCH_FLOOR)
-    for_torch = [*(f"-isystem{path}" for path in torch.include), f"-DTORCH_TARGET_VERSION={floor}"]
+    for_torch = [
+        *(f"-isystem{path}" for path in torch.include),
+        # Its headers name themselves in errors: by a path that is the same wherever this is built.
+        *(f"-ffile-prefix-map={path}=torch/include" for path in torch.include),
+        f"-DTORCH_TARGET_VERSION={floor}",
+    ]
     for_python = [
         *(f"-isystem{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())),
         f'-DFFM_EXT_VERSION="{package_version}"',
@@ -291,7 +326,7 @@ def compile_steps(
     if has_cuda:  # the slow ones first
         sources = sorted(Path("csrc/cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
         for source in sources:
-            yield Step(source, "cuda", [] if source.stem == "device_sort" else NO_SPILLS)
+            yield from steps_of(source, "cuda", [] if source.stem == "device_sort" else NO_SPILLS)
     for source in sorted(Path("csrc").rglob("*.cpp")):
         if source.match("csrc/cpu/*_kernels.cpp"):
             continue
@@ -325,8 +360,8 @@ def write_ninja(
     if isinstance(cuda, Cuda):
         libraries = cuda.home / ("lib64" if (cuda.home / "lib64").exists() else "lib")
         ldflags += [f"-L{libraries}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-    cxxflags += shlex.split(os.environ.get("CXXFLAGS", ""))
-    ldflags += shlex.split(os.environ.get("LDFLAGS", ""))
+    cxxflags += flags_of("CXXFLAGS")
+    ldflags += flags_of("LDFLAGS")
 
     with open(build / "build.ninja", "w") as file:
         n = ninja_syntax.Writer(file, width=1000)  # type: ignore[arg-type]  # its stub says str
@@ -342,10 +377,12 @@ def write_ninja(
             # What ptxas says of each kernel is kept for `make cuda-report`, and shown where it is an error.
             host = next(word for word in compiler.command if Path(word).name not in LAUNCHERS)
             nvcc = [str(cuda.home / "bin" / "nvcc"), "-ccbin", host]
+            if "clang" in compiler.version:  # which finds such in NVIDIA's own headers
+                nvcc += ["-Xcompiler", "-Wno-unused-function"]
             n.rule(
                 "nvcc",
                 f"{ninja_words(nvcc)} -MD -MF $out.d {ninja_words(NVCCFLAGS)} $flags -Icsrc -c $in -o $out "
-                "> $out.ptxas 2>&1 || (cat $out.ptxas; exit 1)",
+                "> $out.ptxas 2>&1 || (grep -v '^ptxas info' $out.ptxas; exit 1)",
                 description="compile $in",
                 depfile="$out.d",
                 deps="gcc",
@@ -381,6 +418,15 @@ def replace(source: Path, target: Path) -> None:
     os.replace(beside, target)
 
 
+class CleanBuild(build_py):
+    """Copies the Python files into an empty folder: what an earlier build left there would go into the wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "ffm_ext"), ignore_errors=True)
+        super().run()
+
+
 class NinjaBuild(build_ext):
     """Compiles the extension with ninja, in a folder that outlives the command."""
 
@@ -388,7 +434,7 @@ class NinjaBuild(build_ext):
         compiler, torch = find_compiler(), find_torch()
         check_build_tools()
         jobs = jobs_option()
-        sanitize = os.environ.get("FFM_EXT_SANITIZE", "")
+        sanitize = find_sanitizers()
         cuda = find_cuda(sanitize)
         build = build_folder(sanitize)
         library = build / Path(self.get_ext_filename(ext.name)).name
@@ -416,9 +462,19 @@ class NinjaBuild(build_ext):
             write_ninja(build, library, compiler, torch, cuda, steps, sanitize)
             ninja = [sys.executable, "-m", "ninja", "-f", str(build / "build.ninja")]
             if subprocess.run([*ninja, *jobs]).returncode:
+                advice = [
+                    f"it is {compiler.version}, and has to know C++20 (GCC 11 or newer, Clang 14 or newer)",
+                    "where it was killed, there was too little memory for so many at a time: `MAX_JOBS=1`",
+                ]
+                if isinstance(cuda, Cuda):
+                    advice.append(
+                        f"nvcc is that of CUDA {cuda.version}, and takes compilers of its time: `CXX=` names another, "
+                        "`FFM_EXT_CUDA=0` leaves CUDA out"
+                    )
                 raise fail(
-                    f"the compiler stopped; its first error is above. It is {compiler.version}; it "
-                    "has to know C++20: GCC 11 or newer, Clang 14 or newer."
+                    "the compiler stopped; its first error is above, behind `FAILED:`. If that does not tell: "
+                    + "; ".join(advice)
+                    + "."
                 )
             compdb = subprocess.run([*ninja, "-t", "compdb"], capture_output=True, check=True)
             Path("build", "compile_commands.json").write_bytes(compdb.stdout)
@@ -452,4 +508,4 @@ if __name__ == "__main__":
             str(path) for suffix in ("h", "cu", "cuh") for path in Path("csrc").rglob(f"*.{suffix}")
         ),
     )
-    setup(ext_modules=[extension], cmdclass={"build_ext": NinjaBuild})
+    setup(ext_modules=[extension], cmdclass={"build_ext": NinjaBuild, "build_py": CleanBuild})

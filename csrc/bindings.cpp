@@ -77,12 +77,18 @@ py::dict read_text(const py::object& path, bool libsvm, int64_t begin, std::opti
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information of ffm_ext; loading this module registers torch.ops.ffm_ext.";
+  m.doc() =
+      "What of ffm_ext handles no tensors: build information, reading text, memory. Loading it registers "
+      "torch.ops.ffm_ext.";
   m.def("build_info", [] {
     py::dict info;
     info["version"] = FFM_EXT_VERSION;
     info["torch_built_against"] = FFM_EXT_TORCH_VERSION;
+#ifdef __clang__
     info["compiler"] = __VERSION__;
+#else
+    info["compiler"] = "GCC " __VERSION__;
+#endif
     info["isa"] = ffm::cpu_isa();
     info["cuda_archs"] = py::str(FFM_EXT_CUDA_ARCHS).attr("split")();
     return info;

@@ -7,6 +7,10 @@
 //   each dispatched to  cpu/ffm.cpp   : checks.h, tensors -> params.h -> cpu/ffm_*_kernels.cpp, built once an ISA
 //                  or   cuda/ffm*.cpp : the same checks                -> cuda/ffm_kernels.h, launchers of cuda/*.cu
 //
+//   with a fused optimizer (optim.py), backward is ffm_backward_fused_
+//
+//   Trainer (training.py): ffm_train_ for each 131,072 samples; in batches, ffm_backward_fused_ and ffm_update_
+//
 //   QuantizedFFMInteraction (quantized.py): ffm_quantize once, then ffm_forward_int8, by way of ffm_int8.cpp
 //
 // ffm_train_ and ffm_table_ids are for the CPU alone.
@@ -52,12 +56,12 @@ STABLE_TORCH_LIBRARY(ffm_ext, m) {
       "float[] settings, int step, int? rounding_seed) -> ()");
 
   // Trains a table, and linear [N, 1] and bias [1] where given, with one sample after the other, those that order [n]
-  // int64 names, None: all as they stand. labels, sample_weights [B] float32; loss: logistic or squared. step: of the
+  // int64 names. labels, sample_weights [B] float32; loss: logistic or squared. step: of the
   // first sample. parallel: over threads that do not wait for each other. -> the sum of weight * loss, float64
   m.def(
       "ffm_train_(Tensor(a!) weight, Tensor(b!)[] states, Tensor(c!)? linear, Tensor(d!)[] linear_states, "
       "Tensor(e!)? bias, Tensor(f!)[] bias_states, Tensor indices, Tensor? fields, Tensor? values, Tensor? offsets, "
-      "Tensor labels, Tensor? sample_weights, Tensor? order, str loss, bool within_field, bool normalize, "
+      "Tensor labels, Tensor? sample_weights, Tensor order, str loss, bool within_field, bool normalize, "
       "str optimizer, float[] settings, int step, int? rounding_seed, bool parallel) -> Tensor");
 
   // weight [N, F, K] of any dtype -> packed [N, R] uint8, R = packed_row_bytes(F, K) (params.h)

@@ -36,31 +36,27 @@ struct Optimizer {
   }
 };
 
-// How many tensors an optimizer keeps for a table, and whether they hold a number for each K-vector, not for each
-// weight.
-__attribute__((always_inline)) constexpr int num_states(OptimizerKind kind) {
-  switch (kind) {
-    case OptimizerKind::kSgd: return 0;
-    case OptimizerKind::kAdaGrad:
-    case OptimizerKind::kVectorAdaGrad: return 1;
-    case OptimizerKind::kAdam:
-    case OptimizerKind::kFtrl: return 2;
-  }
-  return 0;
-}
-__attribute__((always_inline)) constexpr bool is_vector_wise(OptimizerKind kind) {
-  return kind == OptimizerKind::kVectorAdaGrad;
-}
-
-// Whether two threads may each change copies of a row and of its states, and what both changed be added.
-constexpr bool changes_add_up(OptimizerKind kind) {
-  return kind != OptimizerKind::kAdam && kind != OptimizerKind::kFtrl;
-}
+// What sets an optimizer apart, beside its arithmetic.
+struct OptimizerTraits {
+  OptimizerKind kind;
+  const char* name;     // in schemas
+  int num_states;       // tensors that it keeps for a table, of a number for each weight
+  bool is_vector_wise;  // or for each K-vector
+  bool adds_up;         // two threads may each change copies of a row and of its states, and what both changed be added
+};
+constexpr OptimizerTraits kOptimizers[] = {
+    {OptimizerKind::kSgd, "sgd", 0, false, true},
+    {OptimizerKind::kAdaGrad, "adagrad", 1, false, true},
+    {OptimizerKind::kVectorAdaGrad, "vector_adagrad", 1, true, true},
+    {OptimizerKind::kAdam, "adam", 2, false, false},
+    {OptimizerKind::kFtrl, "ftrl", 2, false, false},
+};
+inline const OptimizerTraits& traits(OptimizerKind kind) { return kOptimizers[static_cast<int>(kind)]; }
 
 // A table that is updated in place, with the states of its optimizer, which are of the type that sums have.
 struct UpdatedTable {
   void* weight = nullptr;      // [N, F, K], or none
-  void* states[2] = {};        // [N, F, K], or [N, F] where is_vector_wise
+  void* states[2] = {};        // [N, F, K], or [N, F] of a vector-wise one
   int64_t row_size = 0;        // F * K
   int64_t embed_dim = 0;       // K
   int64_t state_row_size = 0;  // F * K or F

@@ -14,19 +14,15 @@ namespace ffm {
 inline Optimizer checked_optimizer(const char* op, const std::string& name, const std::vector<double>& settings,
                                    int64_t step, std::optional<int64_t> rounding_seed, ScalarKind dtype) {
   Optimizer o;
-  if (name == "sgd") {
-    o.kind = OptimizerKind::kSgd;
-  } else if (name == "adagrad") {
-    o.kind = OptimizerKind::kAdaGrad;
-  } else if (name == "vector_adagrad") {
-    o.kind = OptimizerKind::kVectorAdaGrad;
-  } else if (name == "adam") {
-    o.kind = OptimizerKind::kAdam;
-  } else if (name == "ftrl") {
-    o.kind = OptimizerKind::kFtrl;
-  } else {
-    fail(op, "optimizer = '", name, "' is not one of sgd, adagrad, vector_adagrad, adam, ftrl");
+  std::string names;
+  bool is_known = false;
+  for (const OptimizerTraits& other : kOptimizers) {
+    names += (names.empty() ? "" : ", ") + std::string(other.name);
+    if (name != other.name) continue;
+    o.kind = other.kind;
+    is_known = true;
   }
+  if (!is_known) fail(op, "optimizer = '", name, "' is not one of ", names);
   if (settings.size() != 6) {
     fail(op, "settings has ", settings.size(), " numbers, not lr, weight_decay, beta1, beta2, eps, l1");
   }
@@ -56,9 +52,10 @@ inline UpdatedTable checked_table(const char* op, const std::string& name, const
   table.weight = weight.mutable_data_ptr();
   table.row_size = num_fields * embed_dim;
   table.embed_dim = embed_dim;
-  table.state_row_size = is_vector_wise(kind) ? num_fields : table.row_size;
-  if (static_cast<int64_t>(states.size()) != num_states(kind)) {
-    fail(op, name, "states has ", states.size(), " tensors, the optimizer keeps ", num_states(kind));
+  table.state_row_size = traits(kind).is_vector_wise ? num_fields : table.row_size;
+  const int num_states = traits(kind).num_states;
+  if (static_cast<int64_t>(states.size()) != num_states) {
+    fail(op, name, "states has ", states.size(), " tensors, the optimizer keeps ", num_states);
   }
   for (size_t i = 0; i < states.size(); ++i) {
     const std::string state = name + "states[" + std::to_string(i) + "]";
@@ -87,14 +84,11 @@ inline Update checked_update(const char* op, const Tensor& weight, const Problem
   return update;
 }
 
-// A list of `size` numbers, one for each sample or row; size -1: any.
-inline Tensor checked_list(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Tensor& weight,
-                           int64_t size) {
+// A list of numbers, one for each sample or row.
+inline Tensor checked_list(const char* op, const char* name, const Tensor& t, ScalarType dtype, const Tensor& weight) {
   check_same_device(op, name, t, weight);
   if (t.scalar_type() != dtype) fail(op, name, " must be ", dtype_text(dtype), ", got ", dtype_text(t.scalar_type()));
-  if (t.dim() != 1 || (size >= 0 && t.size(0) != size)) {
-    fail(op, name, " has shape ", shape_text(t), ", the batch has ", size, " samples");
-  }
+  if (t.dim() != 1) fail(op, name, " must have one dimension, got shape ", shape_text(t));
   return torch::stable::contiguous(t);
 }
 
@@ -113,7 +107,7 @@ struct RowsUpdate {
            dtype_text(weight.scalar_type()), " with ", num_rows, " rows of ", p.row_size());
     }
     gradient = torch::stable::contiguous(grad_rows);
-    if (rows_) rows = checked_list(op, "rows", *rows_, ScalarType::Long, weight, num_rows);
+    if (rows_) rows = checked_list(op, "rows", *rows_, ScalarType::Long, weight);
   }
 
   Problem table;

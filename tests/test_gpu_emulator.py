@@ -36,17 +36,19 @@ SANITIZED = {
     "asan": ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-g", "-fsanitize=thread"],
 }
+CSRC = ROOT / "csrc"
 KERNELS = [
-    *sorted(ROOT.glob("csrc/cuda/*_kernels.cu")),
-    ROOT / "csrc/cuda/group_rows.cu",
+    step
+    for name in ("*_kernels.cu", "ffm_kernels.cpp", "group_rows.cu")
+    for source in sorted(CSRC.glob(f"cuda/{name}"))
+    for step in setup.steps_of(source, "cuda", [])
 ]
 TESTS = [
-    path
-    for path in sorted(ROOT.glob("tests/gpu/*.cpp"))
-    if path.stem not in ("emulator", "test_emulator")
+    setup.Step(source, "", [])
+    for source in sorted(ROOT.glob("tests/gpu/*.cpp"))
+    if source.stem not in ("emulator", "test_emulator")
 ]
-EMULATOR = ROOT / "tests/gpu/emulator.cpp"
-CSRC = ROOT / "csrc"
+EMULATOR = setup.Step(ROOT / "tests/gpu/emulator.cpp", "", [])
 
 # What a program ends with where the emulator, or a sanitizer, sees something: the first line tells.
 SEEN = {
@@ -69,35 +71,35 @@ def compiler() -> list[str]:
     return found.command
 
 
-def compile_step(source: Path, build: str, target: Path, csrc: Path) -> Path:
+def object_name(step: setup.Step) -> str:
+    return f"{step.source.stem}.{step.variant}.o"
+
+
+def compile_step(step: setup.Step, build: str, folder: Path, csrc: Path) -> Path:
     """Of a tree ``csrc``; one of another than the repository's has a fault, which may leave variables unused."""
     # -O0: the code as it was written, which also compiles fastest. The emulator itself is not written to be slow.
-    options = [*FLAGS, f"-I{csrc}", *SANITIZED[build], "-O0"]
+    options = [*FLAGS, *step.flags, f"-I{csrc}", *SANITIZED[build], "-O0"]
     if csrc != CSRC:
         options += ["-w"]
-    if source == EMULATOR:
+    if step == EMULATOR:
         # What it does for itself would be seen as races; instead it tells TSan of barriers and copies.
         options += [
             "-O2",
             *(["-fno-sanitize=thread", "-DGPU_EMULATOR_TSAN"] if build == "tsan" else []),
         ]
-    elif build == "plain" and source in TESTS:
+    elif build == "plain" and step in TESTS:
         options += ["-O1"]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    command = [*compiler(), *options, "-x", "c++", "-c", str(source), "-o", str(target)]
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / object_name(step)
+    command = [*compiler(), *options, "-x", "c++", "-c", str(step.source), "-o", str(target)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     return target
 
 
-def compile_all(sources: Iterable[Path], build: str, folder: Path, csrc: Path) -> list[Path]:
+def compile_all(steps: Iterable[setup.Step], build: str, folder: Path, csrc: Path) -> list[Path]:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        return list(
-            pool.map(
-                lambda source: compile_step(source, build, folder / f"{source.stem}.o", csrc),
-                sources,
-            )
-        )
+        return list(pool.map(lambda step: compile_step(step, build, folder, csrc), steps))
 
 
 def link(objects: Iterable[Path], build: str, program: Path) -> Path:
@@ -226,7 +228,7 @@ NUM_SCHEDULES = 6
     ],
 )
 def test_emulator(tmp_path: Path, build: str) -> None:
-    sources = [EMULATOR, ROOT / "tests/gpu/test_emulator.cpp"]
+    sources = [EMULATOR, setup.Step(ROOT / "tests/gpu/test_emulator.cpp", "", [])]
     objects = compile_all(sources, build, tmp_path, CSRC)
     program = link(objects, build, tmp_path / "test_emulator")
     for kernel, outcomes in EMULATED.items():
@@ -262,13 +264,13 @@ class Fault:
     file: str
     old: str
     new: str
-    sources: list[str]
+    kernels: str
     test: str
     builds: dict[str, set[str]]
 
 
-FORWARD = ["ffm_forward_float32_kernels"]
-BACKWARD = ["ffm_backward_float32_kernels"]
+FORWARD = "ffm_forward_kernels"
+BACKWARD = "ffm_backward_kernels"
 
 FAULTS = [
     Fault(
@@ -370,7 +372,7 @@ FAULTS = [
     ),
     Fault(
         "no barrier between a tile and the next",
-        "backward.cuh",
+        "ffm_backward_kernels.cu",
         "if (j > 0) __syncthreads();",
         "",
         BACKWARD,
@@ -379,7 +381,7 @@ FAULTS = [
     ),
     Fault(
         "rows move while others still read them",
-        "backward.cuh",
+        "ffm_backward_kernels.cu",
         "if (kRows == Rows::kUpdated) __syncthreads();",
         "",
         BACKWARD,
@@ -388,7 +390,7 @@ FAULTS = [
     ),
     Fault(
         "a row that began before is taken for whole",
-        "backward.cuh",
+        "ffm_backward_kernels.cu",
         "    if (begins && ends) {",
         "    if (ends) {",
         BACKWARD,
@@ -397,7 +399,7 @@ FAULTS = [
     ),
     Fault(
         "entries arrive before their gradients are there",
-        "backward.cuh",
+        "ffm_backward_kernels.cu",
         "          __threadfence();\n          is_last = ",
         "          is_last = ",
         BACKWARD,
@@ -406,7 +408,7 @@ FAULTS = [
     ),
     Fault(
         "a row is finished before its last entry arrives",
-        "backward.cuh",
+        "ffm_backward_kernels.cu",
         "atomicAdd(t_.groups.arrivals + place.first, 1) == place.count - 1;",
         "atomicAdd(t_.groups.arrivals + place.first, 1) == place.count - 2;",
         BACKWARD,
@@ -415,7 +417,7 @@ FAULTS = [
     ),
     Fault(
         "a row has one entry more than are added up",
-        "backward.cuh",
+        "ffm_backward_kernels.cu",
         "rank < abs(place.count); ++rank) add",
         "rank < abs(place.count) - 1; ++rank) add",
         BACKWARD,
@@ -424,7 +426,7 @@ FAULTS = [
     ),
     Fault(
         "an addition that is not atomic",
-        "backward.cuh",
+        "ffm_backward_kernels.cu",
         "atomicAdd(p + k, numbers.x[k]);",
         "p[k] += numbers.x[k];",
         BACKWARD,
@@ -460,10 +462,15 @@ def test_faults(
     csrc = tmp_path / "csrc"
     shutil.copytree(CSRC, csrc)
     plant(fault, csrc)
-    faulty = [csrc / "cuda" / f"{stem}.cu" for stem in fault.sources]
+    faulty = [
+        step._replace(source=csrc / step.source.relative_to(CSRC))
+        for step in KERNELS
+        if (step.source.stem, step.variant) == (fault.kernels, "cuda.float32")
+    ]
     objects = compile_all(faulty, build, tmp_path, csrc)
     _ = programs[build]
-    others = [path for path in (folder / build).glob("*.o") if path.stem not in fault.sources]
+    names = [path.name for path in objects]
+    others = [path for path in (folder / build).glob("*.o") if path.name not in names]
     program = link([*objects, *others], build, tmp_path / "faulty")
     stride, schedules = (29, 1) if build == "tsan" else (17, 2)
     done = run(program, fault.test, stride, schedules, LAST_FLOAT32)

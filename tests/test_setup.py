@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +30,8 @@ def load_setup() -> ModuleType:
 def setup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The module, on a machine whose only toolkit may be in ``tmp_path``."""
     module = load_setup()
-    monkeypatch.delenv("FFM_EXT_CUDA", raising=False)
+    for name in ("FFM_EXT_CUDA", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module, "cuda_homes", lambda: iter([tmp_path / "none", tmp_path / "cuda"]))
     return module
 
@@ -69,6 +73,12 @@ def test_without_one_it_is_left_out_or_an_error(
     monkeypatch.setenv("FFM_EXT_CUDA", "1")
     with pytest.raises(SystemExit, match="FFM_EXT_CUDA=1, and there is no toolkit"):
         setup.find_cuda("")
+    monkeypatch.delenv("FFM_EXT_CUDA")
+    monkeypatch.setenv("CUDA_HOME", "/elsewhere")
+    with pytest.raises(SystemExit, match="CUDA_HOME is set, and there is no toolkit"):
+        setup.find_cuda("")
+    monkeypatch.setenv("FFM_EXT_CUDA", "0")
+    assert setup.find_cuda("") == "FFM_EXT_CUDA=0"
 
 
 def test_it_can_be_left_out(
@@ -85,6 +95,49 @@ def test_it_can_be_left_out(
 def test_cuda_home_is_the_only_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     assert list(load_setup().cuda_homes()) == [tmp_path]
+
+
+def test_sanitizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = load_setup()
+    for given, found in (("", ""), (" address, undefined ", "address,undefined"), ("leak", "leak")):
+        monkeypatch.setenv("FFM_EXT_SANITIZE", given)
+        assert setup.find_sanitizers() == found
+    for given in ("foo", "ADDRESS", "address;undefined", "../../x"):
+        monkeypatch.setenv("FFM_EXT_SANITIZE", given)
+        with pytest.raises(SystemExit, match=r"FFM_EXT_SANITIZE = .* is not a list of address,"):
+            setup.find_sanitizers()
+
+
+def test_flags_that_the_shell_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = load_setup()
+    monkeypatch.setenv("CXXFLAGS", "-DA='b c' -O1")
+    assert setup.flags_of("CXXFLAGS") == ["-DA=b c", "-O1"]
+    monkeypatch.setenv("CXXFLAGS", "-DA='b")
+    with pytest.raises(SystemExit, match=r"CXXFLAGS = .* is no list of flags"):
+        setup.flags_of("CXXFLAGS")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="there is no Clang")
+def test_clang_takes_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for code generation, of which the tests of the build have enough with one compiler."""
+    monkeypatch.setenv("CXX", "clang++")
+    monkeypatch.setenv("FFM_EXT_CUDA", "0")
+    monkeypatch.chdir(SETUP.parent)
+    setup = load_setup()
+    found, torch = setup.find_compiler(), setup.find_torch()
+    steps = list(setup.compile_steps(found, torch, "FFM_EXT_CUDA=0", "0"))
+    assert {step.source.name for step in steps} >= {"isa.cpp", "ffm_train_kernels.cpp"}
+    flags = [*setup.CXXFLAGS, "-Icsrc", "-Werror", "-fsyntax-only"]
+
+    def check(step: tuple[Path, str, list[str]]) -> str:
+        source, variant, own = step
+        command = [*found.command, *own, *flags, str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return "" if done.returncode == 0 else f"{source} {variant}\n{done.stderr}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        assert not "".join(pool.map(check, steps))
 
 
 @pytest.mark.parametrize("jobs", ["abc", "-3", "0", "1.5"])

@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "../batch.h"
+#include "../dispatch.h"
 #include "parallel.h"
 
 namespace ffm {
@@ -61,46 +62,56 @@ inline int64_t first_outside(const Ids& ids, int64_t n, int64_t limit) {
   return i;
 }
 
-template <typename T, typename Bits>
-inline bool all_finite(const void* values, int64_t n) {
-  const T* const data = static_cast<const T*>(values);
+// As torch has it, with its conversions to float.
+template <typename T>
+struct TorchScalar {
+  using type = T;
+};
+template <>
+struct TorchScalar<BFloat16> {
+  using type = torch::headeronly::BFloat16;
+};
+template <>
+struct TorchScalar<Float16> {
+  using type = torch::headeronly::Half;
+};
+
+// Calls fn with the numbers as a pointer to their type.
+template <typename Fn>
+void with_numbers(ScalarKind dtype, const void* numbers, const Fn& fn) {
+  dispatch_dtype(dtype, [&](auto scalar) {
+    fn(static_cast<const typename TorchScalar<typename decltype(scalar)::type>::type*>(numbers));
+  });
+}
+
+template <typename T>
+bool all_finite(const T* numbers, int64_t n) {
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
   // Infinities and NaNs are the numbers whose exponent is all ones.
   const Bits exponent = std::bit_cast<Bits>(std::numeric_limits<T>::infinity());
   bool bad = false;
-  for (int64_t i = 0; i < n; ++i) bad |= (std::bit_cast<Bits>(data[i]) & exponent) == exponent;
+  for (int64_t i = 0; i < n; ++i) bad |= (std::bit_cast<Bits>(numbers[i]) & exponent) == exponent;
   return !bad;
-}
-
-inline bool all_finite(ScalarKind dtype, const void* values, int64_t n) {
-  switch (dtype) {
-    case ScalarKind::kFloat32: return all_finite<float, uint32_t>(values, n);
-    case ScalarKind::kFloat64: return all_finite<double, uint64_t>(values, n);
-    case ScalarKind::kBFloat16: return all_finite<torch::headeronly::BFloat16, uint16_t>(values, n);
-    case ScalarKind::kFloat16: return all_finite<torch::headeronly::Half, uint16_t>(values, n);
-  }
-  return false;
 }
 
 // The values of `count` entries from number `first` on.
 inline bool all_finite(const Problem& p, int64_t first, int64_t count) {
-  return all_finite(p.dtype, static_cast<const char*>(p.values) + first * element_bytes(p.dtype), count);
+  bool holds = false;
+  with_numbers(p.dtype, p.values, [&](const auto* values) { holds = all_finite(values + first, count); });
+  return holds;
 }
 
-inline double value_at(const Problem& p, int64_t e) {
-  switch (p.dtype) {
-    case ScalarKind::kFloat32: return static_cast<const float*>(p.values)[e];
-    case ScalarKind::kFloat64: return static_cast<const double*>(p.values)[e];
-    case ScalarKind::kBFloat16: return static_cast<const torch::headeronly::BFloat16*>(p.values)[e];
-    case ScalarKind::kFloat16: return static_cast<const torch::headeronly::Half*>(p.values)[e];
-  }
-  return 0;
+inline double number_at(ScalarKind dtype, const void* numbers, int64_t i) {
+  double number = 0;
+  with_numbers(dtype, numbers, [&](const auto* typed) { number = static_cast<double>(typed[i]); });
+  return number;
 }
 
 inline void check_values(const char* op, const Problem& p) {
   const int64_t n = p.num_entries;
   if (all_parts(n, n, [&](int64_t begin, int64_t end) { return all_finite(p, begin, end - begin); })) return;
   for (int64_t e = 0; e < n; ++e) {
-    const double value = value_at(p, e);
+    const double value = number_at(p.dtype, p.values, e);
     if (!std::isfinite(value)) fail_value(op, p, e, value);
   }
 }

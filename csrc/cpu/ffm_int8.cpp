@@ -21,25 +21,10 @@ constexpr int64_t kBlockBytes = 64 << 10;
 
 // ---- Float -> int8.
 
-// As torch has it, with its conversions to float.
-template <typename T>
-struct TorchScalar {
-  using type = T;
-};
-template <>
-struct TorchScalar<BFloat16> {
-  using type = torch::headeronly::BFloat16;
-};
-template <>
-struct TorchScalar<Float16> {
-  using type = torch::headeronly::Half;
-};
-
 // Rows [begin, end). Returns where the first of their elements is that float32 cannot hold, -1 where there is none.
 template <typename T>
-int64_t quantize_rows(const Problem& p, char* packed, int64_t begin, int64_t end) {
+int64_t quantize_rows(const Problem& p, const T* weight, char* packed, int64_t begin, int64_t end) {
   const int64_t F = p.num_fields, K = p.embed_dim, packed_K = packed_embed_dim(K), row_bytes = packed_row_bytes(F, K);
-  const T* const weight = static_cast<const T*>(p.weight);
   constexpr float kMax = std::numeric_limits<float>::max();
   // Added, it leaves a number rounded to the nearest integer, ties to even, in the last bits of the sum.
   constexpr float kRound = 0x1.8p23f;
@@ -87,19 +72,11 @@ Tensor ffm_quantize(const Tensor& weight) {
   const int64_t parts = num_parts(N * p.row_size(), kGrainElements);
   std::vector<int64_t> bad(parts, -1);
   parallel_ranges(parts, N, [&](int64_t part, int64_t begin, int64_t end) {
-    dispatch_dtype(p.dtype, [&](auto scalar) {
-      using T = typename TorchScalar<typename decltype(scalar)::type>::type;
-      bad[part] = quantize_rows<T>(p, data, begin, end);
-    });
+    with_numbers(p.dtype, p.weight,
+                 [&](const auto* numbers) { bad[part] = quantize_rows(p, numbers, data, begin, end); });
   });
   for (int64_t i : bad) {
-    if (i < 0) continue;
-    double value = 0;
-    dispatch_dtype(p.dtype, [&](auto scalar) {
-      using T = typename TorchScalar<typename decltype(scalar)::type>::type;
-      value = static_cast<double>(static_cast<const T*>(p.weight)[i]);
-    });
-    fail_element(op, p, i, value);
+    if (i >= 0) fail_element(op, p, i, number_at(p.dtype, p.weight, i));
   }
   return packed;
 }

@@ -49,9 +49,9 @@ struct TrainKernels {
   double (*train)(const Problem&, const Training&, const float* labels, const float* weights, int64_t step,
                   int64_t begin, int64_t end, void* scratch);
 
-  // Rows indices[i], each named once, for i in [begin, end): updated with gradient i of grad_rows [., F, K], in the
-  // type of the table. scratch: [F, K] in the type of sums, aligned to 64.
-  void (*update_rows)(const Update&, const Ids& indices, const void* grad_rows, int64_t begin, int64_t end,
+  // Rows rows[i], each named once, for i in [begin, end): updated with gradient i of grad_rows [., F, K], in the type
+  // of the table. No rows: row i. scratch: [F, K] in the type of sums, aligned to 64.
+  void (*update_rows)(const Update&, const int64_t* rows, const void* grad_rows, int64_t begin, int64_t end,
                       void* scratch);
 
   // Row `row` of a table with its states, and row `slot` of two copies: what `own` has changed since `before` is added

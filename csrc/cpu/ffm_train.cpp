@@ -137,23 +137,29 @@ UpdatedTable checked_vector(const char* op, const std::string& name, const Optio
   return checked_table(op, name + "_", *vector, size, 1, 1, states, kind);
 }
 
-void check_finite_list(const char* op, const char* name, const float* list, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (!std::isfinite(list[i])) fail(op, name, "[", i, "] = ", list[i], " is not finite");
+// A finite number for each sample.
+Tensor checked_numbers(const char* op, const char* name, const Tensor& t, const Problem& p, const Tensor& weight) {
+  const Tensor list = checked_list(op, name, t, ScalarType::Float, weight);
+  if (list.numel() != p.batch_size) {
+    fail(op, name, " has shape ", shape_text(t), ", the batch has ", p.batch_size, " samples");
   }
+  const float* const numbers = static_cast<const float*>(list.const_data_ptr());
+  for (int64_t b = 0; b < p.batch_size; ++b) {
+    if (!std::isfinite(numbers[b])) fail(op, name, "[", b, "] = ", numbers[b], " is not finite");
+  }
+  return list;
 }
 
 Tensor ffm_train_(const Tensor& weight, const std::vector<Tensor>& states, const OptionalTensor& linear,
                   const std::vector<Tensor>& linear_states, const OptionalTensor& bias,
                   const std::vector<Tensor>& bias_states, const Tensor& indices, const OptionalTensor& fields,
                   const OptionalTensor& values, const OptionalTensor& offsets, const Tensor& labels,
-                  const OptionalTensor& sample_weights, const OptionalTensor& order, const std::string& loss,
-                  bool within_field, bool normalize, const std::string& optimizer, const std::vector<double>& settings,
-                  int64_t step, std::optional<int64_t> rounding_seed, bool parallel) {
+                  const OptionalTensor& sample_weights, const Tensor& order, const std::string& loss, bool within_field,
+                  bool normalize, const std::string& optimizer, const std::vector<double>& settings, int64_t step,
+                  std::optional<int64_t> rounding_seed, bool parallel) {
   const char* op = "ffm_train_";
   const Batch batch(op, weight, indices, fields, values, offsets, "sum", within_field);
   const Problem& p = batch.problem;
-  if (!order) check_contents(op, p);
 
   Training training;
   training.optimizer = checked_optimizer(op, optimizer, settings, step, rounding_seed, p.dtype);
@@ -164,24 +170,19 @@ Tensor ffm_train_(const Tensor& weight, const std::vector<Tensor>& states, const
   training.loss = checked_loss(op, loss);
   training.normalize = normalize;
 
-  const Tensor all_labels = checked_list(op, "labels", labels, ScalarType::Float, weight, p.batch_size);
+  const Tensor all_labels = checked_numbers(op, "labels", labels, p, weight);
   const float* const label = static_cast<const float*>(all_labels.const_data_ptr());
-  check_finite_list(op, "labels", label, p.batch_size);
-  std::optional<Tensor> all_weights, numbers;
-  if (sample_weights) {
-    all_weights = checked_list(op, "sample_weights", *sample_weights, ScalarType::Float, weight, p.batch_size);
-    check_finite_list(op, "sample_weights", static_cast<const float*>(all_weights->const_data_ptr()), p.batch_size);
-  }
+  std::optional<Tensor> all_weights;
+  if (sample_weights) all_weights = checked_numbers(op, "sample_weights", *sample_weights, p, weight);
   const float* const sample_weight = all_weights ? static_cast<const float*>(all_weights->const_data_ptr()) : nullptr;
-  int64_t n = p.batch_size;
-  if (order) {
-    numbers = checked_list(op, "order", *order, ScalarType::Long, weight, -1);
-    n = numbers->numel();
-    if (!all_in_range_by_threads({numbers->const_data_ptr(), true}, n, p.batch_size)) {
-      fail<std::out_of_range>(op, "order names samples out of range for ", p.batch_size);
-    }
-    check_samples(op, p, static_cast<const int64_t*>(numbers->const_data_ptr()), n);
+  const Tensor numbers = checked_list(op, "order", order, ScalarType::Long, weight);
+  const int64_t n = numbers.numel();
+  const int64_t* const at = static_cast<const int64_t*>(numbers.const_data_ptr());
+  const int64_t wrong = first_outside({at, true}, n, p.batch_size);
+  if (wrong < n) {
+    fail<std::out_of_range>(op, "order[", wrong, "] = ", at[wrong], " is out of range for ", p.batch_size, " samples");
   }
+  check_samples(op, p, at, n);
 
   const TrainKernels& kernels = train_kernels(p.dtype);
   const int64_t entries = p.num_entries;
@@ -189,20 +190,14 @@ Tensor ffm_train_(const Tensor& weight, const std::vector<Tensor>& states, const
       parallel ? std::min(std::max<int64_t>(1, n), num_parts(entries * p.row_size(), kGrainElements)) : 1;
   const Scratch scratch(parts, kernels.scratch_bytes(p));
   std::vector<double> losses(parts, 0);
-  training.state_rows = training.linear_rows = p.indices;
-  const int64_t* const at = numbers ? static_cast<const int64_t*>(numbers->const_data_ptr()) : nullptr;
   // Copies of samples name the copies of rows.
   std::optional<FrequentRows> frequent;
-  if (at && parts > 1 && changes_add_up(kind)) frequent.emplace(p, training.table, at, n);
+  if (parts > 1 && traits(kind).adds_up) frequent.emplace(p, training.table, at, n);
   const bool has_own = frequent && frequent->count() > 0;
   const int64_t at_a_time =
       has_own ? std::clamp(kSamplesBetween / parts, kSamplesAhead, kSamplesAtATime) : kSamplesAtATime;
   const int64_t fewest = std::max(kFewestUpdates, kUpdatesBetween / parts);
   parallel_ranges(parts, n, [&](int64_t part, int64_t begin, int64_t end) {
-    if (!at) {
-      losses[part] = kernels.train(p, training, label, sample_weight, step, begin, end, scratch.of(part));
-      return;
-    }
     std::optional<OwnRows> own;
     if (has_own) own.emplace(*frequent, p, Update{training.table, training.optimizer}, kernels);
     Samples samples(p, training, own ? &*own : nullptr);
@@ -235,25 +230,17 @@ void ffm_update_(const Tensor& weight, const std::vector<Tensor>& states, const 
   const RowsUpdate given(op, weight, states, rows, grad_rows, optimizer, settings, step, rounding_seed);
   const Problem& p = given.table;
   const int64_t n = given.num_rows;
-  std::vector<int64_t> every_row;
-  Ids ids_of_rows;
-  if (given.rows) {
-    ids_of_rows = ids(op, "rows", *given.rows);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t row = ids_of_rows[i];
-      if (row < 0 || row >= p.num_features) fail_row_range(op, p, i, row);
-      if (i > 0 && row <= ids_of_rows[i - 1]) fail_row_order(op, i, row);
-    }
-  } else {
-    every_row.resize(n);
-    for (int64_t i = 0; i < n; ++i) every_row[i] = i;
-    ids_of_rows = {every_row.data(), true};
+  const int64_t* const rows_in_order = given.rows ? static_cast<const int64_t*>(given.rows->const_data_ptr()) : nullptr;
+  for (int64_t i = 0; rows_in_order && i < n; ++i) {
+    const int64_t row = rows_in_order[i];
+    if (row < 0 || row >= p.num_features) fail_row_range(op, p, i, row);
+    if (i > 0 && row <= rows_in_order[i - 1]) fail_row_order(op, i, row);
   }
   const TrainKernels& kernels = train_kernels(p.dtype);
   const int64_t parts = num_parts(n * p.row_size(), kGrainElements);
   const Scratch scratch(parts, static_cast<size_t>(p.row_size() * sum_bytes(p.dtype)));
   parallel_ranges(parts, n, [&](int64_t part, int64_t begin, int64_t end) {
-    kernels.update_rows(given.update, ids_of_rows, given.gradient.const_data_ptr(), begin, end, scratch.of(part));
+    kernels.update_rows(given.update, rows_in_order, given.gradient.const_data_ptr(), begin, end, scratch.of(part));
   });
 }
 

@@ -381,7 +381,7 @@ double dispatch_train(const Problem& p, const Training& t, const float* labels, 
 }
 
 template <typename T>
-void update_rows(const Update& update, const Ids& indices, const void* grad_rows, int64_t begin, int64_t end,
+void update_rows(const Update& update, const int64_t* rows, const void* grad_rows, int64_t begin, int64_t end,
                  void* scratch) {
   using A = Sum<T>;
   const int64_t row_size = update.table.row_size;
@@ -395,7 +395,7 @@ void update_rows(const Update& update, const Ids& indices, const void* grad_rows
     } else {
       wide = gradient;
     }
-    update_row(update.table, update.optimizer, indices[i], A(1), wide, 0, row_size);
+    update_row(update.table, update.optimizer, rows ? rows[i] : i, A(1), wide, 0, row_size);
   }
 }
 

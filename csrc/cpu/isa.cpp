@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: MIT
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -48,6 +52,14 @@ FFM_DECLARE_KERNELS(neon)
 
 namespace {
 
+#if defined(__x86_64__)
+// __builtin_cpu_supports of Clang does not know the name.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 struct Isa {
   const char* name;
   Tables (*tables)(ScalarKind);
@@ -65,7 +77,7 @@ constexpr Isa kIsas[] = {
 #endif
 #if defined(__x86_64__)
     {"avx2", avx2::tables, &avx2::int8_kernels,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }},
     {"avx512", avx512::tables, &avx512::int8_kernels,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -246,24 +246,27 @@ void update_row_vector_wise(const UpdatedTable& table, const Optimizer& o, int64
       if (n > i) update_rest(std::integral_constant<int, kMost / 2>{});
     }
   };
-  switch (table.embed_dim) {
-    case 4: return with_constant(std::integral_constant<int, 4>{});
-    case 8: return with_constant(std::integral_constant<int, 8>{});
-    case 16: return with_constant(std::integral_constant<int, 16>{});
-  }
-  const int64_t K = table.embed_dim;
-  for (int64_t i = 0; i < n; i += K) {
-    const auto gradient = [&](int64_t k) { return x * d[i + k] + rates.weight_decay * load(weight + i + k); };
-    A squares = 0;
-    for (int64_t k = 0; k < K; ++k) squares += gradient(k) * gradient(k);
-    A& sum = sums[i / K];
-    sum += squares / static_cast<A>(K);
-    const A rate = rates.lr * inverse_sqrt(Vec<A, 2>{sum})[0];
-    for (int64_t k = 0; k < K; ++k) {
-      store_weights<1>(weight + i + k, {Vec<A, 1>{load(weight + i + k) - rate * gradient(k)}}, rounding, begin + i + k,
-                       1);
+  const auto of_any = [&](int64_t K) {
+    for (int64_t i = 0; i < n; i += K) {
+      const auto gradient = [&](int64_t k) { return x * d[i + k] + rates.weight_decay * load(weight + i + k); };
+      A squares = 0;
+      for (int64_t k = 0; k < K; ++k) squares += gradient(k) * gradient(k);
+      A& sum = sums[i / K];
+      sum += squares / static_cast<A>(K);
+      const A rate = rates.lr * inverse_sqrt(Vec<A, 2>{sum})[0];
+      for (int64_t k = 0; k < K; ++k) {
+        store_weights<1>(weight + i + k, {Vec<A, 1>{load(weight + i + k) - rate * gradient(k)}}, rounding,
+                         begin + i + k, 1);
+      }
     }
-  }
+  };
+  dispatch_embed_dim(table.embed_dim, [&](auto K) {
+    if constexpr (K() == 0) {
+      of_any(table.embed_dim);
+    } else {
+      with_constant(K);
+    }
+  });
 }
 
 template <typename T>

@@ -1,13 +1,54 @@
 // SPDX-License-Identifier: MIT
-// The interaction, by dtype; the roof that it is measured against; and what may be wrong with a batch.
+// The interaction on a table of FFM_DTYPE, and the roof that it is measured against.
 
-#include "../dispatch.h"
 #include "ffm_kernels.h"
-#include "forward.cuh"
+#include "field_sums_forward.cuh"
+#include "one_hot_forward.cuh"
 #include "pairs.cuh"
 
 namespace ffm::cuda {
 namespace {
+
+// One-hot samples that fit into shared memory; false: they do not.
+template <typename T>
+bool launch_table_pairs(const Device& device, const Problem& p, void* out, cudaStream_t stream, cudaError_t* error) {
+  const int64_t bytes = p.embed_dim * static_cast<int64_t>(sizeof(T));
+  const auto launch = [&](auto unit_bytes, auto units) {
+    return launch_one_hot<TablePairs<T, unit_bytes(), units()>>(
+        device, p, p.row_size() * static_cast<int64_t>(sizeof(T)), unit_bytes(), bytes / unit_bytes(), 0, out, stream,
+        error);
+  };
+  using std::integral_constant;
+  constexpr integral_constant<int, 16> k16;
+  constexpr integral_constant<int, 8> k8;
+  constexpr integral_constant<int, 4> k4;
+  constexpr integral_constant<int, 0> kAny;
+  // Those of embed_dim 4, 8 and 16.
+  switch (bytes) {
+    case 8:
+      if constexpr (sizeof(T) == 2) return launch(k8, integral_constant<int, 1>{});
+      break;
+    case 16:
+      if constexpr (sizeof(T) <= 4) return launch(k16, integral_constant<int, 1>{});
+      break;
+    case 32: return launch(k16, integral_constant<int, 2>{});
+    case 64:
+      if constexpr (sizeof(T) >= 4) return launch(k16, integral_constant<int, 4>{});
+      break;
+    default: break;
+  }
+  switch (common_alignment(bytes, nullptr)) {
+    case 16: return launch(k16, kAny);
+    case 8: return launch(k8, kAny);
+    case 4:
+      if constexpr (sizeof(T) <= 4) return launch(k4, kAny);
+      break;
+    default:
+      if constexpr (sizeof(T) == 2) return launch(integral_constant<int, 2>{}, kAny);
+      break;
+  }
+  return false;
+}
 
 constexpr int kThreads = 256;
 
@@ -71,85 +112,45 @@ cudaError_t launch_gather_sum(const Problem& p, void* out, cudaStream_t stream) 
   return GPU_LAUNCH(kernel, blocks, kThreads, 0, stream, p, static_cast<T*>(out));
 }
 
-__device__ __forceinline__ void at_first(int64_t* place, int64_t i) {
-  atomicMin(reinterpret_cast<unsigned long long*>(place), static_cast<unsigned long long>(i));
-}
-
-__global__ void __launch_bounds__(kThreads) find_faults_kernel(const Problem p, Faults* faults) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  if (p.offsets) {
-    const int64_t B = p.batch_size;
-    for (int64_t b = first; b <= B; b += step) {
-      if (b == 0 ? p.offsets[0] != 0 : p.offsets[b] < p.offsets[b - 1]) at_first(&faults->offset, b);
-      if (b == B && p.offsets[B] != p.num_entries) at_first(&faults->offset, B + 1);
-    }
-  }
-  for (int64_t e = first; e < p.num_entries; e += step) {
-    if (static_cast<uint64_t>(p.indices[e]) >= static_cast<uint64_t>(p.num_features)) at_first(&faults->index, e);
-    if (p.fields && static_cast<uint64_t>(p.fields[e]) >= static_cast<uint64_t>(p.num_fields)) {
-      at_first(&faults->field, e);
-    }
-    if (p.values) {
-      bool is_finite = true;
-      dispatch_dtype(p.dtype, [&](auto scalar) {
-        using T = typename decltype(scalar)::type;
-        const Sum<T> x = load(static_cast<const T*>(p.values) + e);
-        is_finite = x - x == 0;
-      });
-      if (!is_finite) at_first(&faults->value, e);
-    }
-  }
-}
-
 }  // namespace
 
-const char* forward(const Problem& p, void* out, void* stream) {
-  switch (p.dtype) {
-    case ScalarKind::kFloat32: return forward_float32(p, out, stream);
-    case ScalarKind::kFloat64: return forward_float64(p, out, stream);
-    case ScalarKind::kBFloat16: return forward_bfloat16(p, out, stream);
-    case ScalarKind::kFloat16: return forward_float16(p, out, stream);
+template <typename T>
+const char* forward(const Problem& p, void* out, void* stream_) {
+  if (p.batch_size == 0) return nullptr;
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  Device device;
+  cudaError_t error = current_device(&device);
+  if (error != cudaSuccess) return error_text(error);
+  if (!p.fields && launch_table_pairs<T>(device, p, out, stream, &error)) return error_text(error);
+  const int64_t row_bytes = p.row_size() * static_cast<int64_t>(sizeof(T));
+  const TableRows<T> rows{static_cast<const unsigned char*>(p.weight), row_bytes};
+  // Numbers that are read at once: in shared memory they are 16 bytes at most.
+  const int64_t bytes = p.embed_dim * static_cast<int64_t>(sizeof(T));
+  switch (common_alignment(bytes, p.weight) / static_cast<int>(sizeof(T))) {
+    case 8:
+    case 4:
+      if constexpr (sizeof(T) <= 4) return error_text(launch_field_sums<TableRows<T>, 4>(device, p, rows, out, stream));
+      [[fallthrough]];
+    case 2: return error_text(launch_field_sums<TableRows<T>, 2>(device, p, rows, out, stream));
+    default: return error_text(launch_field_sums<TableRows<T>, 1>(device, p, rows, out, stream));
   }
-  return "no such dtype";
 }
 
+template <typename T>
 const char* gather_sum(const Problem& p, void* out, void* stream) {
   if (p.batch_size == 0) return nullptr;
-  cudaError_t error = cudaSuccess;
-  dispatch_dtype(p.dtype, [&](auto scalar) {
-    using T = typename decltype(scalar)::type;
-    const int64_t row_bytes = p.row_size() * static_cast<int64_t>(sizeof(T));
-    const auto launch = [&](auto bytes) {
-      error = launch_gather_sum<T, bytes()>(p, out, static_cast<cudaStream_t>(stream));
-    };
-    switch (common_alignment(row_bytes, p.weight)) {
-      case 16: return launch(std::integral_constant<int, 16>{});
-      case 8: return launch(std::integral_constant<int, 8>{});
-      default: return launch(std::integral_constant<int, sizeof(T)>{});
-    }
-  });
-  return error_text(error);
+  const int64_t row_bytes = p.row_size() * static_cast<int64_t>(sizeof(T));
+  const auto launch = [&](auto bytes) {
+    return error_text(launch_gather_sum<T, bytes()>(p, out, static_cast<cudaStream_t>(stream)));
+  };
+  switch (common_alignment(row_bytes, p.weight)) {
+    case 16: return launch(std::integral_constant<int, 16>{});
+    case 8: return launch(std::integral_constant<int, 8>{});
+    default: return launch(std::integral_constant<int, sizeof(T)>{});
+  }
 }
 
-const char* find_faults(const Problem& p, Faults* faults, void* stream_) {
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  static_assert(kNoFault == 0x7f7f7f7f7f7f7f7f, "as cudaMemset writes it");
-  cudaError_t error = cudaMemsetAsync(faults, 0x7f, sizeof(Faults), stream);
-  Device device;
-  if (error == cudaSuccess) error = current_device(&device);
-  unsigned blocks = 0;
-  const int64_t work = (std::max(p.num_entries, p.batch_size + 1) + kThreads - 1) / kThreads;
-  if (error == cudaSuccess) error = resident_blocks(device, find_faults_kernel, kThreads, 0, work, &blocks);
-  if (error == cudaSuccess) error = GPU_LAUNCH(find_faults_kernel, blocks, kThreads, 0, stream, p, faults);
-  return error_text(error);
-}
-
-const char* read_back(void* host, const void* device, size_t bytes, void* stream_) {
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  cudaError_t error = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream);
-  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-  return error_text(error);
-}
+template const char* forward<FFM_DTYPE>(const Problem&, void*, void*);
+template const char* gather_sum<FFM_DTYPE>(const Problem&, void*, void*);
 
 }  // namespace ffm::cuda

@@ -176,12 +176,8 @@ const char* forward_int8(const Problem& p, float* out, void* stream_) {
   if (!p.fields && common_alignment(packed_row_bytes(p.num_fields, p.embed_dim), p.weight) >= 4) {
     const auto launch = [&](auto words) { return launch_packed_pairs<words()>(device, p, out, stream, &error); };
     bool is_launched = false;
-    switch (packed_embed_dim(p.embed_dim)) {
-      case 4: is_launched = launch(std::integral_constant<int, 1>{}); break;
-      case 8: is_launched = launch(std::integral_constant<int, 2>{}); break;
-      case 16: is_launched = launch(std::integral_constant<int, 4>{}); break;
-      default: is_launched = launch(std::integral_constant<int, 0>{}); break;
-    }
+    dispatch_embed_dim(packed_embed_dim(p.embed_dim),
+                       [&](auto K) { is_launched = launch(std::integral_constant<int, K() / 4>{}); });
     if (is_launched) return error_text(error);
   }
   const PackedRows rows = packed_rows(p);

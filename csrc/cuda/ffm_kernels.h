@@ -7,6 +7,8 @@
 // Lists may hold anything: nothing is read out of bounds. An entry whose id is outside [0, N) or whose field is outside
 // [0, F) counts for nothing: its sample's output is NaN, and neither it nor the other entries of its sample give the
 // table a gradient. Offsets are clamped to [0, nnz]; where they fall, the sample is empty and its output is NaN.
+//
+// Templates are for a table of T, and compiled for each type by itself; ffm_kernels.cpp chooses between them.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +20,12 @@ namespace ffm::cuda {
 
 // -> out, as Problem::output says.
 const char* forward(const Problem&, void* out, void* stream);
+template <typename T>
+const char* forward(const Problem&, void* out, void* stream);
 
 // The sum of the rows of each sample, one-hot -> out [B].
+const char* gather_sum(const Problem&, void* out, void* stream);
+template <typename T>
 const char* gather_sum(const Problem&, void* out, void* stream);
 
 // On a packed table (packed_row_bytes) -> out.
@@ -68,6 +74,10 @@ const char* list_rows(const Problem&, const RowGroups& groups, int64_t* rows, vo
 // decide: the same bits in every run. No row moves before all samples are read. Without groups: values alone, or
 // grad_rows [N, F, K], of float32 or float64, to which entries are added in any order.
 size_t backward_bytes(const Problem&, bool has_groups);
+template <typename T>
+size_t backward_bytes(const Problem&, bool has_groups);
+const char* backward(const Problem&, const Gradient& grad, const RowGroups* groups, void* workspace, void* stream);
+template <typename T>
 const char* backward(const Problem&, const Gradient& grad, const RowGroups* groups, void* workspace, void* stream);
 
 // Updates rows[i], for i in [0, n), with gradient i of grad_rows [n, F, K] in the type of the table. rows rise; none:

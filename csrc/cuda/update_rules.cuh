@@ -212,7 +212,7 @@ constexpr int kWideCount = 16 / static_cast<int>(sizeof(Sum<T>));
 inline bool is_aligned(const void* data, size_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
 inline bool has_aligned_states(const Update& update) {
   const auto& states = update.table.states;
-  return is_vector_wise(update.optimizer.kind) || (is_aligned(states[0], 16) && is_aligned(states[1], 16));
+  return traits(update.optimizer.kind).is_vector_wise || (is_aligned(states[0], 16) && is_aligned(states[1], 16));
 }
 
 }  // namespace ffm::cuda

@@ -487,7 +487,7 @@ Samples read_text(std::string_view text, const ReadOptions& options) {
 
   // A few parts for each thread, so that none waits long for the last one.
   const int64_t most = (tail_begin - begin) / options.min_part_bytes + 1;
-  const int64_t num_parts = options.num_threads > 1 ? std::min<int64_t>(4 * options.num_threads, most) : 1;
+  const int64_t num_parts = options.num_threads > 1 ? std::min(int64_t{4} * options.num_threads, most) : 1;
   std::vector<Part> parts;
   const char* part_begin = begin;
   for (int64_t i = 1; i <= num_parts; ++i) {

@@ -258,9 +258,9 @@ template <typename T>
 struct Trained {
   Trained(const Batch<T>& batch, OptimizerKind kind, bool is_aligned)
       : weight(batch.weight, is_aligned),
-        width(is_vector_wise(kind) ? batch.problem.num_fields : batch.problem.row_size()),
-        states{DeviceArray<A<T>>(num_states(kind) > 0 ? batch.problem.num_features * width : 0, is_aligned),
-               DeviceArray<A<T>>(num_states(kind) > 1 ? batch.problem.num_features * width : 0, is_aligned)},
+        width(traits(kind).is_vector_wise ? batch.problem.num_fields : batch.problem.row_size()),
+        states{DeviceArray<A<T>>(traits(kind).num_states > 0 ? batch.problem.num_features * width : 0, is_aligned),
+               DeviceArray<A<T>>(traits(kind).num_states > 1 ? batch.problem.num_features * width : 0, is_aligned)},
         given(batch.weight) {
     Optimizer& o = update.optimizer;
     o.kind = kind;
@@ -272,7 +272,7 @@ struct Trained {
     o.l1 = 0.0625;
     o.set_step(3);
     update.table = {weight.data(), {}, batch.problem.row_size(), batch.problem.embed_dim, width};
-    for (int i = 0; i < num_states(kind); ++i) {
+    for (int i = 0; i < traits(kind).num_states; ++i) {
       update.table.states[i] = states[i].data();
       given_states[i] = random_numbers<A<T>>(batch.problem.num_features * width);
       // Sums of squares are not negative.
@@ -322,8 +322,8 @@ Moved<T> move_rows(const Trained<T>& t, const std::vector<int64_t>& rows, const 
           const Number& g = gradients[r * size + first + k];
           return g.value + by * gradient_eps * g.size;
         };
-        double& sum = s[0].empty() ? w[0] : s[0][(rows[r] * size + first) / (is_vector_wise(kind) ? K : 1)];
-        if (is_vector_wise(kind)) {
+        double& sum = s[0].empty() ? w[0] : s[0][(rows[r] * size + first) / (traits(kind).is_vector_wise ? K : 1)];
+        if (traits(kind).is_vector_wise) {
           double squares = 0;
           for (int64_t k = 0; k < K; ++k) {
             const double g = gradient(k) + 0.125 * w[rows[r] * size + first + k];
@@ -333,7 +333,7 @@ Moved<T> move_rows(const Trained<T>& t, const std::vector<int64_t>& rows, const 
         }
         for (int64_t k = 0; k < K; ++k) {
           const int64_t at = rows[r] * size + first + k;
-          double none = 0, &s0 = s[0].empty() ? none : s[0][is_vector_wise(kind) ? at / K : at];
+          double none = 0, &s0 = s[0].empty() ? none : s[0][traits(kind).is_vector_wise ? at / K : at];
           double& s1 = s[1].empty() ? none : s[1][at];
           const Optimizer& o = t.update.optimizer;
           switch (kind) {
@@ -374,9 +374,6 @@ void compare_moved(const std::string& what, const std::vector<double>& found, co
   }
   check(true, what);
 }
-
-constexpr OptimizerKind kOptimizers[] = {OptimizerKind::kSgd, OptimizerKind::kAdaGrad, OptimizerKind::kVectorAdaGrad,
-                                         OptimizerKind::kAdam, OptimizerKind::kFtrl};
 
 template <typename T>
 void test_fused(const Coverage& coverage, const Subject<T>& s, OptimizerKind kind) {
@@ -488,8 +485,8 @@ void test_backward(const Coverage& coverage) {
     test_added(coverage, s);
     test_added_rows(s);
     test_bad_lists(coverage, batch, number);
-    test_fused(coverage, s, kOptimizers[number / coverage.stride % 5]);
-    test_update(coverage, batch, number, kOptimizers[number / coverage.stride % 5]);
+    test_fused(coverage, s, kOptimizers[number / coverage.stride % 5].kind);
+    test_update(coverage, batch, number, kOptimizers[number / coverage.stride % 5].kind);
   });
   if (coverage.last == UINT64_MAX) test_long_rows(coverage);
 }

@@ -318,11 +318,11 @@ void test_training(const Batch<T>& given) {
     optimizer.is_stochastic = std::is_same_v<T, BFloat16>;
     training.loss = Loss::kSquared;
     training.normalize = true;
-    const int64_t width = is_vector_wise(kind) ? p.num_fields : p.row_size();
+    const int64_t width = traits(kind).is_vector_wise ? p.num_fields : p.row_size();
     training.table = {batch.weight.data(), {}, p.row_size(), p.embed_dim, width};
     training.state_rows = training.linear_rows = p.indices;
     if (!is_compared) training.linear = {linear.data(), {}, 1, 1, 1};
-    for (int i = 0; i < num_states(kind); ++i) {
+    for (int i = 0; i < traits(kind).num_states; ++i) {
       states[i].assign(p.num_features * width, 1);
       linear_states[i].assign(p.num_features, 1);
       training.table.states[i] = states[i].data();
@@ -347,11 +347,11 @@ void test_training(const Batch<T>& given) {
     std::vector<int64_t> rows(p.num_features);
     for (int64_t i = 0; i < p.num_features; ++i) rows[i] = i;
     const auto row = new_scratch(static_cast<size_t>(p.row_size() * sum_bytes(p.dtype)));
-    kernels.update_rows(update, {rows.data(), true}, gradients.data(), 0, p.num_features, row.get());
+    kernels.update_rows(update, rows.data(), gradients.data(), 0, p.num_features, row.get());
     bool is_finite = true;
     for (const T& x : batch.weight) is_finite = is_finite && std::isfinite(decode(x));
     check(is_finite, "update of rows with optimizer " + std::to_string(static_cast<int>(kind)) + batch.name);
-    if (changes_add_up(kind)) test_join(update, batch, states[0]);
+    if (traits(kind).adds_up) test_join(update, batch, states[0]);
   }
 }
 
