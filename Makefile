@@ -70,7 +70,7 @@ dist: $(VENV)/packages ## sdist, and a wheel from it, in dist/
 test-wheel: dist ## install that wheel in clean environments: extras, no compiler, two other torches (13 GB)
 	FFM_EXT_WHEEL=$$(echo $(abspath dist)/*.whl) $(python) -m pytest tests/test_wheel.py
 
-bench: build ## measure against the peers that are installed (ARGS=--quick: less); results in benchmarks/results/
+bench: build ## measure against the peers that are installed (ARGS=--quick: less); results in benchmark_results/
 	$(python) -m benchmarks $(ARGS)
 
 peers: $(VENV)/packages ## install the peers that `make bench` measures against

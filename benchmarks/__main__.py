@@ -8,11 +8,8 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-
-import pytest
-
-from . import report
 
 HERE = Path(__file__).parent
 FILES = (
@@ -59,32 +56,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--threads", type=_counts, metavar="1,2", help="thread counts instead of the suite's"
     )
     parser.add_argument(
-        "--results", type=Path, default=HERE / "results", help="default: %(default)s"
+        "--results",
+        type=Path,
+        default=Path("benchmark_results"),
+        metavar="DIR",
+        help="default: %(default)s, here",
     )
     parser.add_argument(
-        "--name", help="of the result files; default: full, quick or smoke, or …-part"
+        "--name",
+        help="of the result files, which replace older ones; default: full, quick or smoke, or …-part",
+    )
+    parser.add_argument("--list", action="store_true", help="print the names, measure nothing")
+    parser.add_argument(
+        "--show", type=Path, metavar="JSON", help="print the tables of a saved result instead"
     )
     options = parser.parse_args(arguments)
+    # What takes seconds to import.
+    import pytest
+
+    from . import machine, report
+
+    if options.show:
+        report.show(json.loads(options.show.read_text()))
+        return 0
     chosen = options.suite or "full"
     name = options.name or (f"{chosen}-part" if options.only or options.threads else chosen)
-    # Measuring takes long: what cannot be saved is not begun.
+    command = [
+        *(str(HERE / file) for file in FILES),
+        *("-q", "--disable-warnings", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="),
+        *("--suite", chosen),
+    ]
+    if options.threads:
+        command += ["--bench-threads", ",".join(map(str, options.threads))]
+    if options.only:
+        command += ["-k", options.only]
+    if options.list:
+        return int(pytest.main([*command, "--collect-only"]))
+    # Measuring takes long: what cannot be saved is not begun, and what will be missing is said.
     try:
         report.check_writable(options.results, name)
     except OSError as error:
         parser.error(f"the results cannot be saved: {error}")
+    commit = machine.commit()
+    for reason in report.missing():
+        print(f"benchmarks: {reason}", file=sys.stderr)
+    if find_spec("matplotlib") is None:
+        print("benchmarks: no plots, for matplotlib is missing", file=sys.stderr)
 
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
-        command = [
-            *(str(HERE / file) for file in FILES),
-            *("-q", "--disable-warnings", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts="),
-            *("--benchmark-quiet", "--benchmark-disable-gc", f"--benchmark-json={raw}"),
-            *("--suite", chosen),
-        ]
-        if options.threads:
-            command += ["--bench-threads", ",".join(map(str, options.threads))]
-        if options.only:
-            command += ["-k", options.only]
+        command += ["--benchmark-quiet", "--benchmark-disable-gc", f"--benchmark-json={raw}"]
         status = pytest.main(command)
         if status == pytest.ExitCode.INTERRUPTED and not name.endswith("-part"):
             name += "-part"  # what is there of the whole stays
@@ -94,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("benchmarks: nothing was measured", file=sys.stderr)
         if not raw.exists():
             return int(status) or 1
-        results = report.collect({"not_timed": [], **json.loads(raw.read_text())})
+        results = report.collect({"not_timed": [], **json.loads(raw.read_text()), "commit": commit})
 
     report.show(results)
     for path in report.save(results, options.results, name):

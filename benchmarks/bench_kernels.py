@@ -47,7 +47,11 @@ class Part:
 PARTS = (
     Part(
         "roof",
-        (GatherBag, GatherSum, kernels.FillTouched, kernels.FillTable, kernels.Operator),
+        (
+            *(GatherBag, GatherSum),
+            *(kernels.FillTouched, kernels.MemsetTouched, kernels.FillTable, kernels.MemsetTable),
+            kernels.Operator,
+        ),
         DIRECTIONS,
         scales=True,
     ),

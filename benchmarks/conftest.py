@@ -40,6 +40,13 @@ def not_timed(config: pytest.Config, what: dict[str, Any], reason: str) -> NoRet
     pytest.skip(reason)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let what was measured before Ctrl-C be saved: a case that was interrupted in its first round has no figures."""
+    found = session.config._benchmarksession  # type: ignore[attr-defined]
+    found.benchmarks[:] = [case for case in found.benchmarks if case.stats.data]
+
+
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ffm_ext import FFM, SparseBatch, cli, interop
+from ffm_ext import FFM, SparseBatch, cli, interop, reference
 from ffm_ext.data import SparseDataset, read_libffm, write_libffm
 
 from .peer import Peer
@@ -33,6 +33,10 @@ class Files:
     folder: Path
     table: Workload
     samples: int
+
+    @property
+    def num_entries(self) -> int:
+        return self.samples * self.table.num_fields
 
     @cached_property
     def text(self) -> Path:
@@ -65,8 +69,12 @@ class Files:
 
     @cached_property
     def expected(self) -> np.ndarray:
-        """Their probabilities."""
-        return Ours(self).predict(self.batch)
+        """Their probabilities, by the reference."""
+        F, weight = self.table.num_fields, self.model.interaction.weight.detach().double()
+        ids = self.batch.indices.view(-1, F).long()
+        scores = [reference.ffm_interaction(weight, part, grad="dense") for part in ids.split(1024)]
+        # All values are 1, so the squared norm of a sample is F.
+        return torch.sigmoid(torch.cat(scores) / F).numpy()
 
 
 class FileEngine(Peer):
@@ -79,7 +87,11 @@ class FileEngine(Peer):
         self.files = files
         self.output = files.folder / f"{self.name}.txt"
 
-    def read(self) -> object:
+    def read(self) -> Any:
+        raise NotImplementedError
+
+    def entries(self, found: Any) -> int:
+        """How many entries ``read`` has found."""
         raise NotImplementedError
 
     def predict_file(self) -> object:
@@ -97,8 +109,11 @@ class Ours(FileEngine):
     name = "ffm_ext"
     has_threads = True
 
-    def read(self) -> object:
+    def read(self) -> SparseDataset:
         return read_libffm(self.files.text)
+
+    def entries(self, found: SparseDataset) -> int:
+        return found.nnz
 
     def predict_file(self) -> object:
         arguments = ["predict", str(self.files.text), str(self.files.ours), str(self.output)]
@@ -138,11 +153,15 @@ class Libffm(FileEngine):
         library.predict_file.restype = ctypes.c_long
         return library
 
-    def read(self) -> object:
+    def read(self) -> Path:
         binary = self.files.folder / "text.bin"
         binary.unlink(missing_ok=True)  # it would be taken as it is
         self.library(self.files.folder).convert_text(bytes(self.files.text), bytes(binary))
         return binary
+
+    def entries(self, found: Path) -> int:
+        """An entry takes 12 bytes of the file, which has some more for each sample."""
+        return min(self.files.num_entries, found.stat().st_size // 12)
 
     def predict_file(self) -> object:
         paths = map(bytes, (self.files.text, self.files.libffm, self.output))
@@ -180,8 +199,11 @@ class ModernFM(FileEngine):
         self.model = modern_ffm(table, weight * table.num_fields**-0.5)
         return table.matrix(self.files.batch.indices.view(-1, table.num_fields))
 
-    def read(self) -> object:
-        return importlib.import_module(self.module).load_libffm(self.files.text)
+    def read(self) -> tuple[Any, ...]:
+        return tuple(importlib.import_module(self.module).load_libffm(self.files.text))
+
+    def entries(self, found: tuple[Any, ...]) -> int:
+        return int(found[0].nnz)
 
     def predict(self, data: Any) -> np.ndarray:
         scores = self.model.predict(data)

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import scipy.sparse as sp
@@ -53,12 +57,34 @@ class Fill(Subject):
 
     role = "roof"
     is_checked = False
+    copies = 1.0
 
     def forward(self, batch: Tensor, direction: Direction) -> Tensor:
         raise NotImplementedError
 
     def backward(self, batch: Tensor, grad_output: Tensor, direction: Direction) -> None:
-        batch.fill_(1.0)
+        self.fill(batch)
+
+    def fill(self, buffer: Tensor) -> None:
+        buffer.fill_(1.0)
+
+
+class Memset(Fill):
+    """The same by the C library, which need not read the lines that it overwrites."""
+
+    def fill(self, buffer: Tensor) -> None:
+        size, threads = buffer.numel() * buffer.element_size(), torch.get_num_threads()
+        ends = [size * i // threads for i in range(threads + 1)]
+        parts = [(buffer.data_ptr() + begin, 1, end - begin) for begin, end in pairwise(ends)]
+        if threads == 1:
+            ctypes.memset(*parts[0])
+        else:
+            wait([_pool(threads).submit(ctypes.memset, *part) for part in parts])
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
 
 
 class FillTouched(Fill):
@@ -66,7 +92,6 @@ class FillTouched(Fill):
 
     name = "fill_touched"
     directions = ("sparse",)
-    copies = 1.0
 
     def __init__(self, workload: Workload, weight: Tensor) -> None:
         super().__init__(workload, weight)
@@ -82,7 +107,6 @@ class FillTable(Fill):
 
     name = "fill_table"
     directions = ("dense",)
-    copies = 1.0
 
     def __init__(self, workload: Workload, weight: Tensor) -> None:
         super().__init__(workload, weight)
@@ -90,6 +114,14 @@ class FillTable(Fill):
 
     def prepare(self, indices: Tensor) -> Tensor:
         return self.buffer
+
+
+class MemsetTouched(Memset, FillTouched):
+    name = "memset_touched"
+
+
+class MemsetTable(Memset, FillTable):
+    name = "memset_table"
 
 
 class Float32(Fused):

@@ -7,6 +7,7 @@ import datetime
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def slug(machine: dict[str, Any]) -> str:
     """
     model = re.sub(r"\((r|tm)\)|\bcpu\b|@.*|processor", "", str(machine["cpu"]).lower())
     return "-".join([*re.findall(r"[a-z0-9]+", model), machine["isa"], f"{machine['cores']}-cores"])
+
+
+def commit() -> str | None:
+    """What is measured, where git knows: the commit, and whether files differ from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        found = git("rev-parse", "--short=10", "HEAD")
+        return f"{found}-dirty" if git("status", "--porcelain", "--untracked-files=no") else found
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def available_memory() -> int:

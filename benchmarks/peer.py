@@ -10,6 +10,7 @@ from typing import ClassVar
 class Peer:
     """Base of all that is compared; ``module`` is what it needs to import, if anything."""
 
+    name: ClassVar[str]
     module: ClassVar[str | None] = None
 
     @classmethod

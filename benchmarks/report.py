@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,39 @@ from rich import table as rich_table
 from rich.console import Console, Group
 from rich.text import Text
 
-from . import report_files, report_interaction, report_kernels, report_memory, report_training
+from . import (
+    files,
+    quality,
+    report_files,
+    report_interaction,
+    report_kernels,
+    report_memory,
+    report_training,
+    subjects,
+    training,
+)
 from .machine import slug
+from .peer import Peer
 from .tables import Record, Section, Table, reasons
+
+SUBJECTS = ("interaction", "quality", "training", "files", "memory", "kernels")
+
+
+def missing() -> list[str]:
+    """What will not be compared, and why."""
+    peers: tuple[type[Peer], ...] = (
+        *(*subjects.SUBJECTS, *training.ENGINES, *files.ENGINES),
+        *quality.LEARNERS,
+    )
+    found = {peer.name: reason for peer in peers if (reason := peer.missing())}
+    hint = ["`make peers` installs what can be compared"] if found else []
+    return [f"{name} will not be compared: {reason}" for name, reason in found.items()] + hint
 
 
 def collect(raw: Record) -> Record:
     """The results of a run: machine, timings, quality, kernels, and what was not timed and why."""
-    subjects = ("interaction", "quality", "training", "files", "memory", "kernels")
-    runs: dict[str, list[Record]] = {subject: [] for subject in subjects}
-    not_timed: dict[str, list[Record]] = {subject: [] for subject in subjects}
+    runs: dict[str, list[Record]] = {subject: [] for subject in SUBJECTS}
+    not_timed: dict[str, list[Record]] = {subject: [] for subject in SUBJECTS}
     for run in raw["benchmarks"]:
         runs[_subject(run["extra_info"])].append(run)
     for what in raw["not_timed"]:
@@ -32,7 +56,7 @@ def collect(raw: Record) -> Record:
     quality = [{**run["extra_info"], "seconds": run["stats"]["median"]} for run in runs["quality"]]
     return {
         "machine": raw["machine_info"],
-        "commit": raw.get("commit_info", {}).get("id", "")[:10] or None,
+        "commit": raw.get("commit"),
         "roles": roles,
         "lines": lines,
         "quality": quality + not_timed["quality"],
@@ -94,10 +118,14 @@ def sections(results: Record) -> list[Section]:
     if any("seconds" in t for line in lines for t in line["subjects"].values()):
         section.pictures[""] = partial(report_interaction.plot, results)
     first = [section] if section.tables else []
-    training = report_training.sections(results["training"])
-    files = report_files.sections(results["files"])
-    memory = report_memory.sections(results["memory"])
-    return first + training + files + memory + report_kernels.sections(results)
+    # Older results lack some.
+    for subject, make in (
+        ("training", report_training),
+        ("files", report_files),
+        ("memory", report_memory),
+    ):
+        first += make.sections(results.get(subject, []))
+    return first + report_kernels.sections(results)
 
 
 def render(results: Record) -> Group:
@@ -156,7 +184,9 @@ def save(results: Record, folder: Path, name: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]
     paths[0].write_text(json.dumps(results, indent=1) + "\n")
-    for section in sections(results):
+    for ending in ("", *(f"-{part}" for part in report_kernels.SECTIONS)):  # of an older run
+        (folder / f"{name}{ending}.png").unlink(missing_ok=True)
+    for section in sections(results) if find_spec("matplotlib") else []:
         for ending, draw in section.pictures.items():
             paths.append(folder / f"{name}{ending}.png")
             draw(paths[-1])

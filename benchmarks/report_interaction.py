@@ -136,14 +136,15 @@ def notes(results: Record) -> list[str]:
     lines = results["lines"]
     rounds = [t["rounds"] for line in lines for t in line["subjects"].values() if "rounds" in t]
     sizes = sorted({(line["num_fields"], line["batch_size"]) for line in lines})
+    roofs = ", ".join(name for name, role in results["roles"].items() if role == "roof")
+    gathers = f" ({roofs})" if roofs else ""
     return [
         "Samples a second: batch size over the median time of a step, "
         f"{min(rounds, default=0)} to {max(rounds, default=0)} timings; ± half the interquartile "
         f"range. {', '.join(f'F = {f}, B = {b}' for f, b in sizes)}, float32. "
         "'+ … grad' is forward and backward.",
         "GB/s: bytes of table rows that a forward reads, over the time of the whole step. Of roof: "
-        "share of the samples a second of the faster gather of those rows "
-        f"({', '.join(n for n, role in results['roles'].items() if role == 'roof')}). "
+        f"share of the samples a second of the faster gather of those rows{gathers}. "
         "(dense): it has no sparse gradient; the figure is that of its dense one.",
     ]
 

@@ -20,6 +20,10 @@ LINE = (
 )
 WORKLOAD = tuple(name for name in LINE if name not in ("part", "threads", "direction"))
 OPERATOR = "operator"
+FILLS = {
+    "sparse": ("fill_touched", "memset_touched"),
+    "dense": ("fill_table", "memset_table"),
+}
 
 
 def collect(runs: list[Record], not_timed: list[Record]) -> list[Record]:
@@ -62,14 +66,23 @@ def roof_bytes(
 ) -> tuple[float, float]:
     """Bytes that a step cannot but read and write.
 
-    Forward reads the row of every entry. Backward reads it again, and of the gradient the row of every entry that adds
-    to what an earlier one left; it writes a row of the gradient an entry. A dense gradient has the rows that the batch
-    does not touch as well, written once.
+    It reads the row of every entry. Backward writes the gradient once: a row for every one that the batch touches, or
+    where it is dense all.
     """
-    if direction == "forward":
-        return entries * row_bytes, 0.0
-    untouched = num_features - touched_rows if direction == "dense" else 0.0
-    return (2 * entries - touched_rows) * row_bytes, (entries + untouched) * row_bytes
+    rows = {"forward": 0.0, "sparse": touched_rows, "dense": float(num_features)}[direction]
+    return entries * row_bytes, rows * row_bytes
+
+
+def moved_bytes(
+    direction: str, entries: float, touched_rows: float, num_features: int, row_bytes: int
+) -> tuple[float, float]:
+    """Bytes that the kernels read and write.
+
+    Those of the roof; and an entry whose row an earlier one has left a gradient in reads that, and writes it again.
+    """
+    read, written = roof_bytes(direction, entries, touched_rows, num_features, row_bytes)
+    again = 0.0 if direction == "forward" else (entries - touched_rows) * row_bytes
+    return read + again, written + again
 
 
 def _seconds(line: Record, name: str) -> float | None:
@@ -105,20 +118,24 @@ def _add_roofs(lines: list[Record]) -> None:
         line["gather"] = min(gathers, key=lambda name: gathers[name])
         line["gather_seconds"] = gathers[line["gather"]]
         line["gather_rate"] = entries * row_bytes / line["gather_seconds"]
-        sizes = entries, line["touched_rows"], line["num_features"], row_bytes
-        read, written = roof_bytes(line["direction"], *sizes)
-        seconds = read / line["gather_rate"]
-        if line["direction"] != "forward":
-            name = "fill_table" if line["direction"] == "dense" else "fill_touched"
-            rows = line["num_features"] if name == "fill_table" else line["touched_rows"]
-            if not (fill := _seconds(line, name)):
+        of_step = line["direction"], entries, line["touched_rows"], line["num_features"], row_bytes
+        _, written = roof_bytes(*of_step)
+        if written:
+            fills = {name: s for name in FILLS[line["direction"]] if (s := _seconds(line, name))}
+            if not fills:
                 continue
-            line["fill_rate"] = rows * row_bytes / fill
-            seconds += written / line["fill_rate"]
-        line["roof_bytes"] = read + written
-        line["roof_seconds"] = seconds
-        if ours := _seconds(line, OPERATOR):
-            line["subjects"][OPERATOR]["roof_share"] = seconds / ours
+            line["fill"] = min(fills, key=lambda name: fills[name])
+            line["fill_rate"] = written / fills[line["fill"]]
+        for name, (read, written) in (
+            ("roof", roof_bytes(*of_step)),
+            ("moved", moved_bytes(*of_step)),
+        ):
+            seconds = read / line["gather_rate"]
+            if written:
+                seconds += written / line["fill_rate"]
+            line[f"{name}_bytes"], line[f"{name}_seconds"] = read + written, seconds
+            if ours := _seconds(line, OPERATOR):
+                line["subjects"][OPERATOR][f"{name}_share"] = seconds / ours
 
 
 def _add_scaling(lines: list[Record]) -> None:
@@ -195,7 +212,7 @@ def sections(results: Record) -> list[Section]:
 def _roof_tables(lines: list[Record]) -> list[Table]:
     header = ["F", "N", "K", "ids", "thr", "touched", "gather, GB/s", "fill, GB/s"]
     for name in ("forward", "backward sparse", "backward dense"):
-        header += [f"{name}, ms", "of roof"]
+        header += [f"{name}, ms", "of roof", *(["of moved"] if name != "forward" else [])]
     body, scaling = [], []
     for forward in _forwards(lines):
         steps = {d: _find(lines, forward, direction=d) for d in STEPS}
@@ -206,7 +223,6 @@ def _roof_tables(lines: list[Record]) -> list[Table]:
         name = {"embedding_bag": " (bag)", "gather_sum": " (sum)"}.get(
             forward.get("gather", ""), ""
         )
-        fills = zip(ordered[1:], ("fill_touched", "fill_table"), strict=True)
         cells = [
             str(forward["num_fields"]),
             short(forward["num_features"]),
@@ -216,11 +232,16 @@ def _roof_tables(lines: list[Record]) -> list[Table]:
         figures = [
             f"{touched / entries:.0%}" if touched else "–",
             _rate(gather, forward.get("gather_rate")) + name,
-            " / ".join(_rate(s["subjects"].get(n, {}), s.get("fill_rate")) for s, n in fills),
+            " / ".join(
+                _rate(s["subjects"].get(s.get("fill", ""), {}), s.get("fill_rate"))
+                for s in ordered[1:]
+            ),
         ]
-        for step in ordered:
+        for number, step in enumerate(ordered):
             timing = step["subjects"].get(OPERATOR, {})
             figures += [cell(timing, _milliseconds), _percent(timing.get("roof_share"))]
+            if number > 0:
+                figures.append(_percent(timing.get("moved_share")))
         body.append([*cells, str(forward["threads"]), *figures])
         if "gather_scaling" in forward or any(
             "scaling" in step["subjects"].get(OPERATOR, {}) for step in ordered
@@ -352,12 +373,13 @@ SECTIONS: dict[str, tuple[str, Callable[[list[Record]], list[Table]], str]] = {
         "Share of the memory's roof",
         _roof_tables,
         "Bare operators, float32. Touched: distinct rows R over entries E = B·F. Gather: the rows of all entries read "
-        "and summed, by the faster of embedding_bag (bag) and gather_sum (sum). Fill: Tensor.fill_ on a buffer of the "
-        "size of the sparse / of the dense gradient. The roof of a forward is the time of the gather. That of a "
-        "backward is bytes read / gather rate + bytes written / fill rate: read are the rows of all E entries, and of "
-        "the gradient the E - R rows that are read again because an entry adds to them; written are E rows of the "
-        "gradient, one an entry, and where it is dense the other N - R rows once. Rows in cache count too, so a share "
-        "can pass 100 %. Second table: how many times as fast with more threads.",
+        "and summed, by the faster of embedding_bag (bag) and gather_sum (sum). Fill: a buffer of the size of the "
+        "sparse / of the dense gradient, by the faster of Tensor.fill_ and memset. The roof of a forward is the time "
+        "of the gather. That of a backward is the rows of all E entries / gather rate + the rows of the gradient, R or "
+        "N, / fill rate. Of moved: the same with what the kernels read and write besides, E - R rows of the gradient "
+        "each, because an entry adds to them. Rows in cache count too, and a backward asks for more at a time than the "
+        "gather and the fill one after the other, so a share can pass 100 %. Second table: how many times as fast with "
+        "more threads.",
     ),
     "dims": (
         "Numbers of factors that have no code of their own",

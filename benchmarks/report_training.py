@@ -41,7 +41,8 @@ def collect(runs: Sequence[Record], not_timed: Sequence[Record]) -> list[Record]
 
 def _speed(line: Record, number: int) -> float:
     """Samples a second of one pass."""
-    return float(line["samples"]) / statistics.median(line["passes"][number])
+    seconds = line["passes"][number]
+    return float(line["samples"]) * len(seconds) / sum(seconds)
 
 
 def sections(records: Sequence[Record]) -> list[Section]:
@@ -55,7 +56,9 @@ def sections(records: Sequence[Record]) -> list[Section]:
         if "reason" in r:
             body.append([*cells, "–", "–", "–"])
             continue
-        ratios, losses = r["ratios"], r["valid_logloss"]
+        # Older results are of one pass.
+        ratios, losses = r.get("ratios", []), r["valid_logloss"]
+        passes = r["passes"].values() if "passes" in r else [r["epoch_seconds"]]
         times = "–"
         if ratios:
             times = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -63,7 +66,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
             [
                 *cells,
                 times,
-                str(sum(len(epochs) for epochs in r["passes"].values())),
+                str(sum(map(len, passes))),
                 "–" if losses[-1] is None else f"{losses[-1]:.5f}",
             ]
         )
@@ -72,10 +75,10 @@ def sections(records: Sequence[Record]) -> list[Section]:
     notes = [
         "Training: seconds of training alone, as each engine counts them; AdaGrad, lr 0.2, λ 2e-5, normalised samples, "
         "one feature a field. The engines take turns, a few epochs from the first table each: samples/s is the median "
-        "over the epochs of all turns, ± half the interquartile range; × libffm compares the medians of a turn, and is "
-        "the median over turns, with the least and the most; valid logloss is that after a turn. libffm prints tenths "
-        "of a second. With two threads ffm_ext is in its hogwild mode, as libffm always is. modern-fm: one pass over a "
-        "tenth of the samples a turn.",
+        "over the epochs of all turns, ± half the interquartile range; × libffm compares the sums of a turn, for "
+        "libffm prints tenths of a second, and is the median over turns, with the least and the most; valid logloss "
+        "is that after a turn. With two threads ffm_ext is in its hogwild mode, as libffm always is. modern-fm: one "
+        "pass over a tenth of the samples a turn.",
         *reasons((f"{r['table']}, {r['engine']}", r) for r in records),
     ]
     return [Section("Training a sample at a time", [table], notes)]

@@ -70,13 +70,8 @@ class Subject(Peer, ABC):
 
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """After a backward: the gradient of ``rows`` [R, F·K], and the sum of all its magnitudes."""
-        grad = self.weight.grad
-        assert grad is not None
-        if grad.is_sparse:
-            grad = grad.coalesce()
-            total = torch.linalg.vector_norm(grad.values(), 1, dtype=torch.float64)
-            return grad.index_select(0, rows).to_dense(), total
-        return grad[rows], torch.linalg.vector_norm(grad, 1)
+        assert self.weight.grad is not None
+        return rows_of(self.weight.grad, rows)
 
     def table_rows(self, rows: Tensor) -> Tensor:
         """The rows [R, F·K] of the table as it has them."""
@@ -85,6 +80,15 @@ class Subject(Peer, ABC):
     def expected(self, weight: Tensor, batch: Any) -> Tensor:
         """What `forward` returns, by the reference. weight [R, F·K] float64, batch as `prepare` takes it."""
         return ffm_ext.reference.ffm_interaction(weight, batch, grad="dense")
+
+
+def rows_of(grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``rows`` [R, …] of a gradient, dense or sparse, and the sum of all its magnitudes."""
+    if not grad.is_sparse:
+        return grad[rows], torch.linalg.vector_norm(grad, 1)
+    grad = grad.coalesce()
+    total = torch.linalg.vector_norm(grad.values(), 1, dtype=torch.float64)
+    return grad.index_select(0, rows).to_dense(), total
 
 
 class Fused(Subject):
@@ -99,11 +103,13 @@ class Fused(Subject):
 
 
 class Torchfm(Subject):
-    """torchfm's layer, and the two sums that its FFM model puts behind it."""
+    """torchfm's layer, and the two sums that its FFM model puts behind it.
+
+    Its own gradients are dense. For sparse ones its embeddings are told to make them, which is a line of the user's.
+    """
 
     name = "torchfm"
     module = "torchfm.layer"
-    directions = ("forward", "dense")
     copies = 1.0
 
     def __init__(self, workload: Workload, weight: Tensor) -> None:
@@ -126,15 +132,17 @@ class Torchfm(Subject):
         return indices - torch.tensor(self.workload.field_starts)
 
     def forward(self, batch: Tensor, direction: Direction) -> Tensor:
+        for embedding in self.layer.embeddings:
+            embedding.sparse = direction == "sparse"
         return self.layer(batch).sum(dim=1).sum(dim=1)
 
     def drop_gradient(self) -> None:
         self.layer.zero_grad(set_to_none=True)
 
     def gradient(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        grads = [embedding.weight.grad for embedding in self.layer.embeddings]
-        total = torch.stack([torch.linalg.vector_norm(grad, 1) for grad in grads]).sum()
-        return torch.stack([grad[rows] for grad in grads], dim=1).flatten(1), total
+        found = [rows_of(embedding.weight.grad, rows) for embedding in self.layer.embeddings]
+        parts, totals = zip(*found, strict=True)
+        return torch.stack(parts, dim=1).flatten(1), torch.stack(totals).sum()
 
 
 def interaction_by_difference(rows: Tensor, num_fields: int) -> Tensor:

@@ -52,7 +52,7 @@ def cell(timing: Record, figure: Callable[[Record], str]) -> str:
         return "–"
     if "reason" in timing:
         return str(timing["reason"]).partition(":")[0]
-    return f"{figure(timing)} ±{timing['spread']:.0%}"
+    return figure(timing) + (f" ±{timing['spread']:.0%}" if "spread" in timing else "")
 
 
 def reasons(found: Iterable[tuple[str, Record]]) -> list[str]:
