@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Field-aware factorization machines for PyTorch, fused in C++ and CUDA."""
 
-import importlib.util
+from importlib.machinery import PathFinder
 
 import torch  # noqa: F401  (its libraries must be loaded before the extension)
 
-if importlib.util.find_spec(f"{__name__}._C") is None:
+# Here alone: an editable install of other sources would be found elsewhere.
+if PathFinder.find_spec(f"{__name__}._C", __path__) is None:
     raise ImportError(
         f"{__path__[0]} is a copy of ffm_ext's sources that is not built for this Python: `make build` builds it; in "
         "another folder, Python finds the package that is installed, if any",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import warnings
 from typing import Any, Literal, SupportsIndex, get_args
 
@@ -15,16 +16,23 @@ from . import _C
 
 Output = Literal["sum", "dot", "hadamard"]
 GradMode = Literal["dense", "sparse", "atomic"]
+Loss = Literal["logistic", "squared"]
+
+# More threads than that are a mistake, or end the process: OpenMP does so where the system has no room for them.
+MOST_THREADS = max(1024, os.cpu_count() or 1)
+
+
+def check_choice(where: str, name: str, value: Any, kind: Any) -> Any:
+    """``value``; raise ValueError unless it is one that ``kind``, a ``Literal``, names."""
+    if value not in get_args(kind):
+        raise ValueError(f"{where}: {name} = {value!r} is not one of {', '.join(get_args(kind))}")
+    return value
 
 
 def check_modes(where: str, output: str, grad: str) -> None:
     """Raise ValueError unless ``output`` and ``grad`` are modes that exist."""
-    for name, value, allowed in (
-        ("output", output, get_args(Output)),
-        ("grad", grad, get_args(GradMode)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{where}: {name} = {value!r} is not one of {', '.join(allowed)}")
+    check_choice(where, "output", output, Output)
+    check_choice(where, "grad", grad, GradMode)
 
 
 def table_shape(
@@ -75,6 +83,28 @@ def as_tensor(numbers: Any) -> Tensor:
 def is_integral(tensor: Tensor) -> bool:
     """Whether its numbers are integers; truth values are none."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def check_feature_fields(
+    where: str, feature_fields: Any, num_features: int, num_fields: int
+) -> Tensor:
+    """The field of each feature, ``[N]``, -1 for one of none, as a tensor.
+
+    Raises:
+        TypeError: they are not integers.
+        ValueError: there are more or fewer than N, or one is out of range.
+    """
+    fields = as_tensor(feature_fields)
+    if not is_integral(fields):
+        raise TypeError(f"{where}: feature_fields is {fields.dtype}, not integers")
+    if fields.shape != (num_features,):
+        raise ValueError(
+            f"{where}: feature_fields must be [{num_features}], got shape {list(fields.shape)}"
+        )
+    if not _all_within(fields, -1, num_fields - 1):
+        wrong = _first("feature_fields", fields, outside(fields, num_fields) & (fields != -1))
+        raise ValueError(f"{where}: {wrong} is out of range for {num_fields} fields")
+    return fields.long()
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
@@ -132,6 +162,16 @@ def check_size(where: str, name: str, size: SupportsIndex, least: int = 0) -> in
 def check_positive(where: str, **sizes: SupportsIndex) -> list[int]:
     """Several of them, see :func:`check_size`."""
     return [check_size(where, name, size, least=1) for name, size in sizes.items()]
+
+
+def check_num_threads(where: str, num_threads: SupportsIndex | None) -> int | None:
+    """A number of threads, from 1 on, or ``None``, see :func:`check_size`."""
+    if num_threads is None:
+        return None
+    found = check_size(where, "num_threads", num_threads, least=1)
+    if found > MOST_THREADS:
+        raise ValueError(f"{where}: num_threads = {found} is more than {MOST_THREADS}")
+    return found
 
 
 def check_contents(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,28 +13,42 @@ from torch import Tensor
 from ._arguments import sum_dtype
 
 
-def _check_device(
-    op: str, weight: Tensor, weight_name: str = "weight", **lists: Tensor | None
-) -> None:
+def _register(function: Callable[[SimpleNamespace], Any]) -> None:
+    """Register a function of the operator's arguments, by their names in its schema, under its own name."""
+    op = function.__name__
+    schema = getattr(torch.ops.ffm_ext, op).default._schema
+
+    def fake(*given: Any, **named: Any) -> Any:
+        arguments = {argument.name: argument.default_value for argument in schema.arguments}
+        arguments |= dict(zip(arguments, given, strict=False)) | named
+        _check_devices(op, arguments)
+        return function(SimpleNamespace(**arguments))
+
+    torch.library.register_fake(f"ffm_ext::{op}", fake)
+
+
+def _check_devices(op: str, arguments: dict[str, Any]) -> None:
     """The dispatcher comes here as soon as one argument is on the meta device: then all must be."""
-    for name, tensor in lists.items():
-        if tensor is not None and tensor.device != weight.device:
+    tensors: dict[str, Tensor] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, list | tuple):
+            parts = ((f"{name}[{i}]", part) for i, part in enumerate(value))
+            tensors |= {part_name: part for part_name, part in parts if isinstance(part, Tensor)}
+    first = next((name for name in ("weight", "packed") if name in tensors), next(iter(tensors)))
+    for name, tensor in tensors.items():
+        if tensor.device != tensors[first].device:
             raise ValueError(
-                f"{op}: {name} is on {tensor.device}, {weight_name} is on {weight.device}"
+                f"{op}: {name} is on {tensor.device}, {first} is on {tensors[first].device}"
             )
 
 
-def _output_shape(
-    vectors: Sequence[int],
-    indices: Tensor,
-    offsets: Tensor | None,
-    output: str,
-    within_field: bool,
-) -> list[int]:
+def _output_shape(a: SimpleNamespace, vectors: Sequence[int]) -> list[int]:
     F, K = vectors
-    B = indices.shape[0] if offsets is None else offsets.shape[0] - 1
-    terms = F * (F - 1) // 2 + (F if within_field else 0)
-    return {"sum": [B], "dot": [B, terms], "hadamard": [B, terms, K]}[output]
+    B = a.indices.shape[0] if a.offsets is None else a.offsets.shape[0] - 1
+    terms = F * (F - 1) // 2 + (F if a.within_field else 0)
+    return {"sum": [B], "dot": [B, terms], "hadamard": [B, terms, K]}[a.output]
 
 
 def new_grad_values(values: Tensor | None, values_grad: bool, weight: Tensor) -> Tensor:
@@ -41,151 +57,47 @@ def new_grad_values(values: Tensor | None, values_grad: bool, weight: Tensor) ->
     return weight.new_empty(0)
 
 
-@torch.library.register_fake("ffm_ext::ffm_forward")
-def _(
-    weight: Tensor,
-    indices: Tensor,
-    fields: Tensor | None,
-    values: Tensor | None,
-    offsets: Tensor | None,
-    output: str,
-    within_field: bool,
-) -> Tensor:
-    _check_device(
-        "ffm_forward",
-        weight,
-        indices=indices,
-        fields=fields,
-        values=values,
-        offsets=offsets,
-    )
-    shape = _output_shape(weight.shape[1:], indices, offsets, output, within_field)
-    return weight.new_empty(shape, dtype=sum_dtype(weight) if output == "sum" else weight.dtype)
+@_register
+def ffm_forward(a: SimpleNamespace) -> Tensor:
+    shape = _output_shape(a, a.weight.shape[1:])
+    dtype = sum_dtype(a.weight) if a.output == "sum" else a.weight.dtype
+    return a.weight.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("ffm_ext::ffm_backward")
-def _(
-    grad_output: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    fields: Tensor | None,
-    values: Tensor | None,
-    offsets: Tensor | None,
-    output: str,
-    within_field: bool,
-    values_grad: bool,
-    deterministic: bool = True,
-) -> tuple[Tensor, Tensor]:
-    _check_device(
-        "ffm_backward",
-        weight,
-        indices=indices,
-        fields=fields,
-        values=values,
-        offsets=offsets,
-        grad_output=grad_output,
-    )
-    return weight.new_empty(weight.shape), new_grad_values(values, values_grad, weight)
+@_register
+def ffm_backward(a: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    grad_values = new_grad_values(a.values, a.values_grad, a.weight)
+    return a.weight.new_empty(a.weight.shape), grad_values
 
 
-@torch.library.register_fake("ffm_ext::ffm_backward_sparse")
-def _(
-    grad_output: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    fields: Tensor | None,
-    values: Tensor | None,
-    offsets: Tensor | None,
-    output: str,
-    within_field: bool,
-    values_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_device(
-        "ffm_backward_sparse",
-        weight,
-        indices=indices,
-        fields=fields,
-        values=values,
-        offsets=offsets,
-        grad_output=grad_output,
-    )
+@_register
+def ffm_backward_sparse(a: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.library.get_ctx().new_dynamic_size()
     return (
-        weight.new_empty(rows, dtype=torch.int64),
-        weight.new_empty(rows, weight.shape[1], weight.shape[2]),
-        new_grad_values(values, values_grad, weight),
+        a.weight.new_empty(rows, dtype=torch.int64),
+        a.weight.new_empty(rows, a.weight.shape[1], a.weight.shape[2]),
+        new_grad_values(a.values, a.values_grad, a.weight),
     )
 
 
-@torch.library.register_fake("ffm_ext::ffm_backward_fused_")
-def _(
-    grad_output: Tensor,
-    weight: Tensor,
-    states: list[Tensor],
-    indices: Tensor,
-    fields: Tensor | None,
-    values: Tensor | None,
-    offsets: Tensor | None,
-    output: str,
-    within_field: bool,
-    values_grad: bool,
-    optimizer: str,
-    settings: list[float],
-    step: int,
-    rounding_seed: int | None,
-) -> Tensor:
-    _check_device(
-        "ffm_backward_fused_",
-        weight,
-        indices=indices,
-        fields=fields,
-        values=values,
-        offsets=offsets,
-        grad_output=grad_output,
-    )
-    return new_grad_values(values, values_grad, weight)
+@_register
+def ffm_backward_fused_(a: SimpleNamespace) -> Tensor:
+    return new_grad_values(a.values, a.values_grad, a.weight)
 
 
-@torch.library.register_fake("ffm_ext::ffm_update_")
-def _(
-    weight: Tensor,
-    states: list[Tensor],
-    rows: Tensor | None,
-    grad_rows: Tensor,
-    optimizer: str,
-    settings: list[float],
-    step: int,
-    rounding_seed: int | None,
-) -> None:
-    _check_device("ffm_update_", weight, rows=rows, grad_rows=grad_rows)
+@_register
+def ffm_backward_values(a: SimpleNamespace) -> Tensor:
+    return new_grad_values(a.values, True, a.weight)
 
 
-@torch.library.register_fake("ffm_ext::ffm_train_")
-def _(weight: Tensor, *args: object) -> Tensor:
-    return weight.new_empty((), dtype=torch.float64)
+@_register
+def ffm_update_(a: SimpleNamespace) -> None:
+    pass
 
 
-@torch.library.register_fake("ffm_ext::ffm_backward_values")
-def _(
-    grad_output: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    fields: Tensor | None,
-    values: Tensor,
-    offsets: Tensor | None,
-    output: str,
-    within_field: bool,
-) -> Tensor:
-    _check_device(
-        "ffm_backward_values",
-        weight,
-        indices=indices,
-        fields=fields,
-        values=values,
-        offsets=offsets,
-        grad_output=grad_output,
-    )
-    return new_grad_values(values, True, weight)
+@_register
+def ffm_train_(a: SimpleNamespace) -> Tensor:
+    return a.weight.new_empty((), dtype=torch.float64)
 
 
 def packed_row_bytes(F: int, K: int) -> int:
@@ -195,48 +107,28 @@ def packed_row_bytes(F: int, K: int) -> int:
     return -(-size // step) * step
 
 
-@torch.library.register_fake("ffm_ext::ffm_quantize")
-def _(weight: Tensor) -> Tensor:
-    row_bytes = packed_row_bytes(int(weight.shape[1]), int(weight.shape[2]))
-    return weight.new_empty(weight.shape[0], row_bytes, dtype=torch.uint8)
+@_register
+def ffm_quantize(a: SimpleNamespace) -> Tensor:
+    row_bytes = packed_row_bytes(int(a.weight.shape[1]), int(a.weight.shape[2]))
+    return a.weight.new_empty(a.weight.shape[0], row_bytes, dtype=torch.uint8)
 
 
-@torch.library.register_fake("ffm_ext::ffm_dequantize")
-def _(packed: Tensor, num_fields: int, embed_dim: int) -> Tensor:
-    return packed.new_empty(packed.shape[0], num_fields, embed_dim, dtype=torch.float32)
+@_register
+def ffm_dequantize(a: SimpleNamespace) -> Tensor:
+    return a.packed.new_empty(a.packed.shape[0], a.num_fields, a.embed_dim, dtype=torch.float32)
 
 
-@torch.library.register_fake("ffm_ext::ffm_forward_int8")
-def _(
-    packed: Tensor,
-    indices: Tensor,
-    fields: Tensor | None,
-    values: Tensor | None,
-    offsets: Tensor | None,
-    num_fields: int,
-    embed_dim: int,
-    output: str,
-    within_field: bool,
-) -> Tensor:
-    _check_device(
-        "ffm_forward_int8",
-        packed,
-        "packed",
-        indices=indices,
-        fields=fields,
-        values=values,
-        offsets=offsets,
-    )
-    shape = _output_shape((num_fields, embed_dim), indices, offsets, output, within_field)
-    return packed.new_empty(shape, dtype=torch.float32)
+@_register
+def ffm_forward_int8(a: SimpleNamespace) -> Tensor:
+    shape = _output_shape(a, (a.num_fields, a.embed_dim))
+    return a.packed.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("ffm_ext::gather_sum")
-def _(weight: Tensor, indices: Tensor) -> Tensor:
-    _check_device("gather_sum", weight, indices=indices)
-    return weight.new_empty(indices.shape[0])
+@_register
+def gather_sum(a: SimpleNamespace) -> Tensor:
+    return a.weight.new_empty(a.indices.shape[0])
 
 
-@torch.library.register_fake("ffm_ext::ffm_table_ids")
-def _(ids: Tensor, starts: Tensor, where: str) -> Tensor:
-    return torch.empty_like(ids, memory_format=torch.contiguous_format)
+@_register
+def ffm_table_ids(a: SimpleNamespace) -> Tensor:
+    return torch.empty_like(a.ids, memory_format=torch.contiguous_format)

@@ -57,6 +57,7 @@ def untraced(function: _F) -> _F:
         frames = torch._C._dynamo.eval_frame
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
     except AttributeError:
         return torch.compiler.disable(function)
     return function
@@ -112,8 +113,25 @@ def interaction(
     if torch.compiler.is_compiling():
         if grad == "fused" and not _TRACES_UPDATES:
             raise RuntimeError(_TOO_OLD)
-        return _ops.interaction(*problem, grad, fused, step, states)
+        has_sparse = grad == "sparse" and weight.requires_grad and torch.is_grad_enabled()
+        if not has_sparse or _traces_sparse_gradients():
+            return _ops.interaction(*problem, grad, fused, step, states)
     return _interaction(*problem, grad, fused, step, states)
+
+
+def _traces_sparse_gradients() -> bool:
+    """Whether this trace takes an operator whose result is as large as its numbers say.
+
+    It does with ``fullgraph``, or ``capture_dynamic_output_shape_ops``. Elsewhere the graph breaks, and better here
+    than where torch gives up, which leaves whole functions of the package out of every graph to come.
+    """
+    context = torch._guards.TracingContext.try_get()
+    env = None if context is None or context.fake_mode is None else context.fake_mode.shape_env
+    return env is None or bool(env.allow_dynamic_output_shape_ops)
+
+
+# What torch.compiler.assume_constant_result says, without importing Dynamo for it.
+_traces_sparse_gradients._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @untraced

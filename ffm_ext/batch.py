@@ -382,6 +382,21 @@ def _narrow(ids: Tensor, dtype: torch.dtype) -> Tensor:
     return ids.clamp(limits.min, limits.max).to(dtype)
 
 
+def fields_of_features(field_dims: Sequence[int]) -> Tensor:
+    """The field of each feature where one field follows the other, ``[N]`` int64 on the CPU."""
+    dims = torch.tensor(field_dims, dtype=torch.int64, device="cpu")
+    numbers = torch.arange(len(dims), device="cpu")
+    return numbers.repeat_interleave(dims, output_size=sum(field_dims))
+
+
+def keep_entries(batch: SparseBatch, kept: Tensor) -> SparseBatch:
+    """The entries that a mask ``[nnz]`` keeps, of all samples."""
+    before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+    values = None if batch.values is None else batch.values[kept]
+    offsets = before[batch.offsets.long()]
+    return SparseBatch(batch.indices[kept], batch.fields[kept], values, offsets)
+
+
 def cat_or_ones(
     parts: Sequence[tuple[Tensor | None, int]], device: torch.device | str
 ) -> Tensor | None:

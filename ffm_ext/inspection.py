@@ -17,7 +17,7 @@ from torch import Tensor
 from ._arguments import check_size, outside, sum_dtype
 from .batch import SparseBatch
 from .functional import ffm_interaction
-from .modules import FFM, FFMInteraction, _global_ids, _unit_norm
+from .modules import FFM, FFMInteraction, global_ids, unit_norm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -166,7 +166,7 @@ def _layer(model: FFM) -> FFMInteraction:
     layer = model.interaction
     if not isinstance(layer, FFMInteraction):
         raise TypeError(
-            f"the model has a {type(layer).__name__}, whose table holds no weights: give the float one"
+            f"inspection: the model has a {type(layer).__name__}, whose table holds no weights: give the float one"
         )
     return layer
 
@@ -182,7 +182,7 @@ def _members(model: FFM) -> list[Tensor]:
     """The features of each field. One of field -1 is in none."""
     if model.feature_fields is None:
         raise ValueError(
-            "the model was made from sizes alone and does not know the field of a feature: "
+            "inspection: the model was made from sizes alone and does not know the field of a feature: "
             "set model.feature_fields to a tensor [N], or give data"
         )
     fields = model.feature_fields.cpu()
@@ -291,7 +291,7 @@ def _strength_over(model: FFM, data: Tensor | SparseBatch) -> Tensor:
     samples = 0
     for batch in _blocks(model, data):
         x = batch.to(weight.device, torch.float64)
-        values = _unit_norm(x.indices, x.values, x.offsets) if model.normalize else x.values
+        values = unit_norm(x.indices, x.values, x.offsets) if model.normalize else x.values
         dots = ffm_interaction(
             weight,
             x.indices,
@@ -318,10 +318,12 @@ def _strength_over(model: FFM, data: Tensor | SparseBatch) -> Tensor:
 def _blocks(model: FFM, data: Tensor | SparseBatch) -> Iterator[SparseBatch]:
     """``data`` on the CPU, in pieces of samples with some ``_BLOCK`` pairs (of entries, or of fields)."""
     if isinstance(data, Tensor):
-        ids = data if model.offsets is None else _global_ids("FFM", data, model.offsets)
+        ids = data if model.offsets is None else global_ids("FFM", data, model.offsets)
         F = model.interaction.num_fields
         if ids.dim() != 2 or ids.shape[1] != F:
-            raise ValueError(f"data has shape {list(ids.shape)}, the model takes ids [B, {F}]")
+            raise ValueError(
+                f"inspection: data has shape {list(ids.shape)}, the model takes ids [B, {F}]"
+            )
         B = len(ids)
         fields = torch.arange(F, dtype=ids.dtype, device=ids.device).repeat(B)
         offsets = torch.arange(B + 1, dtype=ids.dtype, device=ids.device) * F

@@ -37,10 +37,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ._arguments import is_integral, outside
+from ._arguments import Loss, check_choice
 from ._files import atomic_write, save_tensors
 from .memory import copied_table
-from .modules import FFM, FFMInteraction
+from .modules import FFM, FFMInteraction, check_computes_ffm
 
 __all__ = [
     "from_torchfm",
@@ -57,7 +57,6 @@ __all__ = [
 ]
 
 _Path = str | os.PathLike[str]
-Loss = Literal["logistic", "squared"]
 
 # Tables are copied and converted this much at a time.
 _BLOCK_BYTES = 16 << 20
@@ -90,9 +89,9 @@ def save_model(model: FFM, path: _Path, *, loss: Loss | None = None) -> None:
         ValueError: there is no such loss.
         OSError: it cannot be written; a file that was there before is left as it was.
     """
-    if loss is not None and loss not in get_args(Loss):
-        raise ValueError(f"save_model: loss = {loss!r} is not one of {', '.join(get_args(Loss))}")
-    arguments = model_arguments(model)
+    if loss is not None:
+        check_choice("save_model", "loss", loss, Loss)
+    arguments = model_arguments("save_model", model)
     # By these names whatever they are computed from (a parametrized table has others).
     parameters = {
         "interaction.weight": model.interaction.weight,
@@ -104,8 +103,7 @@ def save_model(model: FFM, path: _Path, *, loss: Loss | None = None) -> None:
         for name, tensor in parameters.items()
         if tensor is not None
     }
-    if "field_dims" not in arguments and model.feature_fields is not None:
-        tensors["feature_fields"] = model.feature_fields.cpu().contiguous()
+    tensors |= model_fields(model)
     metadata = {"format": _FORMAT, "version": _VERSION, "arguments": json.dumps(arguments)}
     if loss is not None:
         metadata["loss"] = loss
@@ -184,33 +182,28 @@ def _read_model(file: Any, metadata: dict[str, str], fail: _Failure, mmap: bool)
             fail(f"{name} is {tensor.dtype}")
         parameter.data = tensor if mmap else copied_table(tensor)
     if "feature_fields" in found:
-        fields = file.get_tensor("feature_fields")
         try:
-            _check_feature_fields("feature_fields", fields, N, F)
+            model.feature_fields = file.get_tensor("feature_fields")
         except (TypeError, ValueError) as error:
-            fail(str(error))
-        model._describe_fields(fields)
+            fail(str(error).removeprefix("FFM: "))
     return model
 
 
-def model_arguments(model: FFM) -> dict[str, Any]:
+def model_arguments(where: str, model: FFM) -> dict[str, Any]:
     """What :func:`model_from_arguments` makes the same model from, weights aside. It can be written as JSON.
 
-    A model whose fields were described by lists of ids has ``feature_fields`` beside that, which are a tensor's job.
+    What it leaves out is a tensor's job: :func:`model_fields`.
 
     Raises:
-        TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table, or its ``feature_fields`` are no integers.
-        ValueError: its ``field_names`` or ``feature_fields`` do not fit its sizes.
+        TypeError: ``model`` is no :class:`~ffm_ext.FFM` with a float table.
+        ValueError: its ``field_names`` do not fit its sizes.
     """
-    _check_model("save_model", model)
+    _check_model(where, model)
     layer = model.interaction
     if len(model.field_names) != layer.num_fields:
         raise ValueError(
-            f"save_model: the model has {len(model.field_names)} field_names for {layer.num_fields} fields"
+            f"{where}: the model has {len(model.field_names)} field_names for {layer.num_fields} fields"
         )
-    if model.feature_fields is not None:
-        where = "save_model: the model's feature_fields"
-        _check_feature_fields(where, model.feature_fields, layer.num_features, layer.num_fields)
     arguments: dict[str, Any] = {
         "num_features": layer.num_features,
         "num_fields": layer.num_fields,
@@ -222,19 +215,16 @@ def model_arguments(model: FFM) -> dict[str, Any]:
         "normalize": bool(model.normalize),
         "field_names": model.field_names,
     }
-    if model.offsets is not None:
-        arguments["field_dims"] = model.offsets.diff().tolist()
+    if model.field_dims is not None:
+        arguments["field_dims"] = list(model.field_dims)
     return arguments
 
 
-def _check_feature_fields(what: str, fields: Tensor, num_features: int, num_fields: int) -> None:
-    if not is_integral(fields):
-        raise TypeError(f"{what} is {fields.dtype}, not integers")
-    if fields.shape != (num_features,):
-        raise ValueError(f"{what} must be [{num_features}], got shape {list(fields.shape)}")
-    wrong = fields[outside(fields, num_fields) & (fields != -1)]  # -1: of no field
-    if wrong.numel():
-        raise ValueError(f"{what} has {int(wrong[0])}, out of range for {num_fields} fields")
+def model_fields(model: FFM) -> dict[str, Tensor]:
+    """``feature_fields``, where :func:`model_arguments` does not tell them."""
+    if model.feature_fields is None or model.offsets is not None:
+        return {}
+    return {"feature_fields": model.feature_fields.cpu()}
 
 
 def model_from_arguments(arguments: Mapping[str, Any]) -> FFM:
@@ -802,6 +792,8 @@ def _check_model(where: str, model: Any) -> None:
         if isinstance(model, FFM):
             found += f" with a {type(model.interaction).__name__}, whose state_dict can be kept"
         raise TypeError(f"{where}: model must be an FFM with a float table, got {found}")
+    check_computes_ffm(where, model)
+    check_computes_ffm(where, model.interaction)
 
 
 def _check_within_field(where: str, peer_does: str, model: FFM, wanted: bool) -> None:

@@ -117,6 +117,7 @@ def kept_bytes() -> int:
     New memory is not free: Linux clears every page of it, which takes as long as a fifth of a backward pass. So results
     from 1 MiB on (gradients of tables, outputs ``"dot"`` and ``"hadamard"``) leave their memory to the next ones when
     they are freed: at most as much as was in use at the same time during the last 16 of them.
+    The storage of such a result cannot be resized (``out=``, ``untyped_storage().resize_(0)``).
     ``FFM_EXT_KEEP_MEMORY=0`` keeps nothing, and neither does torch 2.10.
     """
     return _C.kept_bytes()

@@ -16,6 +16,7 @@ from ._arguments import (
     GradMode,
     Output,
     check_contents,
+    check_feature_fields,
     check_modes,
     check_positive,
     checks_contents,
@@ -24,7 +25,7 @@ from ._arguments import (
     sum_dtype,
 )
 from .autograd import interaction, is_exporting, is_from_backward, untraced
-from .batch import SparseBatch
+from .batch import SparseBatch, fields_of_features
 from .functional import ffm_interaction
 from .memory import empty_table, keep_huge_pages
 from .optim import FusedOptimizer, Optimizer, add_state, optimizer_state, remove_state
@@ -192,11 +193,13 @@ class FFMInteraction(_OnHugePages, _Table):
         """
         check_replicas(self)
         weight = self.weight
-        indices, fields, values, offsets = _entries("FFMInteraction", x, values, weight.dtype)
+        indices, fields, values, offsets = entry_lists("FFMInteraction", x, values, weight.dtype)
         has_grad = weight.requires_grad and torch.is_grad_enabled()
         if has_grad and (self._fused is not None or self.grad == "sparse"):
             self._check_is_parameter(weight)
         if has_grad and self._fused is not None:
+            if not torch.compiler.is_compiling():
+                self._fused.check_no_gradient("FFMInteraction")
             step, *states = optimizer_state(self)
             out = interaction(
                 weight,
@@ -241,7 +244,7 @@ class FFMInteraction(_OnHugePages, _Table):
             weight.register_post_accumulate_grad_hook(_keep_coalesced)
 
     def __prepare_scriptable__(self) -> None:
-        raise _no_torchscript("FFMInteraction")
+        raise no_torchscript("FFMInteraction")
 
     def fuse_optimizer(self, optimizer: Optimizer) -> FusedOptimizer:
         """Let every ``backward`` update the table by itself; its gradient is never made, ``weight.grad`` stays None.
@@ -338,14 +341,23 @@ class _Described(_Sized):
 
     # [F + 1], where the ids of each field begin; None: ids are those of the whole table.
     offsets: Tensor | None
+    field_dims: tuple[int, ...] | None = None
 
-    def _describe(self, device: torch.device | str | None, **tensors: Tensor | None) -> None:
-        """Keep them as attributes. They come on the CPU, whatever the default device is."""
-        device = torch.get_default_device() if device is None else device
-        self._description = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        for name, tensor in tensors.items():
-            setattr(self, name, None if tensor is None else tensor.to(device, copy=True))
+    def __init__(self) -> None:
+        super().__init__()
+        # Attribute -> what it is, on the CPU, whatever the default device is.
+        self._description: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_describe_what_was_loaded)  # type: ignore[no-untyped-call]
+
+    def _describe(
+        self, name: str, tensor: Tensor | None, device: torch.device | str | None
+    ) -> None:
+        """Keep it as an attribute, and a copy that nothing done to that attribute changes."""
+        self._description.pop(name, None)
+        if tensor is not None:
+            self._description[name] = tensor.to("cpu", copy=True)
+            tensor = tensor.to(torch.get_default_device() if device is None else device, copy=True)
+        setattr(self, name, tensor)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves the module; what ``to_empty`` leaves without values gets them again."""
@@ -355,9 +367,14 @@ class _Described(_Sized):
             setattr(self, name, tensor if tensor.is_meta else tensor.copy_(values))
         return self
 
+    def _starts(self, x: Any) -> Tensor:
+        """``offsets`` for ids; they stay on the meta device where only weights were put in place of those there."""
+        assert self.offsets is not None
+        is_left = self.offsets.is_meta and isinstance(x, Tensor) and not x.is_meta
+        return self._description["offsets"] if is_left else self.offsets
+
     def _metadata(self) -> dict[str, Any]:
-        starts = self._description.get("offsets")
-        return {} if starts is None else {"field_dims": tuple(starts.diff().tolist())}
+        return {} if self.field_dims is None else {"field_dims": self.field_dims}
 
     def _difference(self, saved: dict[str, Any]) -> str | None:
         here, there = self._metadata().get("field_dims"), saved.get("field_dims")
@@ -413,7 +430,8 @@ class FieldAwareFactorizationMachine(_Described):
             dtype=dtype,
             device=device,
         )
-        self._describe(device, offsets=_field_starts(field_dims))
+        self.field_dims = tuple(field_dims)
+        self._describe("offsets", _field_starts(field_dims), device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -426,7 +444,7 @@ class FieldAwareFactorizationMachine(_Described):
         layer._reset_optimizer()
 
     def __prepare_scriptable__(self) -> None:
-        raise _no_torchscript("FieldAwareFactorizationMachine")
+        raise no_torchscript("FieldAwareFactorizationMachine")
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, F]`` ids (int32 or int64) that count from 0 in every field -> ``[B, P, K]`` products.
@@ -435,7 +453,8 @@ class FieldAwareFactorizationMachine(_Described):
             IndexError: an id is outside its field; the text names it and its position.
             ValueError: the shape or dtype is wrong.
         """
-        return self.interaction(_global_ids("FieldAwareFactorizationMachine", x, self.offsets))
+        starts = self._starts(x)
+        return self.interaction(global_ids("FieldAwareFactorizationMachine", x, starts))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         tables = [f"{prefix}embeddings.{g}.weight" for g in range(self.interaction.num_fields)]
@@ -542,8 +561,6 @@ class FFM(_Described):
     libffm's model is ``FFM(…, within_field=True, bias=False, linear=False, normalize=True)``.
 
     Attributes:
-        feature_fields: ``[N]``, the field of each feature, for :meth:`SparseBatch.from_scipy` and its siblings, -1 for
-            one that is of none; ``None`` where only the sizes are known.
         field_names: the names, ``"0"``, ``"1"``, … where none were given.
 
     Raises:
@@ -552,7 +569,7 @@ class FFM(_Described):
             positive.
     """
 
-    feature_fields: Tensor | None
+    _feature_fields: Tensor | None
 
     def __init__(
         self,
@@ -590,7 +607,7 @@ class FFM(_Described):
         if field_dims is not None:
             dims = _check_dims("FFM", field_dims)
             starts = _field_starts(dims)
-            feature_fields = _each_repeated(dims)
+            feature_fields = fields_of_features(dims)
             num_features, num_fields = sum(dims), len(dims)
         if num_features is None or num_fields is None:
             raise ValueError("FFM: num_features and num_fields go together")
@@ -612,7 +629,34 @@ class FFM(_Described):
         )
         # After the table: there may be no memory for so many.
         self.field_names = names or [str(f) for f in range(num_fields)]
-        self._describe(device, feature_fields=feature_fields, offsets=starts)
+        self.field_dims = None if starts is None else tuple(dims)
+        self._describe("_feature_fields", feature_fields, device)
+        self._describe("offsets", starts, device)
+
+    @property
+    def feature_fields(self) -> Tensor | None:
+        """``[N]``, the field of each feature, for :meth:`SparseBatch.from_scipy` and its siblings.
+
+        -1 is a feature of no field; ``None`` stands where only the sizes are known. It can be set, to anything that
+        makes a tensor.
+
+        Raises:
+            TypeError: it is set to something else than integers.
+            ValueError: it is set to another number of them, one is out of range, or they are not those of the
+                ``field_dims`` that the model was made from.
+        """
+        return self._feature_fields
+
+    @feature_fields.setter
+    def feature_fields(self, fields: Any) -> None:
+        layer = self.interaction
+        if fields is not None:
+            fields = check_feature_fields("FFM", fields, layer.num_features, layer.num_fields)
+        if self.offsets is not None and (
+            fields is None or not torch.equal(fields.cpu(), self._description["_feature_fields"])
+        ):
+            raise ValueError("FFM: feature_fields cannot be others than those of field_dims")
+        self._describe("_feature_fields", fields, next(iter(layer.state_dict().values())).device)
 
     @property
     def grad(self) -> GradMode:
@@ -630,7 +674,7 @@ class FFM(_Described):
         self.interaction.reset_parameters(generator)
 
     def __prepare_scriptable__(self) -> None:
-        raise _no_torchscript("FFM")
+        raise no_torchscript("FFM")
 
     def forward(
         self,
@@ -658,7 +702,7 @@ class FFM(_Described):
             TypeError: ``x`` is neither a tensor nor a :class:`SparseBatch`.
         """
         if isinstance(x, Tensor) and self.offsets is not None:
-            x = _global_ids("FFM", x, self.offsets)
+            x = global_ids("FFM", x, self._starts(x))
         return self.score_table_ids(x, values, dtype=dtype)
 
     def score_table_ids(
@@ -680,7 +724,7 @@ class FFM(_Described):
         wide = torch.float32 if table is None else sum_dtype(table)
         if self.normalize and (given is not None or is_half):
             x, values = self._normalized(x, values, values_dtype)
-        indices, _, entry_values, offsets = _entries("FFM", x, values, values_dtype)
+        indices, _, entry_values, offsets = entry_lists("FFM", x, values, values_dtype)
         score = self.interaction(x, values, dtype=wide)
         norms: Tensor | float | None = None
         if self.normalize and entry_values is None:
@@ -701,17 +745,13 @@ class FFM(_Described):
     ) -> tuple[Tensor | SparseBatch, Tensor | None]:
         """The batch with the values of each sample divided by their Euclidean norm, and then rounded to ``dtype``."""
         # Squares are summed in float64, where those of every other dtype neither overflow nor vanish.
-        indices, fields, values, offsets = _entries("FFM", x, values, torch.float64)
+        indices, fields, values, offsets = entry_lists("FFM", x, values, torch.float64)
         # What the operators check comes too late here: one bad value or offset would spoil its neighbours' norms.
         check_contents("FFM", indices, values, offsets, self.interaction.num_features)
-        values = _unit_norm(indices, values, offsets).to(dtype)
+        values = unit_norm(indices, values, offsets).to(dtype)
         if fields is None or offsets is None:
             return indices, values
         return SparseBatch(indices, fields, values, offsets), None
-
-    def _describe_fields(self, feature_fields: Tensor) -> None:
-        """Take the field of each feature, ``[N]``, where only sizes were given."""
-        self._description["feature_fields"] = self.feature_fields = feature_fields
 
     def extra_repr(self) -> str:
         """What the layers inside do not say, for ``repr``."""
@@ -728,7 +768,7 @@ class FM(_OnHugePages):
     Args:
         num_features: N, the number of features.
         embed_dim: K, the number of latent factors.
-        grad: ``"sparse"`` or ``"dense"`` gradients of the two tables.
+        grad: ``"sparse"`` or ``"dense"`` gradients of the two tables; ``"atomic"`` is dense.
         dtype, device: of the parameters.
 
     Raises:
@@ -770,7 +810,7 @@ class FM(_OnHugePages):
         nn.init.normal_(self.weight, std=0.1 / math.sqrt(self.weight.shape[1]))
 
     def __prepare_scriptable__(self) -> None:
-        raise _no_torchscript("FM")
+        raise no_torchscript("FM")
 
     def forward(self, x: Tensor | SparseBatch, values: Tensor | None = None) -> Tensor:
         """Score of a batch, ``[B]``.
@@ -785,7 +825,7 @@ class FM(_OnHugePages):
             TypeError: ``x`` is neither a tensor nor a :class:`SparseBatch`.
         """
         check_replicas(self)
-        indices, _, values, offsets = _entries("FM", x, values, self.weight.dtype)
+        indices, _, values, offsets = entry_lists("FM", x, values, self.weight.dtype)
         if indices.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"FM: x must be int32 or int64, got {indices.dtype}")
         if indices.device != self.weight.device:
@@ -806,6 +846,17 @@ class FM(_OnHugePages):
         return score.to(self.weight.dtype)
 
 
+def _of_replicas(replicas: nn.Module | None = None) -> tuple[bool, bool]:
+    """Whether there are any, of this forward pass or those given, and whether they sum sparse gradients."""
+    if replicas is None:
+        replicas = nn.parallel.DistributedDataParallel._active_ddp_module
+    return replicas is not None, hasattr(replicas, "sums_sparse_gradients")
+
+
+# What torch.compiler.assume_constant_result says, without importing Dynamo for it.
+_of_replicas._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def check_replicas(layer: nn.Module, replicas: nn.Module | None = None) -> None:
     """Refuse a table that would not be the same in every process, or not be the one that its fused optimizer keeps.
 
@@ -818,10 +869,9 @@ def check_replicas(layer: nn.Module, replicas: nn.Module | None = None) -> None:
     if layer.weight is None or not (torch.is_grad_enabled() and layer.weight.requires_grad):
         return
     name = type(layer).__name__
-    if not torch.compiler.is_compiling():
-        replicas = replicas or nn.parallel.DistributedDataParallel._active_ddp_module
+    are_replicas, sums_sparse = _of_replicas() if replicas is None else _of_replicas(replicas)
     fused = getattr(layer, "_fused", None)
-    if fused is not None and replicas is not None:
+    if fused is not None and are_replicas:
         raise RuntimeError(
             f"{name}: a layer with a fused optimizer cannot be trained under DistributedDataParallel: each process "
             "would update a table of its own. Use grad='sparse' or 'dense' with an optimizer of torch, or "
@@ -834,11 +884,11 @@ def check_replicas(layer: nn.Module, replicas: nn.Module | None = None) -> None:
             f"{name}: the table is not the one that its fused optimizer updates: FSDP and functional_call put another "
             "in its place. Use grad='dense' with an optimizer of torch"
         )
-    if (
-        layer.grad == "sparse"
-        and replicas is not None
-        and not hasattr(replicas, "sums_sparse_gradients")
-    ):
+    if sums_sparse and not torch.compiler.is_compiling():
+        active = nn.parallel.DistributedDataParallel._active_ddp_module
+        if active is not None:
+            active.check_mode(layer)  # type: ignore[operator]
+    if layer.grad == "sparse" and are_replicas and not sums_sparse:
         raise RuntimeError(
             f"{name}: torch's DistributedDataParallel does not take the sparse gradient of this layer: wrap the model "
             "in ffm_ext.distributed.DistributedDataParallel, or use grad='dense'"
@@ -871,14 +921,36 @@ def _hooks(weight: Tensor) -> list[Any]:
     return [] if hooks is None else list(hooks.values())
 
 
-def _no_torchscript(where: str) -> NotImplementedError:
+def check_computes_ffm(where: str, model: FFM | FFMInteraction) -> None:
+    """Raise TypeError where a subclass computes more, or something else, of which nobody would know."""
+    kind = FFM if isinstance(model, FFM) else FFMInteraction
+    own = type(model)
+    differing = [
+        f"{name}() of its own"
+        for name in ("forward", "score_table_ids")
+        if getattr(own, name, None) is not getattr(kind, name, None)
+    ]
+    if isinstance(model, FFM):
+        differing += [
+            name
+            for name, _ in model.named_parameters()
+            if name.partition(".")[0] not in ("linear", "interaction")
+        ]
+    if differing:
+        raise TypeError(
+            f"{where}: {own.__name__} has {differing[0]}, and only what an {kind.__name__} computes would be kept of "
+            "it: make it a module that holds one"
+        )
+
+
+def no_torchscript(where: str) -> NotImplementedError:
     return NotImplementedError(
         f"{where}: TorchScript cannot compile it. torch.export and AOTInductor take its place, for programs in C++ "
         "too: see examples/cpp_serving"
     )
 
 
-def _entries(
+def entry_lists(
     where: str, x: Tensor | SparseBatch, values: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """``indices, fields, values, offsets`` of either form of input, values in the dtype given: the table's."""
@@ -905,7 +977,7 @@ def _inside(indices: Tensor, num_features: int) -> Tensor:
     return indices.clamp(0, num_features - 1) if indices.is_cuda else indices
 
 
-def _samples(entries: Tensor, offsets: Tensor) -> Tensor:
+def sample_numbers(entries: Tensor, offsets: Tensor) -> Tensor:
     """The sample of each entry, ``[nnz]``; entries: ``[nnz, ...]``."""
     return torch.arange(offsets.numel() - 1, device=entries.device).repeat_interleave(
         offsets.diff(), output_size=entries.shape[0]
@@ -915,10 +987,10 @@ def _samples(entries: Tensor, offsets: Tensor) -> Tensor:
 def _sum_samples(terms: Tensor, offsets: Tensor) -> Tensor:
     """The sums ``[B, ...]`` of the entries' terms ``[nnz, ...]``."""
     B = offsets.numel() - 1
-    # torch.compile stops at index_add into a single row. Exported programs are for any number of samples.
-    if not is_exporting() and B == 1:
+    # torch.compile stops at index_add into a single row. Exported and traced programs are for any number of samples.
+    if not is_exporting() and B == 1 and not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return terms.sum(0, keepdim=True)
-    return terms.new_zeros(B, *terms.shape[1:]).index_add(0, _samples(terms, offsets), terms)
+    return terms.new_zeros(B, *terms.shape[1:]).index_add(0, sample_numbers(terms, offsets), terms)
 
 
 def _embedding(indices: Tensor, weight: Tensor, sparse: bool) -> Tensor:
@@ -930,14 +1002,14 @@ def _embedding(indices: Tensor, weight: Tensor, sparse: bool) -> Tensor:
     return nn.functional.embedding(indices, weight, sparse=sparse)
 
 
-def _unit_norm(indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
+def unit_norm(indices: Tensor, values: Tensor | None, offsets: Tensor | None) -> Tensor:
     """``values``, the shape of ``indices``, over the Euclidean norm of their sample; 0 where the norm is 0. float64."""
     if values is None:
         values = torch.ones(indices.shape, dtype=torch.float64, device=indices.device)
     if offsets is None:
         return values * _reciprocal_root(values.square().sum(1, keepdim=True))
     squares = _sum_samples(values.square(), offsets)
-    return values * _reciprocal_root(squares)[_samples(indices, offsets)]
+    return values * _reciprocal_root(squares)[sample_numbers(indices, offsets)]
 
 
 def _reciprocal_root(x: Tensor) -> Tensor:
@@ -947,7 +1019,7 @@ def _reciprocal_root(x: Tensor) -> Tensor:
     return x.masked_fill(zero, 1).rsqrt().masked_fill(zero, 0)
 
 
-def _global_ids(where: str, x: Tensor, starts: Tensor) -> Tensor:
+def global_ids(where: str, x: Tensor, starts: Tensor) -> Tensor:
     """Ids of the whole table from ids ``[B, F]`` that count from 0 in every field.
 
     Each id is checked against its own field, since one past its end would be a valid id of the next: on the CPU, also
@@ -980,12 +1052,6 @@ def _field_starts(field_dims: Sequence[int]) -> Tensor:
     return torch.tensor([0, *field_dims], device="cpu").cumsum(0)
 
 
-def _each_repeated(field_dims: Sequence[int]) -> Tensor:
-    """The field of each feature, ``[N]``."""
-    dims = torch.tensor(field_dims, device="cpu")
-    return torch.arange(len(field_dims), device="cpu").repeat_interleave(dims)
-
-
 def _fields_from_ids(names: Sequence[str], ids: Sequence[int | Sequence[int]]) -> Tensor:
     columns: list[Tensor] = []
     for name, features in zip(names, ids, strict=True):
@@ -997,7 +1063,7 @@ def _fields_from_ids(names: Sequence[str], ids: Sequence[int | Sequence[int]]) -
             raise TypeError(f"FFM: fields[{name!r}] must list integer ids: {error}") from None
         columns.append(torch.tensor(column, dtype=torch.int64, device="cpu"))
     flat = torch.cat(columns)
-    owners = _each_repeated([c.numel() for c in columns])
+    owners = fields_of_features([c.numel() for c in columns])
     order = flat.argsort(stable=True)
     wrong = (flat[order] != torch.arange(flat.numel(), device="cpu")).nonzero()
     if wrong.numel():

@@ -291,21 +291,26 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: ``torch.amp.GradScaler`` calls it; or the table has a gradient, which is not of its layer's
-                making: a penalty's, for instance.
+                making: a penalty's, or that of another layer which shares it.
         """
-        grad = self.table.grad
-        # One of zeros is how torch.distributed.checkpoint lets optimizers make their state.
-        if grad is not None and (grad._values() if grad.is_sparse else grad).any():
-            raise RuntimeError(
-                "FusedOptimizer.step: the table has a gradient from elsewhere than its layer, and nothing would apply "
-                "it: weight_decay is the optimizer's own; for other penalties use grad='dense' or 'sparse'"
-            )
+        self.check_no_gradient("FusedOptimizer.step")
         if getattr(self, "grad_scale", None) is not None:
             raise RuntimeError(
                 "FusedOptimizer.step: the loss was scaled by a GradScaler, and backward has updated the table with the "
                 "scaled gradient: scale nothing (bfloat16 needs no scale), or train with grad='sparse'"
             )
         return None if closure is None else closure()
+
+    def check_no_gradient(self, where: str) -> None:
+        """Raise RuntimeError where the table has a gradient, which nothing would apply."""
+        grad = self.table.grad
+        # One of zeros is how torch.distributed.checkpoint lets optimizers make their state.
+        if grad is not None and (grad._values() if grad.is_sparse else grad).any():
+            raise RuntimeError(
+                f"{where}: the table has a gradient from elsewhere than its layer (another that shares it, a penalty), "
+                "and nothing would apply it: weight_decay is the optimizer's own; all else takes grad='dense' or "
+                "'sparse'"
+            )
 
     # So that GradScaler.step comes to step with its scale.
     _step_supports_amp_scaling = True

@@ -13,12 +13,18 @@ from ._arguments import Output, check_modes, check_positive, result_dtype
 from ._fake import packed_row_bytes
 from .batch import SparseBatch
 from .memory import empty_table
-from .modules import FFMInteraction, _entries, _no_torchscript, _Table
+from .modules import FFMInteraction, _Table, check_computes_ffm, entry_lists, no_torchscript
 
 __all__ = ["QuantizedFFMInteraction", "quantize"]
 
 _ops = torch.ops.ffm_ext
 _Model = TypeVar("_Model", bound=nn.Module)
+
+# What torch.nn.Module calls around forward.
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
 
 
 class QuantizedFFMInteraction(_Table):
@@ -80,7 +86,7 @@ class QuantizedFFMInteraction(_Table):
         Raises:
             ValueError: an element of the table is not finite; the text names its position ``[feature, field, factor]``.
         """
-        return cls._of_packed(layer, _packed(layer))
+        return cls._of_packed(layer, _packed(layer, layer.weight))
 
     @classmethod
     def _of_packed(cls, layer: FFMInteraction, packed: Tensor) -> QuantizedFFMInteraction:
@@ -88,6 +94,8 @@ class QuantizedFFMInteraction(_Table):
         sizes = layer.num_features, layer.num_fields, layer.embed_dim
         quantized = cls(*sizes, output=layer.output, within_field=layer.within_field, device="meta")
         quantized.packed = packed
+        for name in _HOOKS:
+            setattr(quantized, name, copy.copy(getattr(layer, name)))
         return quantized.train(layer.training)
 
     def dequantize(self) -> Tensor:
@@ -111,7 +119,7 @@ class QuantizedFFMInteraction(_Table):
         Raises:
             RuntimeError: a gradient is asked of values.
         """
-        indices, fields, values, offsets = _entries(
+        indices, fields, values, offsets = entry_lists(
             "QuantizedFFMInteraction", x, values, torch.float32
         )
         if values is not None and values.requires_grad and torch.is_grad_enabled():
@@ -132,7 +140,7 @@ class QuantizedFFMInteraction(_Table):
         ).to(result_dtype("QuantizedFFMInteraction", self.packed, dtype))
 
     def __prepare_scriptable__(self) -> None:
-        raise _no_torchscript("QuantizedFFMInteraction")
+        raise no_torchscript("QuantizedFFMInteraction")
 
     def extra_repr(self) -> str:
         """Sizes and modes, for ``repr``."""
@@ -142,9 +150,9 @@ class QuantizedFFMInteraction(_Table):
         )
 
 
-def _packed(layer: FFMInteraction) -> Tensor:
+def _packed(layer: FFMInteraction, weight: Tensor) -> Tensor:
     sizes = layer.num_features, layer.num_fields, layer.embed_dim
-    return _ops.ffm_quantize(layer.weight.detach().view(sizes))
+    return _ops.ffm_quantize(weight.detach().view(sizes))
 
 
 def quantize(model: _Model) -> _Model:
@@ -159,16 +167,21 @@ def quantize(model: _Model) -> _Model:
 
     Raises:
         ValueError: the model has no ``FFMInteraction``, or a table has an element that is not finite.
+        TypeError: a layer is of a class with a ``forward`` of its own.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, FFMInteraction)]
     if not layers:
         raise ValueError(f"quantize: {type(model).__name__} has no FFMInteraction")
+    for layer in layers:
+        check_computes_ffm("quantize", layer)
+    # A parametrized table is made anew each time: as long as these live, no two have one id.
+    weights = [layer.weight for layer in layers]
     tables: dict[tuple[int, int], Tensor] = {}
     # deepcopy takes what it is told to have copied already.
     memo = {}
-    for layer in layers:
-        table = id(layer.weight), layer.embed_dim
+    for layer, weight in zip(layers, weights, strict=True):
+        table = id(weight), layer.embed_dim
         if table not in tables:
-            tables[table] = _packed(layer)
+            tables[table] = _packed(layer, weight)
         memo[id(layer)] = QuantizedFFMInteraction._of_packed(layer, tables[table])
     return copy.deepcopy(model, memo)

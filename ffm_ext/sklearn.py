@@ -50,11 +50,12 @@ import torch
 from torch import Tensor
 
 from . import inspection
-from .batch import SparseBatch
+from ._arguments import Loss
+from .batch import SparseBatch, fields_of_features, keep_entries
 from .memory import fits
 from .modules import FFM
 from .optim import FTRL, OPTIMIZERS, Optimizer
-from .training import Progress, Trainer
+from .training import Mode, Progress, Trainer
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -99,7 +100,7 @@ _OF_TRAINER = ("mode", "batch_size", "num_threads")
 class _BaseFFM(BaseEstimator):  # type: ignore[misc]
     """What classifier and regressor share: encoding of ``X``, fitting, inspection."""
 
-    _loss: ClassVar[Literal["logistic", "squared"]]
+    _loss: ClassVar[Loss]
 
     embed_dim: int = 4
     _: KW_ONLY
@@ -107,7 +108,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
     weight_decay: float = 2e-5
     epochs: int = 15
     optimizer: str | Optimizer = "adagrad"
-    mode: Literal["exact", "hogwild", "deterministic"] = "exact"
+    mode: Mode = "exact"
     batch_size: int = 1024
     normalize: bool = True
     within_field: bool = False
@@ -141,7 +142,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
         state = None if new or partial else deepcopy(self.trainer_.state_dict())
         try:
             self._train(X, y, sample_weight, new, partial, classes)
-        except Exception:
+        except BaseException:  # Ctrl-C, too
             # A model goes with the features, fields and labels that it was made for.
             self.__dict__ = before
             if state is not None:
@@ -201,9 +202,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
         trainer = self.trainer_
         if not new:
             # Whether it gets worse is asked anew: the part set aside may be another one.
-            state = trainer.state_dict()
-            state["position"] |= {"stopped": False, "best_loss": math.inf, "rises": 0}
-            trainer.load_state_dict(state)
+            trainer.reset_auto_stop()
         before = trainer.epoch
         trainer.fit(
             data,
@@ -232,7 +231,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
         model.to_empty(device="cpu")
         model.reset_parameters(generator=torch.Generator("cpu").manual_seed(seed))
         model.field_names = self._field_names or model.field_names
-        model._describe_fields(self._fields)
+        model.feature_fields = self._fields
         self.trainer_ = self._new_trainer(model, self._new_optimizer(), seed)
         self.model_ = model
         self._settled = {name: getattr(self, name) for name in _SETTLED}
@@ -264,16 +263,17 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
                 raise ValueError(
                     f"{type(self).__name__}: {name} = {now!r}, but the model has {before!r}; {advice}"
                 )
-        old, optimizer = self.trainer_, self._new_optimizer()
-        is_other = optimizer != old.optimizer
-        # FTRL's state stands for weights by its numbers: with others it would be other weights.
-        if is_other and (type(optimizer) is not type(old.optimizer) or isinstance(optimizer, FTRL)):
-            raise ValueError(
-                f"{type(self).__name__}: {optimizer} cannot go on from the state of {old.optimizer}; {advice}"
-            )
-        if is_other or any(getattr(self, name) != getattr(old, name) for name in _OF_TRAINER):
-            self.trainer_ = self._new_trainer(self.model_, optimizer, old.seed)
-            self.trainer_.load_state_dict(old.state_dict())
+        trainer, optimizer = self.trainer_, self._new_optimizer()
+        before = trainer.optimizer
+        if optimizer != before:
+            # FTRL's state stands for weights by its numbers: with others it would be other weights.
+            if type(optimizer) is not type(before) or isinstance(optimizer, FTRL):
+                raise ValueError(
+                    f"{type(self).__name__}: {optimizer} cannot go on from the state of {before}; {advice}"
+                )
+            trainer.optimizer = optimizer
+        for name in _OF_TRAINER:
+            setattr(trainer, name, getattr(self, name))
 
     def _set_aside(
         self, data: tuple[Any, ...], y: np.ndarray, seed: int
@@ -355,8 +355,10 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
 
     def _learn_owners(self, batch: SparseBatch) -> None:
         """Take the fields of the features that training has had."""
-        self._fields[batch.indices.long()] = batch.fields.long()
-        self.model_._describe_fields(self._fields)
+        indices, fields = batch.indices.long(), batch.fields.long()
+        if not torch.equal(self._fields[indices], fields):
+            self._fields[indices] = fields
+            self.model_.feature_fields = self._fields
 
     def _validate(self, X: Any, y: Any = "no_validation", *, reset: bool) -> Any:
         categorical = self._categorical
@@ -414,7 +416,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
                 f"column {column} has categories up to {int(counts[column]) - 1}; "
                 "sklearn.preprocessing.OrdinalEncoder numbers them from 0",
             )
-            fields = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
+            fields = fields_of_features(counts.tolist())
         elif self.feature_fields is None:
             size = X.shape[1] ** 2 * self.embed_dim
             if size > _LARGE_TABLE:
@@ -460,7 +462,7 @@ class _BaseFFM(BaseEstimator):  # type: ignore[misc]
 
     def _in_table(self, batch: SparseBatch) -> SparseBatch:
         known = (batch.indices < self._num_features) & (batch.fields < self._num_fields)
-        return batch if bool(known.all()) else _keep(batch, known)
+        return batch if bool(known.all()) else keep_entries(batch, known)
 
     def _entries(self, X: Any) -> SparseBatch:
         """``X``, validated, as entries. What the table does not have is beyond its end."""
@@ -790,11 +792,3 @@ def _categories(name: str, X: np.ndarray) -> np.ndarray:
             f"{name}: X[{i}, {j}] = {X[i, j]} is no category: a whole number from 0, or -1 for none"
         )
     return ids
-
-
-def _keep(batch: SparseBatch, known: Tensor) -> SparseBatch:
-    """The batch without the entries that are not known."""
-    before = torch.nn.functional.pad(known.cumsum(0), (1, 0))
-    values = None if batch.values is None else batch.values[known]
-    offsets = before[batch.offsets.long()]
-    return SparseBatch(batch.indices[known], batch.fields[known], values, offsets)

@@ -41,25 +41,37 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ._arguments import (
+    Loss,
     alert_not_deterministic,
+    check_choice,
     check_contents,
     check_finite,
     check_fits,
+    check_num_threads,
+    check_positive,
+    check_size,
     sum_dtype,
 )
 from ._files import check_writable, save_tensors
 from .batch import SparseBatch
 from .data import SparseDataset, open_dataset
-from .data._dataset import _numbers, check_entries, placed
-from .interop import Loss, model_arguments, model_from_arguments
-from .modules import FFM, FFMInteraction, _entries, _global_ids, _samples
+from .data._dataset import check_entries, checked_numbers, placed
+from .interop import model_arguments, model_fields, model_from_arguments
+from .modules import (
+    FFM,
+    FFMInteraction,
+    check_computes_ffm,
+    entry_lists,
+    global_ids,
+    sample_numbers,
+)
 from .optim import OPTIMIZERS, AdaGrad, Optimizer
 
 __all__ = ["Epoch", "History", "Progress", "Trainer"]
@@ -72,8 +84,6 @@ _PIECE = 1 << 17
 # No scores, float32 on the CPU whatever the defaults of torch are.
 _NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 _PREDICTED = 1 << 16
-# More threads than that are a mistake, or end the process: OpenMP does so where the system has no room for them.
-_MOST_THREADS = max(1024, os.cpu_count() or 1)
 _FORMAT = "ffm_ext.Trainer"
 _VERSION = "1"
 
@@ -115,7 +125,7 @@ class Progress(NamedTuple):
 History = list[Epoch]
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Samples as the kernels take them."""
 
     x: Tensor | SparseBatch
@@ -171,29 +181,15 @@ class Trainer:
             raise TypeError(
                 f"Trainer: optimizer must be one of ffm_ext.optim, got {type(optimizer).__name__}"
             )
-        for name, value, allowed in (
-            ("loss", loss, get_args(Loss)),
-            ("mode", mode, get_args(Mode)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"Trainer: {name} = {value!r} is not one of {', '.join(allowed)}")
-        batch_size = _whole("Trainer", "batch_size", batch_size)
-        if num_threads is not None:
-            num_threads = _whole("Trainer", "num_threads", num_threads)
-            if num_threads > _MOST_THREADS:
-                raise ValueError(
-                    f"Trainer: num_threads = {num_threads} is more than {_MOST_THREADS}"
-                )
-        seed = _whole("Trainer", "seed", seed, least=0)
-        _check_trainable("Trainer", model)
-        self.model = model
-        self._optimizer = optimizer
         self.loss: Loss = loss
         self.mode: Mode = mode
         self.batch_size = batch_size
         self.num_threads = num_threads
-        self.shuffle = bool(shuffle)
+        self.shuffle = shuffle
         self.seed = seed
+        _check_trainable("Trainer", model)
+        self.model = model
+        self._optimizer = optimizer
 
         self.epoch = 0
         self.history: History = []
@@ -202,16 +198,39 @@ class Trainer:
         self._shard, self._sample = 0, 0
         self._loss, self._weight, self._seconds, self._samples = 0.0, 0.0, 0.0, 0
         self._sizes: list[int] = []  # samples of each part of the epoch
-        self._best: dict[str, Tensor] = {}
-        self._best_loss, self._rises, self._stopped = math.inf, 0, False
-        self._passed = False  # the weights are those of the end of an epoch after the best
+        self._best: dict[str, Tensor]
+        self._best_loss: float
+        self._rises: int  # epochs since the lowest loss
+        self._stopped: bool
+        self._passed: bool  # the weights are those of the end of an epoch after the best
+        self.reset_auto_stop()
         table = model.interaction.weight
         self._states = {
             "table": list(optimizer.new_state(table, model.interaction.embed_dim).values())
         }
         for name, parameter in self._small_parameters().items():
-            decays = optimizer if name != "bias" else dataclasses.replace(optimizer, weight_decay=0)
-            self._states[name] = list(decays.new_state(parameter.view(-1, 1), 1).values())
+            state = self._optimizer_of(name).new_state(parameter.view(-1, 1), 1)
+            self._states[name] = list(state.values())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self._checked(name, value))
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """What an attribute is set to; raise TypeError or ValueError where it cannot be."""
+        match name:
+            case "loss":
+                return check_choice("Trainer", name, value, Loss)
+            case "mode":
+                return check_choice("Trainer", name, value, Mode)
+            case "batch_size":
+                return check_size("Trainer", name, value, least=1)
+            case "num_threads":
+                return check_num_threads("Trainer", value)
+            case "seed":
+                return check_size("Trainer", name, value)
+            case "shuffle":
+                return bool(value)
+        return value
 
     @property
     def optimizer(self) -> Optimizer:
@@ -275,10 +294,11 @@ class Trainer:
         if auto_stop and valid is None:
             raise ValueError("Trainer.fit: auto_stop needs valid")
         _check_trainable("Trainer.fit", self.model)
-        epochs = _whole("Trainer.fit", "epochs", epochs)
-        patience = _whole("Trainer.fit", "patience", patience)
+        epochs, patience = check_positive("Trainer.fit", epochs=epochs, patience=patience)
         if checkpoint_every is not None:
-            checkpoint_every = _whole("Trainer.fit", "checkpoint_every", checkpoint_every)
+            checkpoint_every = check_size(
+                "Trainer.fit", "checkpoint_every", checkpoint_every, least=1
+            )
             if checkpoint is None:
                 raise ValueError("Trainer.fit: checkpoint_every needs checkpoint")
         if auto_stop and self._stopped and self.epoch < epochs:
@@ -342,7 +362,7 @@ class Trainer:
 
     def _run_epoch(
         self,
-        parts: list[_Part],
+        parts: list[Part],
         epochs: int,
         callback: Callable[[Progress], None] | None,
         save: Callable[[], None] | None,
@@ -401,7 +421,7 @@ class Trainer:
                         saved = self._samples
                 self._shard, self._sample = self._shard + 1, 0
 
-    def _finish_epoch(self, valid: list[_Part] | None, auto_stop: bool, patience: int) -> Epoch:
+    def _finish_epoch(self, valid: list[Part] | None, auto_stop: bool, patience: int) -> Epoch:
         valid_loss = None if valid is None else self._mean_loss(valid)
         if valid_loss is not None and not math.isfinite(valid_loss):
             raise FloatingPointError(
@@ -446,10 +466,17 @@ class Trainer:
 
     def _keep_weights(self) -> None:
         """Let the states of the optimizer stand for the weights as they are."""
-        lr, weight_decay = self.optimizer.lr, self.optimizer.weight_decay
         for name, weight in {"table": self._table(), **self._small_parameters()}.items():
-            decay = 0.0 if name == "bias" else weight_decay
-            self.optimizer.keep_weights(weight, self._states[name], lr, decay)
+            settled = self._optimizer_of(name)
+            self.optimizer.keep_weights(
+                weight, self._states[name], settled.lr, settled.weight_decay
+            )
+
+    def _optimizer_of(self, name: str) -> Optimizer:
+        """The optimizer of the table, of ``linear``, or of ``bias``, which does not decay."""
+        if name != "bias":
+            return self.optimizer
+        return dataclasses.replace(self.optimizer, weight_decay=0.0)
 
     def _piece(self, save_every: int | None) -> int:
         piece = _PIECE if not save_every else min(_PIECE, save_every)
@@ -463,11 +490,11 @@ class Trainer:
             return np.arange(n)
         return np.random.default_rng([self.seed, self.epoch, stream]).permutation(n)
 
-    def _part_sizes(self, parts: list[_Part]) -> list[int]:
+    def _part_sizes(self, parts: list[Part]) -> list[int]:
         """The samples of each part. A checkpoint from within an epoch goes on with data that is cut alike only."""
         return [len(part.labels) for part in parts]
 
-    def _steps(self, part: _Part, number: int) -> np.ndarray:
+    def _steps(self, part: Part, number: int) -> np.ndarray:
         """What this epoch goes through in a part, in order: its samples."""
         return self._order(len(part.labels), 1 + number)
 
@@ -483,7 +510,7 @@ class Trainer:
         finally:
             torch.set_num_threads(before)
 
-    def _train(self, part: _Part, order: np.ndarray) -> tuple[float, float, int]:
+    def _train(self, part: Part, order: np.ndarray) -> tuple[float, float, int]:
         """Train with some samples of a part: the sums of their losses and of their weights, and how many they are."""
         n = len(order)
         weight = float(n) if part.weights is None else float(part.weights[order].double().sum())
@@ -494,7 +521,7 @@ class Trainer:
         if normalize and self._normalizes_first() and _has_values(part):
             part, order, normalize = _take(part, order), np.arange(n), False
             part = part._replace(x=self.model._normalized(part.x, None, torch.float64)[0])
-        indices, fields, values, offsets = _entries("Trainer", part.x, None, layer.weight.dtype)
+        indices, fields, values, offsets = entry_lists("Trainer", part.x, None, layer.weight.dtype)
         small, empty = self._small_parameters(), list[Tensor]()
         loss = torch.ops.ffm_ext.ffm_train_(
             self._table(),
@@ -529,14 +556,14 @@ class Trainer:
         """
         return self.mode == "deterministic" or self.model.interaction.weight.dtype == torch.float16
 
-    def _train_batch(self, part: _Part) -> float:
+    def _train_batch(self, part: Part) -> float:
         """One update with the summed gradients of a batch."""
         layer, dtype = self.model.interaction, self.model.interaction.weight.dtype
         x: Tensor | SparseBatch = part.x
         values: Tensor | None = None
         if self.model.normalize:
             x, values = self.model._normalized(x, None, torch.float64)
-        indices, fields, values, offsets = _entries("Trainer", x, values, torch.float64)
+        indices, fields, values, offsets = entry_lists("Trainer", x, values, torch.float64)
         table_values = None if values is None else values.to(dtype)
         lists = (indices, fields, table_values, offsets, "sum", layer.within_field)
         table, small = self._table(), self._small_parameters()
@@ -554,37 +581,31 @@ class Trainer:
         if part.weights is not None:
             loss, slope = loss * part.weights.numpy(), slope * part.weights.numpy()
 
-        update = (
-            self.optimizer.name,
-            self.optimizer.settings(),
-            self._step,
-            self.optimizer.rounding_seed,
-        )
-        self._update_table(torch.from_numpy(slope).to(dtype), lists, update)
-        exact = (*update[:3], None)
+        self._update_table(torch.from_numpy(slope).to(dtype), lists)
         if "linear" in small:
             rows, inverse = np.unique(ids, return_inverse=True)
             gradient = np.bincount(inverse.ravel(), wide * slope[samples], len(rows))
-            self._update_small("linear", torch.from_numpy(rows).long(), gradient, exact)
+            self._update_small("linear", torch.from_numpy(rows).long(), gradient)
         if "bias" in small:
-            name, settings, *rest = exact
-            without_decay = [settings[0], 0.0, *settings[2:]]
-            gradient = np.add.reduce(slope, keepdims=True)
-            self._update_small("bias", None, gradient, (name, without_decay, *rest))
+            self._update_small("bias", None, np.add.reduce(slope, keepdims=True))
         self._step += 1
         return float(np.add.reduce(loss))
 
-    def _update_table(self, slope: Tensor, lists: tuple[Any, ...], update: tuple[Any, ...]) -> None:
-        states = self._states["table"]
+    def _update_table(self, slope: Tensor, lists: tuple[Any, ...]) -> None:
+        states, update = self._states["table"], self._update("table")
         torch.ops.ffm_ext.ffm_backward_fused_(slope, self._table(), states, *lists, False, *update)
 
-    def _update_small(
-        self, name: str, rows: Tensor | None, gradient: np.ndarray, update: tuple[Any, ...]
-    ) -> None:
+    def _update_small(self, name: str, rows: Tensor | None, gradient: np.ndarray) -> None:
         parameter = self._small_parameters()[name]
         grad_rows = torch.from_numpy(gradient).to(parameter.dtype).view(-1, 1, 1)
-        weight = parameter.view(-1, 1, 1)
-        torch.ops.ffm_ext.ffm_update_(weight, self._states[name], rows, grad_rows, *update)
+        weight, states, update = parameter.view(-1, 1, 1), self._states[name], self._update(name)
+        torch.ops.ffm_ext.ffm_update_(weight, states, rows, grad_rows, *update)
+
+    def _update(self, name: str) -> tuple[Any, ...]:
+        """What operators are told of this update. All but the table keeps enough bits not to be rounded at random."""
+        optimizer = self._optimizer_of(name)
+        seed = optimizer.rounding_seed if name == "table" else None
+        return optimizer.name, optimizer.settings(), self._step, seed
 
     def _table(self) -> Tensor:
         layer = self.model.interaction
@@ -635,26 +656,30 @@ class Trainer:
         scores = torch.cat([_NONE, *(self._scores(part) for part in parts)])
         return torch.sigmoid(scores) if self.loss == "logistic" else scores
 
-    def _scores(self, part: _Part) -> Tensor:
-        pieces = []
-        x = part.x
+    def _scores(self, part: Part) -> Tensor:
         with torch.inference_mode():
-            for i in range(0, len(part.labels), _PREDICTED):
-                piece = x[i : i + _PREDICTED]
-                pieces.append(self.model.score_table_ids(piece, dtype=torch.float32))
+            pieces = [
+                self.model.score_table_ids(part.x[i : i + _PREDICTED], dtype=torch.float32)
+                for i in range(0, len(part.labels), _PREDICTED)
+            ]
         return torch.cat([_NONE, *pieces])
 
-    def _mean_loss(self, parts: list[_Part]) -> float:
+    def reset_auto_stop(self) -> None:
+        """Let ``auto_stop`` begin anew, with other validation data, say: as if no loss had been the lowest yet."""
+        self._best, self._best_loss, self._rises = {}, math.inf, 0
+        self._stopped = self._passed = False
+
+    def _mean_loss(self, parts: list[Part]) -> float:
         total, weight = self._sum_of_losses(parts)
         return total / weight
 
-    def _sum_of_weights(self, parts: list[_Part]) -> float:
+    def _sum_of_weights(self, parts: list[Part]) -> float:
         return sum(
             len(labels) if weights is None else float(weights.double().sum())
             for _, labels, weights in parts
         )
 
-    def _sum_of_losses(self, parts: list[_Part]) -> tuple[float, float]:
+    def _sum_of_losses(self, parts: list[Part]) -> tuple[float, float]:
         """The losses of all samples, each times its weight, and the weights."""
         total = weight = 0.0
         for part in parts:
@@ -689,11 +714,11 @@ class Trainer:
                 _check_norms(place, part.x, part.x.values, torch.finfo(sum_dtype(weight)))
         return parts
 
-    def _local_parts(self, where: str, data: Any, *, has_labels: bool = True) -> list[_Part]:
+    def _local_parts(self, where: str, data: Any, *, has_labels: bool = True) -> list[Part]:
         if isinstance(data, str | os.PathLike):
             data = open_dataset(data)
         if isinstance(data, SparseDataset):
-            parts = [_Part(*shard) for shard in data.shards]
+            parts = [Part(*shard) for shard in data.shards]
         else:
             parts = [self._part(where, data, has_labels)]
         self._check_parts(where, parts, has_labels)
@@ -701,7 +726,7 @@ class Trainer:
             self._check_table_ids(where, parts)
         return parts
 
-    def _part(self, where: str, data: Any, has_labels: bool) -> _Part:
+    def _part(self, where: str, data: Any, has_labels: bool) -> Part:
         if not has_labels and isinstance(data, Tensor | SparseBatch):
             data = (data, None)
         if not isinstance(data, tuple) or len(data) not in (2, 3):
@@ -709,25 +734,23 @@ class Trainer:
                 f"{where} must be a SparseDataset, its folder, (x, labels) or "
                 f"(x, labels, weights), got {type(data).__name__}"
             )
-        x, labels, weights = (
-            given.detach() if isinstance(given, Tensor) else given for given in (*data, None)[:3]
-        )
+        x, labels, weights = (*data, None)[:3]
         if isinstance(x, SparseBatch) and x.values is not None:
             x = SparseBatch(x.indices, x.fields, x.values.detach(), x.offsets)
         if isinstance(x, Tensor) and self.model.offsets is not None:
-            x = _global_ids(where, x, self.model.offsets)
+            x = global_ids(where, x, self.model.offsets)
         if not isinstance(x, Tensor | SparseBatch):
             raise TypeError(
                 f"{where}: x must be ids [n, F] or a SparseBatch, got {type(x).__name__}"
             )
         if not has_labels:
-            return _Part(x, torch.zeros(len(x), dtype=torch.float32, device="cpu"), None)
-        labels = _numbers(where, "labels", labels, len(x))
+            return Part(x, torch.zeros(len(x), dtype=torch.float32, device="cpu"), None)
+        labels = checked_numbers(where, "labels", labels, len(x))
         if weights is not None:
-            weights = _numbers(where, "weights", weights, len(x))
-        return _Part(x, labels, weights)
+            weights = checked_numbers(where, "weights", weights, len(x))
+        return Part(x, labels, weights)
 
-    def _check_table_ids(self, where: str, parts: Sequence[_Part]) -> None:
+    def _check_table_ids(self, where: str, parts: Sequence[Part]) -> None:
         """Raise where ids that count from 0 in every field stand for those of the table, which a dataset has."""
         starts = self.model.offsets
         if starts is None:
@@ -858,14 +881,12 @@ class Trainer:
         metadata = {
             "format": _FORMAT,
             "version": _VERSION,
-            "model": json.dumps(model_arguments(self.model)),
+            "model": json.dumps(model_arguments(f"{type(self).__name__}.save", self.model)),
             "trainer": json.dumps({**arguments, "optimizer": optimizer}),
             "position": json.dumps(position),
         }
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        if self.model.feature_fields is not None and self.model.offsets is None:
-            tensors["feature_fields"] = self.model.feature_fields
-        return tensors, metadata
+        return tensors | model_fields(self.model), metadata
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trainer:
@@ -910,7 +931,7 @@ class Trainer:
             for name, parameter in model.linear.named_parameters():
                 parameter.data = parameter.data.to(state[f"model.linear.{name}"].dtype)
             if "feature_fields" in state:
-                model._describe_fields(state.pop("feature_fields"))
+                model.feature_fields = state.pop("feature_fields")
             trainer = cls(model, optimizer=kind(**settings), **arguments, **more)
             state["position"] = json.loads(metadata["position"])
             trainer.load_state_dict(state)
@@ -928,23 +949,13 @@ _POSITION = (
 )
 
 
-def _whole(where: str, name: str, number: Any, least: int = 1) -> int:
-    """``number`` as an ``int``, from ``least``, 0 or 1, on."""
-    try:
-        number = operator.index(number)
-    except TypeError:
-        raise TypeError(f"{where}: {name} = {number!r} is no whole number") from None
-    if number < least:
-        wanted = "be positive" if least else "not be negative"
-        raise ValueError(f"{where}: {name} = {number} must {wanted}")
-    return number
-
-
 def _check_trainable(where: str, model: FFM) -> None:
     """Raise where the operators, which change parameters in place, would not train what the model computes with."""
     layer = model.interaction
     if not isinstance(layer, FFMInteraction):
         raise TypeError(f"{where}: model has a {type(layer).__name__}, which is for inference")
+    check_computes_ffm(where, model)
+    check_computes_ffm(where, layer)
     for place, module, names in (
         ("interaction", layer, ("weight",)),
         ("linear", model.linear, ("weight", "bias")),
@@ -966,13 +977,13 @@ def _check_trainable(where: str, model: FFM) -> None:
                 raise ValueError(f"{where}: model is on {parameter.device}, not the CPU")
 
 
-def _has_values(part: _Part) -> bool:
+def _has_values(part: Part) -> bool:
     return isinstance(part.x, SparseBatch) and part.x.values is not None
 
 
-def _take(part: _Part, rows: np.ndarray) -> _Part:
+def _take(part: Part, rows: np.ndarray) -> Part:
     at = torch.from_numpy(rows)
-    return _Part(part.x[at], part.labels[at], None if part.weights is None else part.weights[at])
+    return Part(part.x[at], part.labels[at], None if part.weights is None else part.weights[at])
 
 
 def _loss_and_slope(
@@ -1000,7 +1011,7 @@ def _check_norms(where: str, x: SparseBatch, values: Tensor, limits: torch.finfo
     if all(is_good(piece.abs()) for piece in values.split(1 << 18) if len(piece)):
         return
     squares = torch.zeros(len(x), dtype=torch.float64, device="cpu")
-    squares.index_add_(0, _samples(x.indices, x.offsets), values.double().square())
+    squares.index_add_(0, sample_numbers(x.indices, x.offsets), values.double().square())
     wrong = (squares > most) | ((squares > 0) & (squares < least))
     if wrong.any():
         b = int(wrong.nonzero()[0])

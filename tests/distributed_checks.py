@@ -140,6 +140,23 @@ def ddp_of_torch_fused(rank: int, size: int, folder: Path) -> None:
     train(nn.parallel.DistributedDataParallel(model), None)
 
 
+def ddp_of_torch_fused_compiled(rank: int, size: int, folder: Path) -> None:
+    model = new_model("dense")
+    model.interaction.fuse_optimizer(optim.SGD(lr=0.5))
+    replicas = torch.compile(nn.parallel.DistributedDataParallel(model), backend="aot_eager")
+    train(replicas, None)
+
+
+def ddp_whose_mode_changes(rank: int, size: int, folder: Path) -> None:
+    model = new_model("dense")
+    replicas = DistributedDataParallel(model)
+    model.grad = "atomic"  # which is dense, too
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    train(replicas, optimizer, rank, size)
+    model.grad = "sparse"
+    train(replicas, optimizer, rank, size)
+
+
 # ---------------------------------------------------------------- FSDP
 
 

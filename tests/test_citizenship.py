@@ -16,6 +16,7 @@ import pytest
 import torch
 from problems import FORMS, OUTPUTS, Problem, by_definition, make_problem, python
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.func import functional_call, grad, jacrev, stack_module_state, vjp, vmap
 from torch.nn.utils import parametrize
@@ -214,8 +215,9 @@ def test_a_break_of_the_graph_leaves_the_package_alone() -> None:
             loss(other, x).backward()
             assert_same_state(model, other)
     # What Dynamo has seen of the package by then is no part of another graph.
-    last = make_layer("dense", output="dot")
-    assert torch.compile(last, fullgraph=True, backend="aot_eager")(ids()).shape == (5, F)
+    last, counter = make_layer("dense", output="dot"), torch._dynamo.testing.CompileCounter()
+    assert torch.compile(last, fullgraph=True, backend=counter)(ids()).shape == (5, F)
+    assert (counter.frame_count, counter.op_count > 0) == (1, True)
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
@@ -1037,6 +1039,108 @@ TORCHSCRIPT = "TorchScript cannot compile it. torch.export and AOTInductor take 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript(mode: str) -> None:
     torch.jit.script(make_model(mode))
+
+
+@pytest.mark.compatibility(
+    "torch.jit.trace", mode=ALL, note="for inference; ids and offsets of any number of samples"
+)
+@pytest.mark.parametrize("mode", ALL)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced_programs_are_for_any_batch(mode: str) -> None:
+    class Traced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make_model(mode)
+            self.other = ffm_ext.FM(N, 4, grad="dense")
+
+        def forward(self, *lists: Tensor) -> Tensor:
+            batch = SparseBatch(*lists)
+            return self.model(batch) + self.other(batch)
+
+    def lists(batch: SparseBatch) -> tuple[Tensor, ...]:
+        assert batch.values is not None
+        return batch.indices, batch.fields, batch.values, batch.offsets
+
+    model = Traced()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, lists(sparse_batch(1)))
+        for B in (1, 4):
+            given = lists(sparse_batch(B))
+            torch.testing.assert_close(traced(*given), model(*given))
+
+
+def test_nothing_that_a_subclass_computes_is_lost_in_silence(tmp_path: Path) -> None:
+    class DeepFFM(FFM):
+        def forward(self, *arguments: Any, **named: Any) -> Tensor:
+            return 2 * super().forward(*arguments, **named)
+
+    class Gated(ffm_ext.FFMInteraction):
+        def forward(self, *arguments: Any, **named: Any) -> Tensor:
+            return 2 * super().forward(*arguments, **named)
+
+    class Richer(FFM):
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            self.tower = nn.Linear(3, 1)
+
+    gated = FFM(4, num_features=9, num_fields=3)
+    gated.interaction = Gated(9, 3, 4)
+    for model, what in (
+        (DeepFFM(4, num_features=9, num_fields=3), r"DeepFFM has forward\(\) of its own"),
+        (Richer(4, num_features=9, num_fields=3), r"Richer has tower\.weight"),
+        (gated, r"Gated has forward\(\) of its own"),
+    ):
+        with pytest.raises(TypeError, match=f"Trainer: {what}"):
+            ffm_ext.training.Trainer(model)
+        with pytest.raises(TypeError, match=f"save_model: {what}"):
+            ffm_ext.interop.save_model(model, tmp_path / "model")
+    with pytest.raises(TypeError, match=r"quantize: Gated has forward\(\) of its own"):
+        ffm_ext.quantize(nn.Sequential(Gated(9, 3, 4)))
+    # A module that holds one is fine, and so are hooks.
+    seen: list[Tensor] = []
+    layer = ffm_ext.FFMInteraction(9, 3, 4)
+    layer.register_forward_hook(lambda module, given, out: seen.append(out))
+    x = torch.randint(9, (5, 3))
+    found = ffm_ext.quantize(nn.Sequential(layer))(x)
+    assert seen[-1] is found
+
+
+def test_the_gradient_of_a_layer_that_shares_a_fused_table_is_not_dropped() -> None:
+    x = torch.randint(9, (5, 3))
+    fused, other = (ffm_ext.FFMInteraction(9, 3, 4) for _ in range(2))
+    other.weight = fused.weight
+    handle = fused.fuse_optimizer(ffm_ext.optim.AdaGrad(lr=0.1))
+    (fused(x).sum() + other(x).sum()).backward()
+    with pytest.raises(
+        RuntimeError, match="FFMInteraction: the table has a gradient from elsewhere"
+    ):
+        fused(x)
+    with pytest.raises(RuntimeError, match=r"FusedOptimizer\.step: the table has a gradient from"):
+        handle.step()
+    fused.weight.grad = None
+    fused(x).sum().backward()
+
+
+def test_models_without_memory_can_be_made_and_described() -> None:
+    with FakeTensorMode():
+        for model in (
+            FFM(4, field_dims=[10, 20]),
+            FFM(4, fields={"a": 10, "b": 20}),
+            ffm_ext.FieldAwareFactorizationMachine([10, 20], 4),
+        ):
+            assert model.state_dict()
+
+
+def test_weights_that_come_one_by_one() -> None:
+    """As `accelerate.load_checkpoint_and_dispatch` puts them in, without `load_state_dict`."""
+    wanted = FFM(4, field_dims=[10, 20])
+    with torch.device("meta"):
+        model = FFM(4, field_dims=[10, 20])
+    for name, tensor in wanted.state_dict().items():
+        place, _, last = name.rpartition(".")
+        model.get_submodule(place)._parameters[last] = nn.Parameter(tensor)
+    x = torch.tensor([[9, 19], [0, 3]])
+    assert torch.equal(model(x), wanted(x))
 
 
 def test_a_batch_is_a_pytree() -> None:

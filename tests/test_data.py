@@ -56,6 +56,14 @@ def make(n: int, *, ones: bool = False, weights: bool = False, seed: int = 0) ->
     )
 
 
+def test_numbers_of_a_graph_are_kept_without_it() -> None:
+    labels, weights, values = (torch.ones(3, requires_grad=True) * n for n in (1, 2, 3))
+    batch = SparseBatch(torch.arange(3), torch.zeros(3).long(), values, torch.arange(4))
+    data = SparseDataset.from_arrays(batch, labels, weights)
+    for tensor in (data.shards[0].labels, data.shards[0].weights, data.shards[0].batch.values):
+        assert tensor is not None and not tensor.requires_grad
+
+
 def sharded(*parts: SparseDataset) -> SparseDataset:
     return SparseDataset([s for p in parts for s in p.shards], num_features=9, num_fields=3)
 

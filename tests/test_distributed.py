@@ -82,6 +82,7 @@ def run_checks(names: list[str], folder: Path, size: int = 2) -> list[dict[str, 
 
 QUICK = (
     *("ddp_dense", "ddp_atomic", "ddp_sparse", "ddp_of_torch_dense", "ddp_of_torch_sparse"),
+    *("ddp_of_torch_fused_compiled", "ddp_whose_mode_changes"),
     *("ddp_fused", "ddp_of_torch_fused", "fsdp", "fsdp_atomic", "fsdp_sparse"),
     *("fsdp_fused_before", "fsdp_fused_after", "trainer_runs", "a_fault_of_one_is_told_by_all"),
     *("trainer_takes_the_weights_of_the_first", "ids_outside_the_table_are_told_by_all"),
@@ -174,10 +175,16 @@ def test_ddp_refuses_a_fused_table(two: Results) -> None:
 
 
 def test_torchs_own_ddp_refuses_what_it_cannot_do(two: Results) -> None:
-    with pytest.raises(RuntimeError, match="cannot be trained under DistributedDataParallel"):
-        two("ddp_of_torch_fused")
+    for check in ("ddp_of_torch_fused", "ddp_of_torch_fused_compiled"):
+        with pytest.raises(RuntimeError, match="cannot be trained under DistributedDataParallel"):
+            two(check)
     with pytest.raises(RuntimeError, match=r"wrap the model in ffm_ext\.distributed"):
         two("ddp_of_torch_sparse")
+
+
+def test_ddp_of_a_gradient_of_another_kind(two: Results) -> None:
+    with pytest.raises(RuntimeError, match=r"grad = 'sparse', and it was 'dense' when .* wrap the"):
+        two("ddp_whose_mode_changes")
 
 
 FSDP = "FSDP2 (`fully_shard`), the layers beside a network"

@@ -836,3 +836,13 @@ def test_a_copy_of_a_loaded_encoder_has_its_columns(tmp_path: Path) -> None:
         == FieldEncoder({"u": Vocabulary(min_count=2)}).fit({"u": ["c", "c"]}).feature_names
     )
     assert again.set_params(columns={"v": "hash"}).field_names == ("v",)
+
+
+def test_the_fields_of_features_lie_on_the_cpu() -> None:
+    encoder = FieldEncoder({"a": Hash(3), "b": Hash(2)}).fit({"a": ["x"], "b": ["y"]})
+    device = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        assert encoder.feature_fields.tolist() == [0] * 4 + [1] * 3  # one more each: missing
+    finally:
+        torch.set_default_device(device)

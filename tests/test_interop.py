@@ -710,7 +710,7 @@ def test_damaged_files_of_our_own(tmp_path: Path) -> None:
         path.write_bytes(data[:size])
         with fails(path, "not a whole safetensors file"):
             load_model(path)
-    arguments = interop.model_arguments(FFM(4, field_dims=[4, 7, 2]))
+    arguments = interop.model_arguments("here", FFM(4, field_dims=[4, 7, 2]))
     good = {"format": "ffm_ext.FFM", "version": "1"}
     names = ["a", "b"]
     for metadata, message in (
@@ -903,16 +903,7 @@ def test_every_line_of_a_text_has_its_numbers(
 def test_a_model_that_could_not_be_read_is_not_saved(tmp_path: Path) -> None:
     path = tmp_path / "model.st"
     model = FFM(4, num_features=7, num_fields=2)
-    for fields, error in (
-        (torch.tensor([0, 1]), "must be \\[7\\], got shape \\[2\\]"),
-        (torch.tensor([0.0] * 7), "is torch.float32, not integers"),
-        (torch.tensor([0, 1, 0, 1, 0, 1, 2]), "has 2, out of range for 2 fields"),
-    ):
-        model.feature_fields = fields
-        with pytest.raises((TypeError, ValueError), match=f"feature_fields {error}"):
-            interop.save_model(model, path)
     model.feature_fields = (torch.arange(14) // 8)[::2]
-    assert not model.feature_fields.is_contiguous()
     model.field_names = ["a"]
     with pytest.raises(ValueError, match="1 field_names for 2 fields"):
         interop.save_model(model, path)

@@ -431,3 +431,12 @@ def test_in_pieces_faults(tmp_path: Path) -> None:
     assert problems == [f"{path}:31:5: feature expected, got 'x'"]
     with pytest.raises(ValueError, match=r"^iter_libffm: piece_bytes = 0 must be positive$"):
         iter_libffm(path, piece_bytes=0)
+
+
+@pytest.mark.parametrize("num_threads", [0, -1, 1 << 29, 1 << 40])
+def test_a_number_of_threads_that_cannot_be(num_threads: int, tmp_path: Path) -> None:
+    path = tmp_path / "data.ffm"
+    path.write_text("1 0:1:1\n" * 5)
+    with pytest.raises(ValueError, match=f"data.ffm: num_threads = {num_threads} "):
+        read_libffm(path, num_threads=num_threads)
+    assert len(read_libffm(path, num_threads=1000)) == 5

@@ -684,3 +684,32 @@ def test_results_are_real_numbers() -> None:
     for call in (model, model.interaction, ffm_ext.quantize(model.interaction)):
         with pytest.raises(ValueError, match=r"dtype = torch\.int32 is not a floating-point type"):
             call(ids, dtype=torch.int32)
+
+
+def test_the_fields_of_features_can_be_set() -> None:
+    model = FFM(4, num_features=7, num_fields=2)
+    for fields, error in (
+        (torch.tensor([0, 1]), "must be \\[7\\], got shape \\[2\\]"),
+        (torch.tensor([0.0] * 7), "is torch.float32, not integers"),
+        ([0, 1, 0, 1, 0, 1, 2], "\\[6\\] = 2 is out of range for 2 fields"),
+        ([0, 1, -2, 1, 0, 1, 1], "\\[2\\] = -2 is out of range for 2 fields"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"FFM: feature_fields{error}|{error}"):
+            model.feature_fields = fields
+        assert model.feature_fields is None
+    owners = [0, 0, 1, -1, 1, 0, 1]
+    for given in (owners, torch.tensor(owners).repeat_interleave(2)[::2], np.int8(owners)):
+        model.feature_fields = given
+        for moved in (
+            model.double(),
+            copy.deepcopy(model),
+            model.to("meta").to_empty(device="cpu"),
+        ):
+            assert moved.feature_fields.tolist() == owners  # type: ignore[union-attr]
+    assert model.to("meta").feature_fields.is_meta  # type: ignore[union-attr]
+    model.feature_fields = None
+    assert model.feature_fields is None
+    sized = FFM(4, field_dims=[2, 1])
+    sized.feature_fields = [0, 0, 1]
+    with pytest.raises(ValueError, match="FFM: feature_fields cannot be others than those of"):
+        sized.feature_fields = [0, 1, 1]

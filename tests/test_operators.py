@@ -99,7 +99,8 @@ def operator_calls(name: str) -> list[tuple[Any, ...]]:
             labels = torch.ones(problem.batch_size)
             terms = (small, [small.clone()], None, [])
             modes = ("logistic", within_field, True, *update[:3], update[3], False)
-            calls.append((weight, state, *terms, *lists, labels, None, None, *modes))
+            order = torch.arange(problem.batch_size).flip(0)
+            calls.append((weight, state, *terms, *lists, labels, None, order, *modes))
         elif name == "ffm_backward_values":
             if problem.values is not None:
                 calls.append((seed, *problem.args, *modes))

@@ -355,6 +355,14 @@ def test_layers_that_share_a_table_go_on_sharing_it() -> None:
     torch.testing.assert_close(small[1](x).sum(1), small[0](x))
 
 
+def test_parametrized_layers_keep_their_own_tables() -> None:
+    layers = torch.nn.ModuleList(ffm_ext.FFMInteraction(9, 3, 4, grad="dense") for _ in range(8))
+    for layer in layers:
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Identity())
+    for layer, small in zip(layers, ffm_ext.quantize(layers), strict=True):
+        assert torch.equal(small.packed, ffm_ext.quantize(layer).packed)
+
+
 def test_quantize_finds_every_layer() -> None:
     shared = ffm_ext.FFMInteraction(11, 7, 4)
     old = ffm_ext.FieldAwareFactorizationMachine([5, 6], 3)

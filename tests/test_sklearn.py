@@ -392,6 +392,30 @@ def test_a_fit_that_fails_leaves_the_model_that_was_there(form: str) -> None:
     assert (regressor.predict(X) == expected).all()
 
 
+def test_a_fit_that_is_interrupted_leaves_the_model_that_was_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids, target, _ = pairs_matter()
+    settings = {"feature_fields": "categorical", "random_state": 0, "epochs": 3}
+    model = FFMRegressor(**settings, warm_start=True).fit(ids, target)
+    expected = model.predict(ids)
+    trainer, first = model.trainer_, FFMRegressor(**settings)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer), "_finish_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.fit(ids, target)
+        with pytest.raises(KeyboardInterrupt):
+            first.fit(ids, target)
+    assert (model.predict(ids) == expected).all()
+    assert not hasattr(first, "model_")
+    model.fit(ids[:100], target[:100])
+    assert model.trainer_ is trainer and trainer.epoch == 6
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [("categorical", None), (None, "categorical"), (None, [0, 0, 1])]
 )

@@ -415,7 +415,7 @@ def test_a_sample_moves_what_its_pairs_share(optimizer, dtype, embed_dim, kind):
             torch.from_numpy(fields[has]),
             values,
             offsets,
-            *(labels, weights, None, "logistic", False, False),
+            *(labels, weights, torch.arange(samples), "logistic", False, False),
             *(rates.name, rates.settings(), 1, None, False),
         )
         tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)
@@ -465,7 +465,7 @@ def test_vectors_are_rounded_at_random(embed_dim, kind):
         torch.ops.ffm_ext.ffm_train_(
             *(table, [s.view(num_fields, num_fields, -1) for s in states], None, [], None, []),
             *(ids, own, None if x is None else x.to(dtype), torch.tensor([0, num_fields])),
-            *(torch.ones(1), torch.zeros(1) if kind == "no gradient" else None, None),
+            *(torch.ones(1), torch.zeros(1) if kind == "no gradient" else None, torch.arange(1)),
             *("logistic", False, False, rates.name, rates.settings(), 1, seed, False),
         )
         return table.double()
@@ -1064,9 +1064,9 @@ def test_bad_input():
         ({"loss": "hinge"}, ValueError, "loss = 'hinge' is not one of logistic, squared"),
         ({"mode": "fast"}, ValueError, "mode = 'fast' is not one of exact, hogwild, deterministic"),
         ({"batch_size": 0}, ValueError, "batch_size = 0 must be positive"),
-        ({"num_threads": 1.5}, TypeError, r"num_threads = 1\.5 is no whole number"),
+        ({"num_threads": 1.5}, TypeError, r"num_threads = 1\.5 must be an integer"),
         ({"num_threads": 2**40}, ValueError, "num_threads = 1099511627776 is more than"),
-        ({"seed": -1}, ValueError, "seed = -1 must not be negative"),
+        ({"seed": -1}, ValueError, "seed = -1 is negative"),
     ):
         with pytest.raises(error, match=match):
             Trainer(made, **options)
@@ -1084,7 +1084,7 @@ def test_bad_input():
     ):
         with pytest.raises(error, match=match):
             trainer.fit(given)
-    with pytest.raises(TypeError, match="epochs = '2' is no whole number"):
+    with pytest.raises(TypeError, match="epochs = '2' must be an integer"):
         trainer.fit((data, labels), epochs="2")
     with pytest.raises(ValueError, match="auto_stop needs valid"):
         trainer.fit((data, labels), auto_stop=True)
@@ -1269,3 +1269,35 @@ def test_scores_of_bfloat16_tables_are_not_rounded(normalize: bool, parts: bool)
         rounded = model(ids)
     assert rounded.dtype == (torch.float32 if parts else torch.bfloat16)
     torch.testing.assert_close(rounded, wanted.to(rounded.dtype))
+
+
+def test_settings_are_checked_whenever_they_are_set():
+    trainer = Trainer(FFM(4, num_features=9, num_fields=3))
+    for name, value, error in (
+        ("mode", "foo", "mode = 'foo' is not one of exact, hogwild, deterministic"),
+        ("loss", "hinge", "loss = 'hinge' is not one of logistic, squared"),
+        ("batch_size", 0, "batch_size = 0 must be positive"),
+        ("batch_size", 1.5, "batch_size = 1.5 must be an integer"),
+        ("num_threads", 1 << 30, "num_threads = 1073741824 is more than"),
+        ("seed", -1, "seed = -1 is negative"),
+    ):
+        before = getattr(trainer, name)
+        with pytest.raises((TypeError, ValueError), match=f"Trainer: {error}"):
+            setattr(trainer, name, value)
+        assert getattr(trainer, name) == before
+    trainer.mode, trainer.batch_size = "deterministic", np.int64(64)
+    assert type(trainer.batch_size) is int
+
+
+def test_auto_stop_can_begin_anew():
+    x, y = torch.randint(9, (256, 3)), torch.randint(2, (256,)).float()
+    trainer = Trainer(FFM(4, num_features=9, num_fields=3))
+    trainer.fit((x, y), (x, 1 - y), epochs=20, auto_stop=True)
+    stopped = trainer.epoch
+    assert stopped < 20
+    with pytest.warns(UserWarning, match="auto_stop"):
+        trainer.fit((x, y), (x, y), epochs=20, auto_stop=True)
+    assert trainer.epoch == stopped
+    trainer.reset_auto_stop()
+    trainer.fit((x, y), (x, y), epochs=20, auto_stop=True)
+    assert trainer.epoch > stopped

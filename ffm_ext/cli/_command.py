@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .._arguments import MOST_THREADS
 from .._files import is_same_file
-from ..training import _MOST_THREADS
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def seed(text: str) -> int:
 
 def threads(text: str) -> int:
     """A number of threads that a trainer takes."""
-    return _in_range(text, 1, _MOST_THREADS)
+    return _in_range(text, 1, MOST_THREADS)
 
 
 def _in_range(text: str, least: int, most: int) -> int:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import interop
+from .._arguments import Loss
 from .._files import is_stream
-from ..batch import SparseBatch
+from ..batch import SparseBatch, keep_entries
 from ..data import SparseDataset
-from ..modules import FFM, _unit_norm
+from ..modules import FFM, unit_norm
 from ..training import Trainer
 
 
@@ -36,7 +37,7 @@ class Loaded(NamedTuple):
 
     model: FFM
     kind: str
-    loss: interop.Loss | None
+    loss: Loss | None
     trainer: Trainer | None = None
 
 
@@ -93,7 +94,7 @@ def unsaid_arguments(parser: argparse.ArgumentParser) -> None:
     """For what some kinds of model files leave out."""
     parser.add_argument(
         "--loss",
-        choices=get_args(interop.Loss),
+        choices=get_args(Loss),
         help="what the model was trained with, where its file does not say (logistic)",
     )
     parser.add_argument(
@@ -144,14 +145,11 @@ def known_part(data: SparseBatch, model: FFM) -> tuple[SparseBatch, int]:
     missing = int((~known).sum())
     if not missing:
         return data, 0
-    counts = data.offsets.diff().long()
-    samples = torch.repeat_interleave(torch.arange(len(data)), counts)
     values = torch.ones(data.nnz) if data.values is None else data.values
     if model.normalize:
-        values = _unit_norm(data.indices, values.double(), data.offsets).float()
-    kept = torch.bincount(samples[known], minlength=len(data))
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])
-    return SparseBatch(data.indices[known], data.fields[known], values[known], offsets), missing
+        values = unit_norm(data.indices, values.double(), data.offsets).float()
+    whole = SparseBatch(data.indices, data.fields, values, data.offsets)
+    return keep_entries(whole, known), missing
 
 
 @contextmanager
@@ -223,7 +221,7 @@ def resized(model: FFM, num_features: int, num_fields: int) -> FFM:
     sizes = {"num_features": num_features, "num_fields": num_fields}
     names = [str(f) for f in range(num_fields)]
     new = interop.model_from_arguments(
-        {**interop.model_arguments(model), **sizes, "field_names": names}
+        {**interop.model_arguments("train", model), **sizes, "field_names": names}
     )
     new.interaction.to(layer.weight.dtype)
     for parameter in new.parameters():

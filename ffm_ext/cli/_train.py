@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import interop
+from .._arguments import Loss
 from .._files import check_writable
 from ..data import SparseDataset
 from ..data._dataset import weights_of
@@ -69,10 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--auto-stop", action="store_true", help="stop when the loss of -p does not fall"
     )
     more = parser.add_argument_group("beyond libffm")
-    more.add_argument("--loss", choices=get_args(interop.Loss), help="default: logistic")
+    more.add_argument("--loss", choices=get_args(Loss), help="default: logistic")
     more.add_argument(
         "--mode",
-        choices=("exact", "hogwild", "deterministic"),
+        choices=get_args(Mode),
         help="default: exact with one thread, else hogwild",
     )
     more.add_argument("--optimizer", choices=sorted(OPTIMIZERS), help="default: adagrad")
@@ -291,7 +292,7 @@ def _optimizer(args: argparse.Namespace) -> Optimizer:
 
 def _new_model(
     args: argparse.Namespace, train: SparseDataset, valid: SparseDataset | None
-) -> tuple[FFM, interop.Loss]:
+) -> tuple[FFM, Loss]:
     """A model for the samples that train it, its weights new or those of ``--init-model``, and its loss.
 
     Raises:

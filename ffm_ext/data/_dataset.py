@@ -130,8 +130,8 @@ class SparseDataset(Dataset[Shard]):
         batch = compact(batch)
         shard = Shard(
             batch,
-            _numbers(where, "labels", labels, len(batch)),
-            None if weights is None else _numbers(where, "weights", weights, len(batch)),
+            checked_numbers(where, "labels", labels, len(batch)),
+            None if weights is None else checked_numbers(where, "weights", weights, len(batch)),
         )
         dataset = cls([shard], num_features=num_features, num_fields=num_fields)
         check_entries(where, batch, dataset.num_features, dataset.num_fields)
@@ -161,7 +161,7 @@ class SparseDataset(Dataset[Shard]):
         if isinstance(which, slice):
             start, stop, step = which.indices(len(self))
             if step == 1:
-                chosen = _join(self._views(start, stop))
+                chosen = join_shards(self._views(start, stop))
             else:
                 chosen = self._take(torch.from_numpy(np.arange(start, stop, step)))
         elif isinstance(which, int | np.integer):
@@ -192,7 +192,7 @@ class SparseDataset(Dataset[Shard]):
     @staticmethod
     def collate(samples: Shard | Sequence[Shard]) -> Shard:
         """``collate_fn`` for a ``DataLoader``: joins samples, a :class:`Shard` each, to a batch, which is one too."""
-        return samples if isinstance(samples, Shard) else _join(samples)
+        return samples if isinstance(samples, Shard) else join_shards(samples)
 
     def batches(
         self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
@@ -234,10 +234,10 @@ class SparseDataset(Dataset[Shard]):
                 missing -= last - first
                 first = last
                 if missing == 0:
-                    yield _join(pieces)
+                    yield join_shards(pieces)
                     pieces, missing = [], batch_size
         if pieces and not drop_last:
-            yield _join(pieces)
+            yield join_shards(pieces)
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write a folder for :func:`open_dataset`: a file a shard (safetensors) and ``dataset.json``.
@@ -287,7 +287,7 @@ class SparseDataset(Dataset[Shard]):
         for s in shard_of.unique().tolist():
             begin = self._ends[s] - len(self.shards[s].batch)
             pieces.append(_pick(self.shards[s], rows[order][shard_of[order] == s] - begin))
-        joined = _join(pieces)
+        joined = join_shards(pieces)
         return joined if len(pieces) < 2 else _pick(joined, order.argsort())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -336,7 +336,7 @@ def compact(batch: SparseBatch) -> SparseBatch:
     fits = smallest >= -MAX_INT32 and max(largest + 1, batch.nnz) <= MAX_INT32
     values = batch.values
     if values is not None:
-        values = None if bool((values == 1).all()) else values.float()
+        values = None if bool((values == 1).all()) else values.detach().float()
     indices = batch.indices.to(torch.int32 if fits else torch.int64)
     return SparseBatch(indices, batch.fields, values, batch.offsets)
 
@@ -364,7 +364,7 @@ def _size(name: str, size: int | None, shards: Sequence[Shard], ids: str) -> int
     return check_size("SparseDataset", name, size)
 
 
-def _numbers(where: str, name: str, numbers: Any, n: int) -> Tensor:
+def checked_numbers(where: str, name: str, numbers: Any, n: int) -> Tensor:
     if not isinstance(numbers, Tensor):
         array = np.asanyarray(numbers)
         if array.dtype.kind not in "biuf":
@@ -373,7 +373,7 @@ def _numbers(where: str, name: str, numbers: Any, n: int) -> Tensor:
         numbers = torch.from_numpy(np.ma.filled(array.astype(np.float32), np.nan))
     if numbers.is_complex():
         raise TypeError(f"{where}: {name} must be numbers, got {numbers.dtype}")
-    tensor = numbers.to("cpu", torch.float32)
+    tensor = numbers.detach().to("cpu", torch.float32)
     if tensor.shape != (n,):
         raise ValueError(
             f"{where}: {name} has shape {list(tensor.shape)}, but there are {n} samples"
@@ -424,7 +424,7 @@ def _pick(shard: Shard, which: slice | Tensor) -> Shard:
     return Shard(batch[which], labels[which], None if weights is None else weights[which])
 
 
-def _join(shards: Sequence[Shard]) -> Shard:
+def join_shards(shards: Sequence[Shard]) -> Shard:
     """One after the other; values and weights that are left out are 1."""
     if len(shards) == 1:
         return shards[0]

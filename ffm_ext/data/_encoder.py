@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ffm_ext._arguments import check_positive
 from ffm_ext._files import atomic_write
-from ffm_ext.batch import SparseBatch
+from ffm_ext.batch import SparseBatch, fields_of_features
 
 from ._dataset import compact
 from ._frames import Column, columns_of, naming
@@ -275,8 +275,7 @@ class FieldEncoder:
     @property
     def feature_fields(self) -> Tensor:
         """The field of each feature, ``[N]`` int32."""
-        dims = torch.tensor(self.field_dims, dtype=torch.int64)
-        return torch.arange(self.num_fields, dtype=torch.int32).repeat_interleave(dims)
+        return fields_of_features(self.field_dims).int()
 
     @property
     def feature_names(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ffm_ext import _C
-from ffm_ext._arguments import as_tensor, check_size, is_integral
+from ffm_ext._arguments import as_tensor, check_num_threads, check_size, is_integral
 from ffm_ext._files import atomic_write
 from ffm_ext.batch import SparseBatch
 
@@ -20,7 +20,7 @@ from ._dataset import Shard, SparseDataset, check_shard, placed
 from ._store import DatasetWriter, open_dataset
 
 # Descriptions of faults that a lenient reader keeps.
-_MAX_PROBLEMS = 10
+MAX_PROBLEMS = 10
 # Samples that are written as text at a time.
 _LINES_AT_ONCE = 4096
 
@@ -135,7 +135,7 @@ def convert_libffm(
         writer.finish(
             max_index + 1 if limits.num_features is None else limits.num_features,
             max_field + 1 if limits.num_fields is None else limits.num_fields,
-            _metadata(lenient, skipped, problems),
+            lenient_metadata(lenient, skipped, problems),
         )
     return open_dataset(folder)
 
@@ -202,15 +202,19 @@ class _Limits(NamedTuple):
     num_threads: int | None
 
 
-def _limits(path: str | PathLike[str], lenient: bool, *numbers: int | None) -> _Limits:
-    names = ("num_features", "num_fields", "num_threads")
-    checked = [
-        None
-        if number is None
-        else check_size(os.fsdecode(path), name, number, name == "num_threads")
-        for name, number in zip(names, numbers, strict=True)
-    ]
-    return _Limits(lenient, *checked)
+def _limits(
+    path: str | PathLike[str],
+    lenient: bool,
+    num_features: int | None,
+    num_fields: int | None,
+    num_threads: int | None,
+) -> _Limits:
+    where = os.fsdecode(path)
+    N, F = (
+        None if size is None else check_size(where, name, size)
+        for name, size in (("num_features", num_features), ("num_fields", num_fields))
+    )
+    return _Limits(lenient, N, F, check_num_threads(where, num_threads))
 
 
 class _Piece(NamedTuple):
@@ -231,7 +235,7 @@ def _read(
     begin: int = 0,
     end: int | None = None,
     first_line: int | None = 1,
-    max_problems: int = _MAX_PROBLEMS,
+    max_problems: int = MAX_PROBLEMS,
 ) -> _Piece:
     """The lines that begin in the bytes ``begin:end``.
 
@@ -313,7 +317,7 @@ def _pieces(path: str | PathLike[str], limits: _Limits, size: int) -> Iterator[_
             begin=begin,
             end=begin + size,
             first_line=line,
-            max_problems=_MAX_PROBLEMS - num_problems,
+            max_problems=MAX_PROBLEMS - num_problems,
         )
         is_empty = piece.end == begin
         if begin == 0 or not is_empty:
@@ -330,11 +334,11 @@ def _whole(piece: _Piece, limits: _Limits) -> SparseDataset:
         [piece.shard],
         num_features=piece.max_index + 1 if N is None else N,
         num_fields=piece.max_field + 1 if F is None else F,
-        metadata=_metadata(limits.lenient, piece.skipped, piece.problems),
+        metadata=lenient_metadata(limits.lenient, piece.skipped, piece.problems),
     )
 
 
-def _metadata(lenient: bool, skipped: int, problems: list[str]) -> dict[str, Any]:
+def lenient_metadata(lenient: bool, skipped: int, problems: list[str]) -> dict[str, Any]:
     return {"skipped": skipped, "problems": problems} if lenient else {}
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ffm_ext.batch import SparseBatch
+from ffm_ext.batch import SparseBatch, fields_of_features
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,8 +73,7 @@ class FieldDataset:
     @property
     def feature_fields(self) -> Tensor:
         """The field of each feature, ``[N]`` int32."""
-        fields = np.arange(self.num_fields, dtype=np.int32)
-        return torch.from_numpy(np.repeat(fields, self.field_dims))
+        return fields_of_features(self.field_dims).int()
 
     def split(self, name: str) -> tuple[Tensor | SparseBatch, Tensor]:
         """``(data, target)`` of the rows of one part: ``"train"``, ``"valid"`` or ``"test"``.

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ffm_ext._files import atomic_write
 from ffm_ext.batch import SparseBatch
 
 from ._base import FieldDataset
@@ -171,28 +172,25 @@ def _sha256(path: Path) -> str:
 def _download(archive: Path, n_retries: int, delay: float) -> None:
     """Fetch the archive; what stands under its name is always whole."""
     archive.parent.mkdir(parents=True, exist_ok=True)
-    part = archive.with_name(f".{archive.name}.{os.getpid()}.part")
-    try:
-        for left in range(n_retries, -1, -1):
-            try:
-                with (
-                    urllib.request.urlopen(_URL, timeout=_TIMEOUT) as response,
-                    part.open("wb") as file,
-                ):
-                    shutil.copyfileobj(response, file)
+    for left in range(n_retries, -1, -1):
+        try:
+            with (
+                atomic_write(archive) as part,
+                part.open("wb") as file,
+                urllib.request.urlopen(_URL, timeout=_TIMEOUT) as response,
+            ):
+                shutil.copyfileobj(response, file)
+                file.flush()
                 if (found := _sha256(part)) != _SHA256:
                     raise OSError(f"what came has SHA-256 {found}, expected {_SHA256}")
-                os.replace(part, archive)
-                return
-            except (OSError, http.client.HTTPException) as error:
-                if left == 0:
-                    raise OSError(
-                        f"fetch_movielens_100k: cannot download {_URL} ({n_retries + 1} tries): "
-                        f"{error}\n{_help(archive.parent)}"
-                    ) from error
-            time.sleep(delay)
-    finally:
-        part.unlink(missing_ok=True)
+            return
+        except (OSError, http.client.HTTPException) as error:
+            if left == 0:
+                raise OSError(
+                    f"fetch_movielens_100k: cannot download {_URL} ({n_retries + 1} tries): "
+                    f"{error}\n{_help(archive.parent)}"
+                ) from error
+        time.sleep(delay)
 
 
 def _read_grouplens(open_file: Open) -> _Tables:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ffm_ext.data import Shard, SparseDataset, open_dataset
-from ffm_ext.data._dataset import _join
-from ffm_ext.data._libffm import _MAX_PROBLEMS, _metadata, read_ranges
+from ffm_ext.data._dataset import join_shards
+from ffm_ext.data._libffm import MAX_PROBLEMS, lenient_metadata, read_ranges
 
 from ._group import Group
 
@@ -108,17 +108,17 @@ def read_share(
         "num_features": max(piece.max_index for piece in pieces) + 1,
         "num_fields": max(piece.max_field for piece in pieces) + 1,
         "skipped": sum(piece.skipped for piece in pieces),
-        "problems": [text for piece in pieces for text in piece.problems][:_MAX_PROBLEMS],
+        "problems": [text for piece in pieces for text in piece.problems][:MAX_PROBLEMS],
     }
     everyone = members.objects(found)
     data = SparseDataset(
-        [_join([piece.shard for piece in pieces])],
+        [join_shards([piece.shard for piece in pieces])],
         num_features=max(one["num_features"] for one in everyone),
         num_fields=max(one["num_fields"] for one in everyone),
-        metadata=_metadata(
+        metadata=lenient_metadata(
             lenient,
             sum(one["skipped"] for one in everyone),
-            [text for one in everyone for text in one["problems"]][:_MAX_PROBLEMS],
+            [text for one in everyone for text in one["problems"]][:MAX_PROBLEMS],
         ),
     )
     return Share(data, sizes.numpy(), mine)

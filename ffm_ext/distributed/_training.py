@@ -30,7 +30,7 @@ from ffm_ext._arguments import sum_dtype
 from ffm_ext._files import check_writable, flush_to_disk, put_in_place
 from ffm_ext.data import SparseDataset
 from ffm_ext.modules import FFM
-from ffm_ext.training import Trainer, _Part
+from ffm_ext.training import Part, Trainer
 
 from ._group import Group
 from ._share import Share, read_share, share
@@ -63,19 +63,21 @@ class DistributedTrainer(Trainer):
     def __init__(
         self, model: FFM, *, group: dist.ProcessGroup | None = None, **settings: Any
     ) -> None:
-        mode = settings.pop("mode", "deterministic")
-        if mode != "deterministic":
-            raise ValueError(
-                f"DistributedTrainer: mode = {mode!r} is for one process; several have 'deterministic'"
-            )
         self._members = Group(group)
         self._group = group
         if isinstance(model, FFM):  # Trainer refuses what is none
             # Before there are optimizer states: those of FTRL stand for the weights.
             for parameter in model.parameters():
                 self._members.broadcast(parameter.detach())
-        super().__init__(model, mode=mode, **settings)
+        super().__init__(model, **{"mode": "deterministic", **settings})
         self._orders: list[np.ndarray] = []
+
+    def _checked(self, name: str, value: Any) -> Any:
+        if name == "mode" and value != "deterministic":
+            raise ValueError(
+                f"DistributedTrainer: mode = {value!r} is for one process; several have 'deterministic'"
+            )
+        return super()._checked(name, value)
 
     # ---------------------------------------------------------------- data
 
@@ -109,7 +111,7 @@ class DistributedTrainer(Trainer):
         steps = part.num_steps(self.batch_size)
         loss, weight, n = 0.0, 0.0, 0
         for step in order.tolist():
-            batch = _Part(*part.data.__getitems__(part.rows(step, steps, self._orders)))
+            batch = Part(*part.data.__getitems__(part.rows(step, steps, self._orders)))
             loss += self._train_batch(batch)
             weight += (
                 len(batch.labels) if batch.weights is None else float(batch.weights.double().sum())
@@ -118,21 +120,21 @@ class DistributedTrainer(Trainer):
         loss, weight, samples = self._members.sum(loss, weight, n)
         return loss, weight, int(samples)
 
-    def _update_table(self, slope: Tensor, lists: tuple[Any, ...], update: tuple[Any, ...]) -> None:
+    def _update_table(self, slope: Tensor, lists: tuple[Any, ...]) -> None:
         table = self._table()
         rows, gradient, _ = torch.ops.ffm_ext.ffm_backward_sparse(slope, table, *lists, False)
         rows, gradient = self._summed(rows, gradient)
-        torch.ops.ffm_ext.ffm_update_(table, self._states["table"], rows, gradient, *update)
+        torch.ops.ffm_ext.ffm_update_(
+            table, self._states["table"], rows, gradient, *self._update("table")
+        )
 
-    def _update_small(
-        self, name: str, rows: Tensor | None, gradient: np.ndarray, update: tuple[Any, ...]
-    ) -> None:
+    def _update_small(self, name: str, rows: Tensor | None, gradient: np.ndarray) -> None:
         if rows is None:
             gradient = np.array(self._members.sum(*gradient))
         else:
             rows, summed = self._summed(rows, torch.from_numpy(gradient))
             gradient = summed.numpy()
-        super()._update_small(name, rows, gradient, update)
+        super()._update_small(name, rows, gradient)
 
     def _summed(self, rows: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that any process has, rising, and the sum of their gradients."""
@@ -145,11 +147,11 @@ class DistributedTrainer(Trainer):
         return rows, sums.to(gradient.dtype)
 
     def _sum_of_weights(self, parts: list[Any]) -> float:
-        mine = [_Part(*piece) for part in parts for piece in part.data.shards]
+        mine = [Part(*piece) for part in parts for piece in part.data.shards]
         return self._members.sum(super()._sum_of_weights(mine))[0]
 
     def _sum_of_losses(self, parts: list[Any]) -> tuple[float, float]:
-        mine = [_Part(*piece) for part in parts for piece in part.data.shards]
+        mine = [Part(*piece) for part in parts for piece in part.data.shards]
         total, weight = self._members.sum(*super()._sum_of_losses(mine))
         return total, weight
 
