@@ -44,7 +44,10 @@ class Kernel(NamedTuple):
 
 
 def kernels(build: Path) -> Iterator[Kernel]:
+    built = "".join(path.read_text() for path in build.rglob("build.ninja"))
     for path in sorted(build.rglob("*.ptxas")):
+        if f"/{path.stem}:" not in built:  # of a source that is no more
+            continue
         name = arch = ""
         stack = spilled = 0
         for line in path.read_text().splitlines():
