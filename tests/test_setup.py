@@ -126,7 +126,12 @@ def test_clang_takes_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(SETUP.parent)
     setup = load_setup()
     found, torch = setup.find_compiler(), setup.find_torch()
-    steps = list(setup.compile_steps(found, torch, "FFM_EXT_CUDA=0", "0"))
+    # Of types, one as wide as its sums and one narrower.
+    steps = [
+        step
+        for step in setup.compile_steps(found, torch, "FFM_EXT_CUDA=0", "0")
+        if not step.variant.endswith((".float64", ".float16"))
+    ]
     assert {step.source.name for step in steps} >= {"isa.cpp", "ffm_train_kernels.cpp"}
     flags = [*setup.CXXFLAGS, "-Icsrc", "-Werror", "-fsyntax-only"]
 
