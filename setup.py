@@ -177,11 +177,15 @@ def find_compiler() -> Compiler:
     )
 
 
+def cuda_variables() -> list[str]:
+    """Those that are set and say where a toolkit is."""
+    return [name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+
+
 def cuda_homes() -> Iterator[Path]:
     """Where a toolkit may be: where it is said to be, or else where they are. An nvcc on the PATH may be a script."""
-    named = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    if named:
-        yield from map(Path, named)
+    if named := cuda_variables():
+        yield from (Path(os.environ[name]) for name in named)
         return
     if nvcc := shutil.which("nvcc"):
         yield Path(nvcc).resolve().parents[1]
@@ -243,7 +247,7 @@ def find_cuda(sanitize: str) -> Cuda | str:
     reason = "no toolkit with include/cuda_runtime.h and an nvcc {} or newer in {}".format(
         NVCC_FLOOR, ", ".join(map(str, homes))
     )
-    named = [name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    named = cuda_variables()
     asked = "FFM_EXT_CUDA=1" if wanted == "1" else f"{' and '.join(named)} is set" if named else ""
     if asked:
         raise fail(

@@ -36,13 +36,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case", cases)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Workload, int], Files]:
-    made: dict[tuple[Workload, int], Files] = {}
-    folder: Path = tmp_path_factory.mktemp("files")
+Engines = Callable[[type[FileEngine], Workload, int], FileEngine]
 
-    def get(table: Workload, samples: int) -> Files:
-        return made.setdefault((table, samples), Files(folder, table, samples))
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """One of a kind for all steps and passes, with the files and models that it has made."""
+    folder: Path = tmp_path_factory.mktemp("files")
+    files: dict[tuple[Workload, int], Files] = {}
+    made: dict[tuple[str, Workload, int], FileEngine] = {}
+
+    def get(kind: type[FileEngine], table: Workload, samples: int) -> FileEngine:
+        key = kind.name, table, samples
+        if key not in made:
+            made[key] = kind(files.setdefault(key[1:], Files(folder, table, samples)))
+        return made[key]
 
     return get
 
@@ -51,7 +59,7 @@ def test_files(
     case: tuple[int, Workload, int, type[FileEngine], str],
     benchmark: BenchmarkFixture,
     request: pytest.FixtureRequest,
-    files: Callable[[Workload, int], Files],
+    engines: Engines,
 ) -> None:
     threads, table, number, kind, step = case
     what: dict[str, Any] = {
@@ -65,10 +73,10 @@ def test_files(
     if reason:
         not_timed(request.config, what, reason)
     effort = suite_of(request.config).effort
-    given = files(table, max(200, int(100_000 * min(1.0, effort * 2))))
-    engine = kind(given)
+    engine = engines(kind, table, max(200, int(100_000 * min(1.0, effort * 2))))
+    given = engine.files
     torch.set_num_threads(threads)
-    data = engine.prepare() if step != "read" else None
+    data = engine.data if step != "read" else None
     call: Callable[[], Any] = {
         "read": engine.read,
         "predict file": engine.predict_file,

@@ -101,6 +101,11 @@ class FileEngine(Peer):
         """What ``predict`` takes."""
         raise NotImplementedError
 
+    @cached_property
+    def data(self) -> Any:
+        """What ``prepare`` gives, once: it may load a model."""
+        return self.prepare()
+
     def predict(self, data: Any) -> np.ndarray:
         raise NotImplementedError
 

@@ -119,17 +119,14 @@ def _add_roofs(lines: list[Record]) -> None:
         line["gather_seconds"] = gathers[line["gather"]]
         line["gather_rate"] = entries * row_bytes / line["gather_seconds"]
         of_step = line["direction"], entries, line["touched_rows"], line["num_features"], row_bytes
-        _, written = roof_bytes(*of_step)
-        if written:
+        roof, moved = roof_bytes(*of_step), moved_bytes(*of_step)
+        if line["direction"] in FILLS:
             fills = {name: s for name in FILLS[line["direction"]] if (s := _seconds(line, name))}
             if not fills:
                 continue
             line["fill"] = min(fills, key=lambda name: fills[name])
-            line["fill_rate"] = written / fills[line["fill"]]
-        for name, (read, written) in (
-            ("roof", roof_bytes(*of_step)),
-            ("moved", moved_bytes(*of_step)),
-        ):
+            line["fill_rate"] = roof[1] / fills[line["fill"]]
+        for name, (read, written) in (("roof", roof), ("moved", moved)):
             seconds = read / line["gather_rate"]
             if written:
                 seconds += written / line["fill_rate"]

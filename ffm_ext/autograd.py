@@ -31,7 +31,7 @@ from ._arguments import alert_not_deterministic, is_batched, sum_dtype
 from ._fake import new_grad_values
 from .optim import FusedOptimizer
 
-__all__ = ["interaction", "is_exporting", "is_from_backward", "untraced"]
+__all__ = ["constant_in_traces", "interaction", "is_exporting", "is_from_backward", "untraced"]
 
 _ops = torch.ops.ffm_ext
 _library = torch.library.Library("ffm_ext", "FRAGMENT")
@@ -60,6 +60,15 @@ def untraced(function: _F) -> _F:
         function._torchdynamo_disable = True  # type: ignore[attr-defined]
     except AttributeError:
         return torch.compiler.disable(function)
+    return function
+
+
+def constant_in_traces(function: _F) -> _F:
+    """Let Dynamo call a function while it traces, and take what it returns for a constant.
+
+    As ``torch.compiler.assume_constant_result`` does, which imports Dynamo for it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
@@ -119,6 +128,7 @@ def interaction(
     return _interaction(*problem, grad, fused, step, states)
 
 
+@constant_in_traces
 def _traces_sparse_gradients() -> bool:
     """Whether this trace takes an operator whose result is as large as its numbers say.
 
@@ -128,10 +138,6 @@ def _traces_sparse_gradients() -> bool:
     context = torch._guards.TracingContext.try_get()
     env = None if context is None or context.fake_mode is None else context.fake_mode.shape_env
     return env is None or bool(env.allow_dynamic_output_shape_ops)
-
-
-# What torch.compiler.assume_constant_result says, without importing Dynamo for it.
-_traces_sparse_gradients._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @untraced

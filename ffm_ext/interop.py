@@ -222,7 +222,7 @@ def model_arguments(where: str, model: FFM) -> dict[str, Any]:
 
 def model_fields(model: FFM) -> dict[str, Tensor]:
     """``feature_fields``, where :func:`model_arguments` does not tell them."""
-    if model.feature_fields is None or model.offsets is not None:
+    if model.feature_fields is None or model.field_dims is not None:
         return {}
     return {"feature_fields": model.feature_fields.cpu()}
 
@@ -793,7 +793,6 @@ def _check_model(where: str, model: Any) -> None:
             found += f" with a {type(model.interaction).__name__}, whose state_dict can be kept"
         raise TypeError(f"{where}: model must be an FFM with a float table, got {found}")
     check_computes_ffm(where, model)
-    check_computes_ffm(where, model.interaction)
 
 
 def _check_within_field(where: str, peer_does: str, model: FFM, wanted: bool) -> None:

@@ -24,7 +24,13 @@ from ._arguments import (
     result_dtype,
     sum_dtype,
 )
-from .autograd import interaction, is_exporting, is_from_backward, untraced
+from .autograd import (
+    constant_in_traces,
+    interaction,
+    is_exporting,
+    is_from_backward,
+    untraced,
+)
 from .batch import SparseBatch, fields_of_features
 from .functional import ffm_interaction
 from .memory import empty_table, keep_huge_pages
@@ -377,7 +383,7 @@ class _Described(_Sized):
         return {} if self.field_dims is None else {"field_dims": self.field_dims}
 
     def _difference(self, saved: dict[str, Any]) -> str | None:
-        here, there = self._metadata().get("field_dims"), saved.get("field_dims")
+        here, there = self.field_dims, saved.get("field_dims")
         if here is None or there is None or tuple(there) == here:
             return None
         return f"fields of {list(there)} features, the model of {list(here)}"
@@ -846,15 +852,12 @@ class FM(_OnHugePages):
         return score.to(self.weight.dtype)
 
 
-def _of_replicas(replicas: nn.Module | None = None) -> tuple[bool, bool]:
+@constant_in_traces
+def _of_replicas(replicas: nn.Module | None) -> tuple[bool, bool]:
     """Whether there are any, of this forward pass or those given, and whether they sum sparse gradients."""
     if replicas is None:
         replicas = nn.parallel.DistributedDataParallel._active_ddp_module
     return replicas is not None, hasattr(replicas, "sums_sparse_gradients")
-
-
-# What torch.compiler.assume_constant_result says, without importing Dynamo for it.
-_of_replicas._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_replicas(layer: nn.Module, replicas: nn.Module | None = None) -> None:
@@ -869,7 +872,7 @@ def check_replicas(layer: nn.Module, replicas: nn.Module | None = None) -> None:
     if layer.weight is None or not (torch.is_grad_enabled() and layer.weight.requires_grad):
         return
     name = type(layer).__name__
-    are_replicas, sums_sparse = _of_replicas() if replicas is None else _of_replicas(replicas)
+    are_replicas, sums_sparse = _of_replicas(replicas)
     fused = getattr(layer, "_fused", None)
     if fused is not None and are_replicas:
         raise RuntimeError(
@@ -922,7 +925,10 @@ def _hooks(weight: Tensor) -> list[Any]:
 
 
 def check_computes_ffm(where: str, model: FFM | FFMInteraction) -> None:
-    """Raise TypeError where a subclass computes more, or something else, of which nobody would know."""
+    """Raise TypeError where a subclass, or that of the layer inside, computes more or something else.
+
+    Nobody would know of what is left out.
+    """
     kind = FFM if isinstance(model, FFM) else FFMInteraction
     own = type(model)
     differing = [
@@ -941,6 +947,8 @@ def check_computes_ffm(where: str, model: FFM | FFMInteraction) -> None:
             f"{where}: {own.__name__} has {differing[0]}, and only what an {kind.__name__} computes would be kept of "
             "it: make it a module that holds one"
         )
+    if isinstance(model, FFM):
+        check_computes_ffm(where, model.interaction)
 
 
 def no_torchscript(where: str) -> NotImplementedError:

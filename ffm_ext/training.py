@@ -955,7 +955,6 @@ def _check_trainable(where: str, model: FFM) -> None:
     if not isinstance(layer, FFMInteraction):
         raise TypeError(f"{where}: model has a {type(layer).__name__}, which is for inference")
     check_computes_ffm(where, model)
-    check_computes_ffm(where, layer)
     for place, module, names in (
         ("interaction", layer, ("weight",)),
         ("linear", model.linear, ("weight", "bias")),
